@@ -1,0 +1,264 @@
+"""The public face over the engine: `apply`, `apply_similarity`, `gradients`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal import engine, validation
+from goal.engine import Batch, Dense, Entries, Outcome, Settings
+from goal.mining import Mining
+from goal.reference import Masks
+from goal.stats import Stats, stats
+from goal.terms import Term
+
+
+def apply(
+    x: Tensor,
+    y: Tensor,
+    T: str | Term = "cir",
+    P: str | Term = "sig-ms",
+    *,
+    mining: str | Mining = "hardest",
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    similarity: str = "dot",
+    impl: str = "auto",
+    check_finite: bool | None = None,
+) -> Tensor:
+    """A scalar whose backward hands out the gradient that T and P± compose, without a loss behind it.
+
+    With S = x yᵀ and K = min(N, M) pairs (row k of x, row k of y), for each anchor i of both directions and its
+    selected negatives j (mᵢⱼ > 0):
+
+        ∂l/∂sᵢⱼ  += mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁻(sᵢⱼ)
+        ∂l/∂s⁺ᵢ  −= mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁺(s⁺ᵢ)
+
+    and ∂l/∂x, ∂l/∂y follow by the chain rule. The incoming gradient multiplies. N × M is never stored.
+
+    Args:
+        x: (N, D) embeddings of one modality; float32, float64, bfloat16 or float16. The mathematics is in float32,
+            or in float64 for float64; gradients come back in the input's dtype.
+        y: (M, D) of the other. Rows beyond K of the longer side are candidates: negatives for the other side's
+            anchors that are no anchors themselves (a memory bank).
+        T: triplet weight, a name (`con`, `nca`, `cir`, or a registered one) or an object, `goal.T.cir(tau=5.0)`.
+        P: pair weight, a name (`con`, `lin`, `sig`, `lin-ms`, `sig-ms`) or an object.
+        mining: `hardest`, `semi-hard`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
+        reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. Both directions always add.
+        ids: (N,) integers; rows with equal ids are never negatives of each other.
+        y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow.
+        weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates).
+        similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
+        impl: `auto` or `torch`; `goal.explain` tells what `auto` takes.
+        check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
+            shows in the gradient.
+
+    Returns:
+        0-d tensor. Its value is the true loss where T × P is the gradient of one that the term table carries, else
+        the mean violation s⁻ − s⁺ of the selected triplets; the value never affects the gradient.
+
+    Raises:
+        ValueError: a shape, name, range or non-finite entry, with the argument, what came and what is allowed.
+        TypeError: the same for types and dtypes.
+        RuntimeError: on a second derivative, which a gradient without a loss does not have.
+
+    Example:
+        >>> import goal, torch
+        >>> x = torch.nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
+        >>> y = torch.nn.functional.normalize(torch.randn(8, 16), dim=1).requires_grad_()
+        >>> loss = goal.apply(x, y, T="cir", P="sig-ms")
+        >>> loss.backward()
+        >>> x.grad.shape
+        torch.Size([8, 16])
+
+    Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
+    """
+    chosen = engine.settings(T, P, mining, similarity, reduction, impl)
+    return _run(x, y, chosen, ids, y_ids, weight, check_finite).loss
+
+
+def apply_similarity(
+    S: Tensor,
+    T: str | Term = "cir",
+    P: str | Term = "sig-ms",
+    *,
+    mining: str | Mining = "hardest",
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    impl: str = "auto",
+    check_finite: bool | None = None,
+) -> Tensor:
+    """As `apply`, for a similarity matrix that any model made (cross-attention scorers): emits ∂l/∂S.
+
+    Args:
+        S: (N, M), entry (k, k) is the similarity of pair k for k < K = min(N, M). The rest is as for `apply`.
+
+    Example:
+        >>> import goal, torch
+        >>> S = torch.tensor([[0.9, 0.1], [0.4, 0.8]], requires_grad=True)
+        >>> goal.apply_similarity(S, T="con", P="con", reduction="sum").backward()
+        >>> S.grad
+        tensor([[-2.,  1.],
+                [ 2., -2.]])
+    """
+    chosen = engine.settings(T, P, mining, "given", reduction, impl)
+    return _run(S, None, chosen, ids, y_ids, weight, check_finite).loss
+
+
+def gradients(
+    x: Tensor,
+    y: Tensor,
+    T: str | Term = "cir",
+    P: str | Term = "sig-ms",
+    *,
+    mining: str | Mining = "hardest",
+    reduction: str = "mean",
+    ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    similarity: str = "dot",
+    impl: str = "auto",
+    check_finite: bool | None = None,
+) -> tuple[Tensor, Tensor, Stats]:
+    """The gradient itself, without autograd: (∂l/∂x (N, D), ∂l/∂y (M, D), `Stats`). Arguments as for `apply`.
+
+    Example:
+        >>> import goal, torch
+        >>> gx, gy, stats = goal.gradients(torch.eye(3), torch.eye(3), T="con", P="lin")
+        >>> stats.recall_at_1
+        tensor([1., 1.])
+    """
+    chosen = engine.settings(T, P, mining, similarity, reduction, impl)
+    with torch.no_grad():
+        batch, outcome, _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
+        gx, gy = _emit(x, y, chosen, batch, outcome.entries, outcome.dense, (True, True))
+        assert gx is not None
+        assert gy is not None
+        return gx, gy, stats(batch, chosen, outcome.seen)
+
+
+class Run(NamedTuple):
+    """One call of an objective."""
+
+    batch: Batch
+    outcome: Outcome
+    loss: Tensor  # 0-d, with the emitted gradient behind it
+
+
+def _run(
+    x: object,
+    y: object | None,
+    chosen: Settings,
+    ids: object = None,
+    y_ids: object = None,
+    weight: object = None,
+    check_finite: bool | None = None,
+) -> Run:
+    """Validate, go forward, attach the gradient. `y` is None where x is a similarity matrix."""
+    if y is None:
+        x = validation.similarity_matrix(x)
+        y = x.new_empty(x.shape[1], 0)
+        checked = {"S": x}
+    else:
+        x, y = validation.embeddings(x, y)
+        checked = {"x": x, "y": y}
+    if check_finite is None:
+        check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+    scale = validation.anchor_weight(weight, min(len(x), len(y)), x.device, check_finite)
+    if check_finite:
+        validation.finite(**checked)
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _attach(x, y, chosen, rows, cols, scale)
+    return _attach(x, y, chosen, rows, cols, scale)
+
+
+def _attach(
+    x: Tensor, y: Tensor, chosen: Settings, ids: Tensor | None, y_ids: Tensor | None, weight: Tensor | None
+) -> Run:
+    with torch.no_grad():
+        batch = engine.prepare(x, y, chosen.similarity, ids, y_ids, weight)
+        outcome = engine.forward(batch, chosen)
+    loss = outcome.value
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        loss = _Emit.apply(x, y, loss, chosen, batch.masks, outcome.entries, outcome.dense)
+    return Run(batch, outcome, loss)
+
+
+def _emit(
+    x: Tensor,
+    y: Tensor,
+    chosen: Settings,
+    batch: Batch,
+    entries: Entries | None,
+    dense: Dense | None,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂l/∂x and ∂l/∂y in the inputs' dtypes."""
+    gx, gy = engine.emit(batch, chosen, entries, dense, needs)
+    back = chosen.similarity.pull_back
+    return (
+        None if gx is None else back(x.detach().to(gx.dtype), batch.x, gx).to(x.dtype),
+        None if gy is None else back(y.detach().to(gy.dtype), batch.y, gy).to(y.dtype),
+    )
+
+
+class _Emit(torch.autograd.Function):
+    """The value forward; backward hands out the emitted gradient times the incoming one."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        y: Tensor,
+        value: Tensor,
+        chosen: Settings,
+        masks: Masks,
+        entries: Entries | None,
+        dense: Dense | None,
+    ) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, _, *ctx.rest = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        chosen, masks, entries, dense = ctx.rest
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            batch = engine.prepare(x, y, chosen.similarity, None, None, None)._replace(masks=masks)
+            if entries is not None:
+                entries = entries._replace(value=entries.value * incoming)
+            if dense is not None:
+                dense = dense._replace(share=dense.share * incoming)
+            gx, gy = _emit(x, y, chosen, batch, entries, dense, ctx.needs_input_grad[:2])
+        if torch.is_grad_enabled():  # create_graph=True: a second backward has to meet a refusal, not silence
+            gx = None if gx is None else _NoSecondDerivative.apply(gx, x, y, incoming)
+            gy = None if gy is None else _NoSecondDerivative.apply(gy, x, y, incoming)
+        return gx, gy, None, None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "goal emits a gradient, not a loss: T × P has no second derivative that autograd could take (most "
+            "combinations are the gradient of no function). Leave out create_graph=True, or use an ordinary loss."
+        )

@@ -1,0 +1,126 @@
+"""Feature and text files: read with errors that name file and row, and written whole or not at all."""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 64 << 20  # a check reads this much at a time
+BAR_BYTES = 2 << 30  # a check of a larger array shows a progress bar
+
+
+def read_lines(path: Path) -> list[str]:
+    """The stripped lines of a UTF-8 file; only a newline ends one, since captions may hold other separators.
+
+    Raises:
+        ValueError: no such file, or a line that is not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    rows = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    lines = []
+    for row, line in enumerate(rows if rows != [b""] else []):
+        try:
+            lines.append(line.decode().strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: row {row} is not UTF-8: {error}") from error
+    return lines
+
+
+def read_features(path: Path, tensor: str, ndim: Sequence[int]) -> NDArray[Any]:
+    """Finite features: of .npy a read-only memory map in the file's dtype, of .safetensors float32 in memory.
+
+    Args:
+        path: the file.
+        tensor: the tensor to take if a .safetensors file holds several.
+        ndim: the numbers of dimensions allowed.
+
+    Raises:
+        ValueError: no such file, another format, dtype or shape, no rows, or a row with NaN or infinity.
+    """
+    features = read_array(path, tensor)
+    if features.dtype.kind != "f":
+        raise ValueError(f"{path}: features must be floating point, got {features.dtype}")
+    if features.ndim not in ndim:
+        allowed = " or ".join(map(str, ndim))
+        raise ValueError(f"{path}: features must have {allowed} dimensions, got shape {features.shape}")
+    if features.size == 0:
+        raise ValueError(f"{path}: features must not be empty, got shape {features.shape}")
+    for start, chunk in chunks(features, f"checking {path.name}"):
+        finite = np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"{path}: row {start + int(finite.argmin())} holds NaN or infinity")
+    return features
+
+
+def read_array(path: Path, tensor: str) -> NDArray[Any]:
+    """An array from .npy, as a read-only memory map, or .safetensors, in memory; nothing is unpickled."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, tensor)
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: must be a .npy or a .safetensors file")
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:  # pickled objects, another format, cut short
+        raise ValueError(f"{path}: no array of numbers in .npy format: {error}") from error
+
+
+def read_safetensors(path: Path, tensor: str) -> NDArray[Any]:
+    from safetensors import SafetensorError, safe_open  # an extra: .npy files do without it
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            name = names[0] if len(names) == 1 else tensor
+            if name not in names:
+                raise ValueError(f"{path}: must hold one tensor, or one named {tensor!r}; it holds {names}")
+            loaded: torch.Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not in safetensors format: {error}") from error
+    return loaded.float().numpy() if loaded.is_floating_point() else loaded.numpy()
+
+
+def chunks(array: NDArray[Any], what: str, multiple: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(first row, rows) in order, a bounded number of bytes at a time, in whole multiples of rows.
+
+    >>> [(start, len(rows)) for start, rows in chunks(np.zeros((10, 1 << 22)), "reading", multiple=5)]
+    [(0, 5), (5, 5)]
+    """
+    rows = max(1, CHUNK_BYTES // (array.nbytes // len(array)) // multiple) * multiple
+    starts: Iterable[int] = range(0, len(array), rows)
+    for start in bar(starts, what) if array.nbytes > BAR_BYTES else starts:
+        yield start, array[start : start + rows]
+
+
+def bar(items: Iterable[T], what: str) -> Iterable[T]:
+    """The items under a progress bar on stderr; without rich, just the items."""
+    if importlib.util.find_spec("rich") is None:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=what, console=Console(stderr=True), transient=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is never seen half-written: a temporary one takes its place once it is on disk."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,293 @@
+"""pair → mine → weigh → emit: the one path that every objective takes.
+
+s⁺                      pair   O(N·D)
+Statistics              mine   O(N·M·D), the only quadratic step
+T, P⁺, P⁻, Entries of G weigh  O(N), plain tensor functions
+∂l/∂x, ∂l/∂y            emit   O(N·D) for mined objectives
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal import mining as mining_
+from goal import reference, terms
+from goal import similarity as similarity_
+from goal.mining import Mining
+from goal.reference import Masks
+from goal.similarity import Dot
+from goal.statistics import Request, Statistics, finish, r_pos_exp, r_pos_lin
+from goal.terms import Term
+
+REDUCTIONS = ("mean", "sum")
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An objective, checked: everything about it but the data."""
+
+    T: Term
+    P: Term
+    mining: Mining
+    similarity: Dot
+    reduction: str
+
+    @functools.cached_property
+    def declared(self) -> tuple[str, ...]:
+        """The relative similarities that the terms read."""
+        return tuple(dict.fromkeys((*self.T.statistics, *self.P.statistics)))
+
+    @functools.cached_property
+    def request(self) -> Request:
+        """What the miner has to reduce."""
+        return Request(
+            semi_hard=self.mining.margin if self.mining.mined == "semi-hard" else None,
+            lin="r_neg_lin" in self.declared,
+            beta=self.parameter("r_neg_exp") if "r_neg_exp" in self.declared else None,
+        )
+
+    @property
+    def mines(self) -> bool:
+        """Whether anything of the mining stage is needed for the gradient."""
+        return self.mining.mined != "none" or bool(self.declared)
+
+    def parameter(self, statistic: str) -> Any:
+        """The parameter that a declared statistic reads from the term that declares it."""
+        term = self.P if statistic in self.P.statistics else self.T
+        return term.params[str(terms.STATISTICS[statistic])]
+
+    def relative(self, statistics: Statistics) -> dict[str, Tensor]:
+        """The declared relative similarities, each (2, K)."""
+        found: dict[str, Tensor] = {}
+        for name in self.declared:
+            if name == "r_pos_lin":
+                found[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
+            elif name == "r_pos_exp":
+                found[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.parameter(name))
+            else:
+                found[name] = getattr(statistics, name)
+        return found
+
+    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: dict[str, Tensor]) -> tuple[Any, Any, Any]:
+        """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
+
+        P is kept below finfo.max^0.9, where the exponentials of far-off similarities leave the dtype's range.
+        """
+        t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
+        p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
+        return t, _saturate(p_pos), _saturate(p_neg)
+
+    @functools.cached_property
+    def _potential(self) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+        return terms.potential(self.T, self.P)
+
+    def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
+        """l(s⁺, s⁻): the loss whose gradient T × P is where the table carries it, else the violation s⁻ − s⁺."""
+        found = self._potential(s_pos, s_neg) if self._potential is not None else None
+        return s_neg - s_pos if found is None else found
+
+
+def _saturate(weight: Any) -> Any:
+    if not isinstance(weight, Tensor):
+        return weight
+    limit = torch.finfo(weight.dtype).max ** 0.9
+    return weight.clamp(-limit, limit)
+
+
+@functools.lru_cache(maxsize=256)
+def settings(
+    T: str | Term, P: str | Term, mining: str | Mining, similarity: str, reduction: str, impl: str
+) -> Settings:
+    """The checked objective behind the arguments of `goal.apply`."""
+    if reduction not in REDUCTIONS:
+        raise terms.unknown("reduction", reduction, REDUCTIONS)
+    if impl not in IMPLEMENTATIONS:
+        raise terms.unknown("impl", impl, IMPLEMENTATIONS)
+    if impl == "triton":
+        raise ValueError("impl='triton' is not available yet: this version has no kernels. Use 'auto' or 'torch'.")
+    chosen = similarity_.GIVEN if similarity == "given" else similarity_.bind(similarity)
+    return Settings(terms.T.bind(T), terms.P.bind(P), mining_.bind(mining), chosen, reduction)
+
+
+class Batch(NamedTuple):
+    """One call's data in the computing dtype."""
+
+    x: Tensor  # (N, D), embedded
+    y: Tensor  # (M, D)
+    masks: Masks
+    weight: Tensor | None  # (K,)
+
+    @property
+    def pairs(self) -> int:
+        return self.masks.pairs
+
+
+class Entries(NamedTuple):
+    """Entries of G = ∂l/∂S, repeated ones add."""
+
+    row: Tensor  # (E,) int64
+    col: Tensor  # (E,) int64
+    value: Tensor  # (E,)
+
+
+class Dense(NamedTuple):
+    """What emits G for anchors that meet all their negatives."""
+
+    s_pos: Tensor  # (K,)
+    share: Tensor  # (2, K), what each of an anchor's negatives weighs
+    relative: dict[str, Tensor]  # each (2, K)
+
+
+class Outcome(NamedTuple):
+    """What forward knows at its end: the value, and all that backward needs besides x and y."""
+
+    value: Tensor  # 0-d
+    entries: Entries | None
+    dense: Dense | None
+    seen: Seen
+
+
+class Seen(NamedTuple):
+    """What the weights were computed from, for `Stats`; row 0 is x→y, row 1 is y→x."""
+
+    s_pos: Tensor  # (K,)
+    statistics: Statistics | None
+    weights: tuple[Any, Any, Any] | None  # T, P⁺, P⁻ of the mined triplets, each (2, K) or a number
+    fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
+
+
+def prepare(
+    x: Tensor, y: Tensor, similarity: Dot, ids: Tensor | None, y_ids: Tensor | None, weight: Tensor | None
+) -> Batch:
+    """Inputs in the computing dtype (float32, or float64 for float64), embedded, with their masks."""
+    dtype = torch.float64 if x.dtype == torch.float64 or y.dtype == torch.float64 else torch.float32
+    rows, cols = reference.id_codes(ids, y_ids, dtype) if ids is not None and y_ids is not None else (None, None)
+    return Batch(
+        x=similarity.embed(x.detach().to(dtype)),
+        y=similarity.embed(y.detach().to(dtype)),
+        masks=Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(len(x), len(y))),
+        weight=None if weight is None else weight.detach().to(dtype),
+    )
+
+
+def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
+    """The mining stage over the whole batch."""
+    k = batch.pairs
+    s_pos = chosen.similarity.pairs(batch.x[:k], batch.y[:k], None, None)
+    return finish(s_pos, *reference.mine(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks))
+
+
+def forward(batch: Batch, chosen: Settings) -> Outcome:
+    """pair, mine and weigh: the value and the entries of G."""
+    k = batch.pairs
+    s_pos = chosen.similarity.pairs(batch.x[:k], batch.y[:k], None, None)
+    scale = _scale(batch, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
+    statistics = None
+    relative: dict[str, Tensor] = {}
+    if chosen.mines:
+        parts = reference.mine(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
+        statistics = finish(s_pos, *parts)
+        relative = chosen.relative(statistics)
+    fallback = None
+    if chosen.mining.eps is not None and statistics is not None:
+        fallback = (s_pos - statistics.s_neg).abs() < chosen.mining.eps
+    value = s_pos.new_zeros(())
+    entries, weights, dense = None, None, None
+    if chosen.mining.mined != "none" and statistics is not None:
+        entries, weights, value = _weigh(chosen, batch, statistics, relative, scale, fallback)
+    if chosen.mining.dense != "never":
+        share = _shares(batch, chosen.mining, scale, fallback, s_pos)
+        dense = Dense(s_pos, share, relative)
+        value = value + reference.dense_value(
+            chosen.similarity, batch.x, batch.y, s_pos, share, batch.masks, chosen.value
+        )
+    return Outcome(value, entries, dense, Seen(s_pos, statistics, weights, fallback))
+
+
+def _scale(batch: Batch, reduction: str) -> Any:
+    """What each anchor weighs: wᵢ, divided by Σ w (by K without weights) for the mean."""
+    if batch.weight is None:
+        return 1.0 if reduction == "sum" else 1.0 / batch.pairs
+    if reduction == "sum":
+        return batch.weight
+    total = batch.weight.sum()
+    return batch.weight / torch.where(total == 0, 1, total)  # all weights 0: nothing is emitted
+
+
+def _weigh(
+    chosen: Settings,
+    batch: Batch,
+    statistics: Statistics,
+    relative: dict[str, Tensor],
+    scale: Any,
+    fallback: Tensor | None,
+) -> tuple[Entries, tuple[Any, Any, Any], Tensor]:
+    """The entries of G and the value of the mined triplets, one for each anchor and direction."""
+    s_pos = statistics.s_pos
+    s_neg, index = statistics.s_neg, statistics.negative
+    if statistics.semi is not None and statistics.semi_negative is not None:
+        s_neg, index = statistics.semi, statistics.semi_negative
+    share: Any = scale
+    if batch.masks.ids is not None or statistics.semi is not None or min(len(batch.x), len(batch.y)) < 2:
+        has = s_neg != -torch.inf
+        s_neg = torch.where(has, s_neg, s_pos)  # a stand-in where there is no negative: its share is 0
+        share = has.to(s_pos.dtype) * share
+    if fallback is not None:
+        share = (~fallback).to(s_pos.dtype) * share
+    t, p_pos, p_neg = chosen.weights(s_pos, s_neg, relative)
+    value = (chosen.value(s_pos, s_neg) * share).sum()
+    selected = t * share
+    pull = _spread(-selected * p_pos, s_neg).sum(0)  # (K,), both directions
+    push = _spread(selected * p_neg, s_neg)  # (2, K)
+    anchors = torch.arange(batch.pairs, device=s_pos.device)
+    entries = Entries(
+        row=torch.cat((anchors, anchors, index[1])),
+        col=torch.cat((anchors, index[0], anchors)),
+        value=torch.cat((pull, push.flatten())),
+    )
+    return entries, (t, p_pos, p_neg), value
+
+
+def _spread(weight: Any, like: Tensor) -> Tensor:
+    """A weight, which may be a plain number, in the shape of `like`."""
+    return weight.expand_as(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)
+
+
+def _shares(batch: Batch, mining: Mining, scale: Any, fallback: Tensor | None, s_pos: Tensor) -> Tensor:
+    """(2, K): what each negative weighs of the anchors that meet all of theirs; 0 for the others."""
+    n, m, k = len(batch.x), len(batch.y), batch.pairs
+    sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, k)  # number of negatives
+    ids, y_ids = batch.masks.ids, batch.masks.y_ids
+    if ids is not None and y_ids is not None:
+        own = (ids[:k] != y_ids[:k]).to(s_pos.dtype)  # the pair, where its ids do not remove it already
+        sizes = torch.stack((m - _occurrences(ids[:k], y_ids) - own, n - _occurrences(y_ids[:k], ids) - own))
+    share = scale / sizes.clamp(min=1) if mining.average else torch.ones_like(sizes) * scale
+    return share if fallback is None else torch.where(fallback, share, share.new_zeros(()))
+
+
+def _occurrences(of: Tensor, among: Tensor) -> Tensor:
+    ordered = among.sort().values
+    return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
+
+
+def emit(
+    batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
+    gx, gy = None, None
+    if dense is not None:
+        gx, gy = reference.dense_emit(chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.weights, needs)
+    if entries is not None and needs[0]:
+        scattered = chosen.similarity.scatter(batch.x, batch.y, *entries, "x")
+        gx = scattered if gx is None else gx.add_(scattered)
+    if entries is not None and needs[1]:
+        scattered = chosen.similarity.scatter(batch.x, batch.y, *entries, "y")
+        gy = scattered if gy is None else gy.add_(scattered)
+    return gx, gy

@@ -1,0 +1,80 @@
+"""Which negatives an anchor meets: hardest, semi-hard, all, selective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from goal.terms import check_number, spell, unknown
+
+
+@dataclass(frozen=True)
+class Mining:
+    """A selection mᵢⱼ ≥ 0 over each anchor's negatives, as the engine needs to know it.
+
+    `margin` is set for semi-hard mining alone, `eps` for selective alone, `average` for all negatives alone.
+    """
+
+    name: str
+    mined: Literal["hardest", "semi-hard", "none"]  # the one negative that the miner finds for each anchor
+    dense: Literal["never", "always", "fallback"]  # which anchors meet all their negatives
+    average: bool = True  # dense anchors: each negative weighs 1 / number of negatives, not 1
+    margin: float | None = None
+    eps: float | None = None
+
+    def __repr__(self) -> str:
+        given = {"margin": self.margin, "eps": self.eps, "average": self.average if self.name == "all" else None}
+        shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        return f"mining.{ {'all': 'all_negatives'}.get(self.name, self.name.replace('-', '_')) }({shown})"
+
+
+def hardest() -> Mining:
+    """The negative with the highest similarity (Faghri et al., VSE++, eq. 6)."""
+    return Mining("hardest", "hardest", "never")
+
+
+def semi_hard(margin: float = 0.2) -> Mining:
+    """The hardest among s⁺ − margin < s⁻ < s⁺; an anchor with none emits nothing (Schroff et al., FaceNet, §3.2).
+
+    Negatives whose s⁻ equals s⁺ within the rounding of one product count as ties, and so as not below s⁺.
+    """
+    margin = check_number("goal.mining.semi_hard", "margin", margin)
+    if margin == 0:
+        raise ValueError("goal.mining.semi_hard: parameter 'margin' must be > 0, got 0.0 (no s⁻ lies between).")
+    return Mining("semi-hard", "semi-hard", "never", margin=margin)
+
+
+def all_negatives(average: bool = True) -> Mining:
+    """Every negative; with `average` each weighs 1 / (number of the anchor's negatives), without it 1."""
+    if not isinstance(average, bool):
+        raise TypeError(f"goal.mining.all_negatives: average must be True or False, got {average!r}.")
+    return Mining("all", "none", "always", average=average)
+
+
+def selective(eps: float = 0.01) -> Mining:
+    """T-SelHN: the mean over all negatives where |s⁺ − max s⁻| < eps, else the hardest; per anchor and direction.
+
+    The hardest negative's gradient vanishes where s⁻ ≈ s⁺, which is where a collapsed start lies.
+    """
+    eps = check_number("goal.mining.selective", "eps", eps)
+    return Mining("selective", "hardest", "fallback", eps=eps)
+
+
+_BY_NAME: dict[str, Callable[[], Mining]] = {
+    "hardest": hardest,
+    "semi-hard": semi_hard,
+    "all": all_negatives,
+    "selective": selective,
+}
+
+
+def bind(mining: str | Mining) -> Mining:
+    """A `Mining` from what a user passes as `mining=`."""
+    if isinstance(mining, Mining):
+        return mining
+    if not isinstance(mining, str):
+        raise TypeError(f"mining must be a name or an object such as goal.mining.hardest(), got {mining!r}.")
+    if spell(mining) not in _BY_NAME:
+        raise unknown("mining", mining, list(_BY_NAME))
+    return _BY_NAME[spell(mining)]()

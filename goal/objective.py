@@ -1,0 +1,238 @@
+"""Objectives as modules, and the recipes of the literature by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from goal import engine, mining, terms, validation
+from goal.autograd import _run
+from goal.engine import Batch, Seen
+from goal.stats import Stats, stats
+
+
+class Objective(nn.Module):
+    """`goal.apply` with its arguments bound: ``objective(x, y)`` is the scalar, ``objective.stats`` what it saw.
+
+    Args: as for `goal.apply`; the data come with the call.
+
+    Raises:
+        ValueError, TypeError: for an unknown name or a parameter out of range, at construction.
+
+    Example:
+        >>> import goal, torch
+        >>> objective = goal.Objective(T=goal.T.con(margin=0.2), P="con", mining="semi-hard")
+        >>> x, y = torch.eye(4, requires_grad=True), torch.eye(4)
+        >>> objective(x, y).item()
+        0.0
+        >>> objective.stats.s_pos
+        tensor([1., 1., 1., 1.])
+    """
+
+    def __init__(
+        self,
+        T: str | terms.Term = "cir",
+        P: str | terms.Term = "sig-ms",
+        *,
+        mining: str | mining.Mining = "hardest",
+        reduction: str = "mean",
+        similarity: str = "dot",
+        impl: str = "auto",
+        check_finite: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = engine.settings(T, P, mining, similarity, reduction, impl)
+        self.check_finite = check_finite
+        self._seen: tuple[Batch, Seen] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        y_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
+        batch, outcome, loss = _run(x, y, self.settings, ids, y_ids, weight, self.check_finite)
+        self._seen = batch, outcome.seen
+        return loss
+
+    @property
+    def stats(self) -> Stats:
+        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings."""
+        if self._seen is None:
+            raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
+        with torch.no_grad():
+            return stats(self._seen[0], self.settings, self._seen[1])
+
+    def extra_repr(self) -> str:
+        s = self.settings
+        return f"{s.T} × {s.P}, {s.mining}, {s.reduction}, {s.similarity.name}"
+
+
+def _logits(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S (N, M) with −inf at equal ids off the pairs, and where those are."""
+    x, y = validation.embeddings(x, y)
+    rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+    s = x @ y.T
+    same = torch.zeros_like(s, dtype=torch.bool)
+    if rows is not None and cols is not None:
+        same = rows[:, None] == cols
+        same.fill_diagonal_(False)
+    return s, same
+
+
+class InfoNCE(nn.Module):
+    """The symmetric cross entropy over the batch, −log softmax(τ s)ᵢᵢ, averaged over both directions; plain autograd.
+
+    Args:
+        tau: inverse temperature, > 0.
+
+    Source: Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
+    """
+
+    def __init__(self, tau: float = 20.0) -> None:
+        super().__init__()
+        self.tau = terms.check_number("goal.recipe('infonce')", "tau", tau)
+
+    def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
+        """The loss of (N, D) and (M, D) embeddings; 0-d."""
+        s, same = _logits(x, y, ids, y_ids)
+        s = (self.tau * s).masked_fill(same, -torch.inf)
+        k = min(s.shape)
+        target = torch.arange(k, device=s.device)
+        return (cross_entropy(s[:k], target) + cross_entropy(s[:, :k].T, target)) / 2
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}"
+
+
+class SigLIP(nn.Module):
+    """−Σᵢⱼ log σ(zᵢⱼ(e^t s + b)) / K with z = 1 at the pairs and −1 elsewhere; t and b are learned; plain autograd.
+
+    Args:
+        tau: initial e^t, > 0.
+        bias: initial b.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, algorithm 1.
+    """
+
+    def __init__(self, tau: float = 10.0, bias: float = -10.0) -> None:
+        super().__init__()
+        tau = terms.check_number("goal.recipe('siglip')", "tau", tau)
+        self.log_tau = nn.Parameter(torch.tensor(tau).log())
+        self.bias = nn.Parameter(torch.tensor(terms.check_number("goal.recipe('siglip')", "bias", bias)))
+
+    def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
+        """The loss of (N, D) and (M, D) embeddings; 0-d."""
+        s, same = _logits(x, y, ids, y_ids)
+        z = -torch.ones_like(s)
+        z.fill_diagonal_(1.0)
+        each = logsigmoid(z * (self.log_tau.exp() * s + self.bias))
+        return -each.masked_fill(same, 0).sum() / min(s.shape)
+
+
+def _objective(**fixed: Any) -> Callable[..., nn.Module]:
+    return lambda **overrides: Objective(**{**fixed, **overrides})
+
+
+_HINGE, _ORDER_HINGE = terms.T.con(margin=0.2), terms.T.con(margin=0.05)
+_SUM_OF_HINGES = mining.all_negatives(average=False)
+_RECIPES: dict[str, Callable[..., nn.Module]] = {
+    "vse0": _objective(T=_HINGE, P="con", mining=_SUM_OF_HINGES, reduction="sum"),
+    "vse++": _objective(T=_HINGE, P="con", mining="hardest", reduction="sum"),
+    "t-selhn": _objective(T=_HINGE, P="con", mining="selective"),
+    "order0": _objective(T=_ORDER_HINGE, P="con", mining=_SUM_OF_HINGES, reduction="sum", similarity="order"),
+    "order++": _objective(T=_ORDER_HINGE, P="con", mining="hardest", reduction="sum", similarity="order"),
+    "circle": _objective(T="cir", P="lin"),
+    "nca": _objective(T="nca", P="con"),
+    "binomial-deviance": _objective(T="con", P="sig"),
+    "multi-similarity": _objective(T="con", P="sig-ms"),
+    "goal": _objective(T="cir", P="sig-ms"),
+    "infonce": InfoNCE,
+    "siglip": SigLIP,
+}
+
+
+def recipes() -> tuple[str, ...]:
+    """The names that `goal.recipe` knows.
+
+    Example:
+        >>> import goal
+        >>> "vse++" in goal.recipes()
+        True
+    """
+    return tuple(_RECIPES)
+
+
+def recipe(name: str, **overrides: Any) -> nn.Module:
+    """An objective of the literature by name.
+
+    | name | what it is | source |
+    |---|---|---|
+    | `vse0`, `vse++` | con(0.2) × con over all negatives or the hardest, sum | Faghri et al., VSE++, BMVC 2018, eq. 5, 6 |
+    | `t-selhn` | con(0.2) × con, selective mining, mean | Li et al., RVSE++, T-SelHN |
+    | `order0`, `order++` | the hinges with margin 0.05 on order embeddings of |x|, |y|, not normalised | Vendrov et al., 2016 |
+    | `circle` | cir × lin | Sun et al., Circle loss, CVPR 2020 |
+    | `nca` | nca × con | Goldberger et al., 2004; InfoNCE with one negative |
+    | `binomial-deviance` | con × sig | Yi et al., 2014 |
+    | `multi-similarity` | con × sig-ms | Wang et al., CVPR 2019 |
+    | `goal` | cir × sig-ms | Xuan & Chen, WACV 2023 |
+    | `infonce`, `siglip` | yardsticks, ordinary losses with autograd | see `InfoNCE`, `SigLIP` |
+
+    Args:
+        name: one of `goal.recipes()`.
+        **overrides: arguments of `goal.Objective` (of `InfoNCE`, `SigLIP`) to change.
+
+    Returns:
+        A module to call with (x, y): L2-normalised embeddings, but |x|, |y| unnormalised for the order recipes.
+
+    Example:
+        >>> import goal
+        >>> goal.recipe("vse++", reduction="mean")
+        Objective(T.con(margin=0.2) × P.con(), mining.hardest(), mean, dot)
+    """
+    if not isinstance(name, str) or name not in _RECIPES:
+        raise terms.unknown("name", name, recipes())
+    return _RECIPES[name](**overrides)
+
+
+def pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, y, ids) of a labelled batch of one modality, the usual case of deep metric learning.
+
+    Each item is an anchor once, and its positive is the next item with its label (after the last, the first): y is a
+    permutation of x within labels. Items that are alone with their label have no positive and are left out.
+
+    Args:
+        embeddings: (B, D), differentiable.
+        labels: (B,) integers.
+
+    Returns:
+        x (K, D), y (K, D), ids (K,): for ``goal.apply(x, y, ids=ids)``.
+
+    Raises:
+        ValueError: no label occurs twice.
+
+    Example:
+        >>> import goal, torch
+        >>> x, y, ids = goal.pairs(torch.eye(5), torch.tensor([7, 3, 7, 3, 9]))
+        >>> x.argmax(1), y.argmax(1), ids
+        (tensor([1, 3, 0, 2]), tensor([3, 1, 2, 0]), tensor([3, 3, 7, 7]))
+    """
+    embeddings, _ = validation.embeddings(embeddings, embeddings)
+    ids, _ = validation.identities(labels, None, len(embeddings), len(embeddings), embeddings.device)
+    assert ids is not None
+    ordered, item = ids.sort(stable=True)
+    _, group, size = ordered.unique_consecutive(return_inverse=True, return_counts=True)
+    first = size.cumsum(0) - size
+    place = torch.arange(len(ids), device=ids.device)
+    following = first[group] + (place - first[group] + 1) % size[group]
+    paired = size[group] > 1
+    if not bool(paired.any()):
+        raise ValueError("labels: no label occurs twice, so no item has a positive.")
+    return embeddings[item[paired]], embeddings[item[following[paired]]], ordered[paired]

@@ -1,0 +1,274 @@
+"""The engine's stages in plain PyTorch: mine S tile by tile, emit the gradient. The truth that kernels are held to.
+
+No N × M matrix is stored: a tile is some rows of S with all columns, made, reduced in both directions and dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal.similarity import Dot
+from goal.statistics import Partial, Request, merge
+
+Value = Callable[[Tensor, Tensor], Tensor]
+Weights = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Any, Any, Any]]
+
+TILE = 1 << 22  # elements of S held at once
+_GROUP = 16  # rows whose maximum is taken before an index is sought
+
+
+def tiles(n: int, m: int) -> Iterator[slice]:
+    """The rows of each tile of an (n, m) matrix: all of them where n·m fits one tile."""
+    rows = max(64, TILE // max(1, m))
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
+
+
+class Masks(NamedTuple):
+    """What makes S[i, j] not a negative: the pair itself, and equal ids."""
+
+    ids: Tensor | None  # (n,) float codes of the rows of this block
+    y_ids: Tensor | None  # (m,) of its columns
+    row_offset: int  # global index of the block's first row
+    col_offset: int
+    pairs: int  # K: rows and columns below it are anchors
+
+    def rows(self, rows: slice) -> Masks:
+        ids = None if self.ids is None else self.ids[rows]
+        return self._replace(ids=ids, row_offset=self.row_offset + rows.start)
+
+    def diagonal(self, tile: Tensor) -> Tensor:
+        """View of the entries of a tile that are pairs."""
+        first = max(self.row_offset, self.col_offset)
+        last = min(self.row_offset + tile.shape[0], self.col_offset + tile.shape[1], self.pairs)
+        i, j = first - self.row_offset, first - self.col_offset
+        size = max(0, last - first)
+        return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
+
+    def differ(self, tile: Tensor) -> Tensor | None:
+        """The indicator of "ids differ" in the tile's shape and dtype; None without ids."""
+        if self.ids is None or self.y_ids is None:
+            return None
+        return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
+
+    def hide(self, tile: Tensor) -> Tensor:
+        """The tile with −inf wherever an entry is not a negative, in place."""
+        self.diagonal(tile).fill_(-torch.inf)
+        differ = self.differ(tile)
+        # the log of the indicator is 0 or −inf: streaming passes, several times faster than a masked fill
+        return tile if differ is None else tile.add_(differ.log_())
+
+    def live(self, tile: Tensor) -> Tensor:
+        """1 where an entry is a negative, else 0, in the tile's shape and dtype."""
+        differ = self.differ(tile)
+        live = torch.ones_like(tile) if differ is None else differ
+        self.diagonal(live).zero_()
+        return live
+
+
+def id_codes(ids: Tensor, y_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both sides' ids as small floats that are equal where the ids are (exact below 2²⁴ distinct ids)."""
+    _, codes = torch.unique(torch.cat((ids, y_ids)), return_inverse=True)
+    return codes[: len(ids)].to(dtype), codes[len(ids) :].to(dtype)
+
+
+def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
+    """Similarities closer than this are equal for the arithmetic of one product: 2√D · eps · max‖x‖ · max‖y‖."""
+    if similarity.name == "given":
+        return 0.0
+    longest: list[float] = [torch.linalg.vector_norm(side, dim=1).max().item() for side in (x, y)]
+    return 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * longest[0] * longest[1]
+
+
+def mine(
+    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks
+) -> tuple[Partial, Partial]:
+    """Both directions' partials of one block of S, from one pass over its tiles.
+
+    Args:
+        x: (n, D) embedded rows of the block, the global rows from `masks.row_offset` on.
+        y: (m, D) embedded columns.
+        s_pos: (K,) of the whole batch.
+        request: what is to be reduced.
+
+    Returns:
+        The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
+        The hardest similarities are those of `similarity.pairs`, not of the tile's product.
+    """
+    n_rows = max(0, min(masks.pairs - masks.row_offset, len(x)))  # anchors come first
+    n_cols = max(0, min(masks.pairs - masks.col_offset, len(y)))
+    threshold = s_pos.min() - 0.1 if len(s_pos) else s_pos.new_zeros(())
+    needs_tie = request.lin or request.semi_hard is not None
+    tie = rounding(similarity, x, y) if needs_tie and len(x) and len(y) else 0.0
+    of_rows: list[Partial] = []
+    of_cols: Partial | None = None
+    for rows in tiles(len(x), len(y)):
+        inside = masks.rows(rows)
+        tile = inside.hide(similarity.tile(x[rows], y))
+        anchors = max(0, min(n_rows - rows.start, len(tile)))
+        here = inside.row_offset
+        if anchors:
+            own = s_pos[here : here + anchors]
+            of_rows.append(_reduce(tile[:anchors], 1, masks.col_offset, own, request, threshold, tie))
+        if n_cols:
+            own = s_pos[masks.col_offset : masks.col_offset + n_cols]
+            part = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie)
+            of_cols = part if of_cols is None else merge(of_cols, part, request, threshold, tie)
+    x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
+    y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
+    lacking = masks.ids is not None or min(len(x), len(y)) < 2
+    return (
+        _rescore(x_to_y, lacking, lambda index: similarity.pairs(x[:n_rows], y, None, index - masks.col_offset)),
+        _rescore(y_to_x, lacking, lambda index: similarity.pairs(x, y[:n_cols], index - masks.row_offset, None)),
+    )
+
+
+def _reduce(
+    tile: Tensor, dim: int, offset: int, s_pos: Tensor, request: Request, threshold: Tensor, tie: float
+) -> Partial:
+    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates."""
+    s_neg, index = _max(tile, dim)
+    index += offset
+    result = Partial(s_neg, index)
+    if request.semi_hard is not None:
+        above, below = (s_pos - request.semi_hard).unsqueeze(dim), (s_pos - tie).unsqueeze(dim)
+        banded = torch.where((tile > above) & (tile < below), tile, -torch.inf)
+        semi, semi_negative = _max(banded, dim)
+        result = result._replace(semi=semi, semi_negative=semi_negative + offset)
+    if not request.lin and request.beta is None:
+        return result
+    buffer = torch.empty_like(tile)
+    valid = torch.ge(tile, threshold, out=buffer).sum(dim)  # the hardest included, where it is valid
+    has = (s_neg >= threshold).to(tile.dtype)
+    if request.lin:
+        ties = torch.ge(tile, (s_neg - tie).unsqueeze(dim), out=buffer).sum(dim)
+        reach = (s_neg - threshold).clamp(min=0)
+        excess = torch.sub(tile, threshold, out=buffer).clamp_(min=0).sum(dim)  # Σ (sᵢⱼ − threshold) over the valid
+        result = result._replace(
+            ties=ties, lin_count=(valid - ties).clamp(min=0) * has, lin_sum=(valid * reach - excess).clamp(min=0)
+        )
+    if request.beta is not None:
+        top = torch.maximum(s_neg, threshold)  # below the threshold the sum is empty
+        exps = torch.sub(tile, top.unsqueeze(dim), out=buffer).mul_(request.beta).exp_()
+        exps.mul_(torch.ge(tile, threshold, out=torch.empty_like(tile)))
+        exps.scatter_(dim, (index - offset).unsqueeze(dim), 0)  # the hardest stays outside
+        result = result._replace(exp_count=valid - has, exp_sum=exps.sum(dim))
+    return result
+
+
+def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`tile.max(dim)`, values and the lowest index; down long columns by way of groups of rows, several times faster."""
+    n, m = tile.shape
+    if dim == 1 or n % _GROUP or n * m < 1 << 16:
+        values, index = tile.max(dim)
+        return values, index
+    groups = tile.view(n // _GROUP, _GROUP, m)
+    values, group = groups.amax(1).max(0)  # (m,)
+    columns = torch.arange(m, device=tile.device)
+    within = groups[group, :, columns].max(1).indices  # (m, _GROUP) → (m,)
+    return values, group * _GROUP + within
+
+
+def _concatenate(parts: list[Partial]) -> Partial:
+    if len(parts) == 1:
+        return parts[0]
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    return Partial(*columns)
+
+
+def _nothing(s_pos: Tensor, request: Request) -> Partial:
+    """The partial of no anchors."""
+    none, index = s_pos.new_empty(0), s_pos.new_empty(0, dtype=torch.int64)
+    semi = request.semi_hard is not None
+    return Partial(
+        none,
+        index,
+        none if semi else None,
+        index if semi else None,
+        *([none] * 3 if request.lin else [None] * 3),
+        *([none] * 2 if request.beta is not None else [None] * 2),
+    )
+
+
+def _rescore(part: Partial, lacking: bool, pairs: Callable[[Tensor], Tensor]) -> Partial:
+    """The partial with its mined similarities computed as s⁺ is, so that equal pairs compare equal."""
+    s_neg = pairs(part.negative)
+    if lacking:
+        s_neg = torch.where(part.s_neg == -torch.inf, part.s_neg, s_neg)
+    part = part._replace(s_neg=s_neg)
+    if part.semi is not None and part.semi_negative is not None:
+        semi = torch.where(part.semi == -torch.inf, part.semi, pairs(part.semi_negative))
+        part = part._replace(semi=semi)
+    return part
+
+
+def dense_value(
+    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, value: Value
+) -> Tensor:
+    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions, 0-d; `share` is (2, K)."""
+    total = s_pos.new_zeros(())
+    for rows in tiles(len(x), len(y)):
+        tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
+        live = inside.live(tile)
+        for dim, part, at in _directions(len(tile), len(s_pos), rows.start):
+            s, on = tile[part], live[part]
+            total += (share[1 - dim, at].unsqueeze(dim) * value(s_pos[at].unsqueeze(dim), s) * on).sum()
+    return total
+
+
+def dense_emit(
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    s_pos: Tensor,
+    share: Tensor,
+    relative: dict[str, Tensor],
+    masks: Masks,
+    weights: Weights,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """∂l/∂x and ∂l/∂y of anchors that meet all their negatives: G is made tile by tile, S a second time.
+
+    Args:
+        share: (2, K), what each of an anchor's negatives weighs; 0 for anchors that do not meet all of them.
+        relative: the statistics that the terms declared, each (2, K).
+        weights: (s⁺, s, statistics) → T, P⁺, P⁻.
+        needs: whether x and y need a gradient.
+    """
+    gx = torch.zeros_like(x) if needs[0] else None
+    gy = torch.zeros_like(y) if needs[1] else None
+    pull = torch.zeros_like(s_pos)  # (K,) −G at the pairs
+    for rows in tiles(len(x), len(y)):
+        tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
+        live, g = inside.live(tile), torch.zeros_like(tile)
+        for dim, part, at in _directions(len(tile), len(s_pos), rows.start):
+            own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
+            t, p_pos, p_neg = weights(s_pos[at].unsqueeze(dim), tile[part], own)
+            selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
+            g[part] += selected * p_neg
+            pull[at] += (selected * p_pos).sum(dim)
+        if gx is not None:
+            gx[rows] = similarity.spread(x[rows], y, g, "x")
+        if gy is not None:
+            gy += similarity.spread(x[rows], y, g, "y")
+    pairs = torch.arange(len(s_pos), device=x.device)
+    if gx is not None:
+        gx += similarity.scatter(x, y, pairs, pairs, -pull, "x")
+    if gy is not None:
+        gy += similarity.scatter(x, y, pairs, pairs, -pull, "y")
+    return gx, gy
+
+
+Index = tuple[slice, slice]
+
+
+def _directions(height: int, pairs: int, start: int) -> Iterator[tuple[int, Index, slice]]:
+    """For x→y and y→x: the candidates' dimension, a tile's part with anchors, and which anchors those are."""
+    anchors = max(0, min(pairs - start, height))
+    yield 1, (slice(0, anchors), slice(None)), slice(start, start + anchors)
+    yield 0, (slice(None), slice(0, pairs)), slice(0, pairs)

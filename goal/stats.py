@@ -1,0 +1,58 @@
+"""What an objective saw in a batch, for logs and diagnosis."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal import engine
+from goal.engine import Batch, Seen, Settings
+
+
+class Stats(NamedTuple):
+    """One batch as the objective saw it: detached tensors in the computing dtype; row 0 is x→y, row 1 is y→x.
+
+    The negative is the one that the mining selects; with all negatives, the hardest.
+    """
+
+    s_pos: Tensor  # (K,) similarity of each pair
+    s_neg: Tensor  # (2, K) similarity of the negative; −inf where an anchor has none
+    index: Tensor  # type: ignore[assignment]  # (2, K) int64, the negative's row in y or in x; −1 where there is none
+    T: Tensor  # (2, K) triplet weight; 0 where an anchor has no negative
+    P_pos: Tensor  # (2, K)
+    P_neg: Tensor  # (2, K)
+    active: Tensor  # 0-d, share of the 2K anchors whose triplet has T ≠ 0
+    fallback: Tensor  # 0-d, share of the 2K anchors on selective mining's mean over all negatives
+    recall_at_1: Tensor  # (2,) share of anchors with s⁺ > every negative in the batch (ties count against)
+
+
+def stats(batch: Batch, chosen: Settings, seen: Seen) -> Stats:
+    """The statistics of a batch that `engine.forward` has seen; mines only what forward did not need."""
+    found = seen.statistics if seen.statistics is not None else engine.mine(batch, chosen, chosen.request)
+    s_neg, index = found.s_neg, found.negative
+    if found.semi is not None and found.semi_negative is not None:
+        s_neg, index = found.semi, found.semi_negative
+    has = s_neg != -torch.inf
+    weights = seen.weights
+    if weights is None:
+        stand_in = torch.where(has, s_neg, found.s_pos)
+        weights = chosen.weights(found.s_pos, stand_in, chosen.relative(found))
+    t, p_pos, p_neg = (torch.where(has, _full(weight, s_neg), 0) for weight in weights)
+    on_fallback = torch.zeros_like(has) if seen.fallback is None else seen.fallback
+    return Stats(
+        s_pos=found.s_pos,
+        s_neg=s_neg,
+        index=torch.where(has, index, -1),
+        T=t,
+        P_pos=p_pos,
+        P_neg=p_neg,
+        active=(t != 0).to(t.dtype).mean(),
+        fallback=on_fallback.to(t.dtype).mean(),
+        recall_at_1=(found.s_pos > found.s_neg).to(t.dtype).mean(1),
+    )
+
+
+def _full(weight: Any, like: Tensor) -> Tensor:
+    return torch.as_tensor(weight, dtype=like.dtype, device=like.device).expand_as(like)

@@ -1,0 +1,393 @@
+"""Triplet weights T(s⁺, s⁻) and pair weights P±(s): the terms whose product is a gradient.
+
+A term is one small pure function of tensors, written with torch operators and registered by name:
+
+    @goal.triplet_weight("mine")
+    def mine(s_pos, s_neg, *, tau=10.0):
+        return torch.sigmoid(tau * (s_neg - s_pos))
+
+It is evaluated elementwise, so the same function serves per-anchor vectors (mined objectives) and whole tiles of
+similarities (dense objectives). `goal.T.mine(tau=5.0)` is the term with its parameters bound.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+Parameter = float | bool | None
+Potential = Callable[..., Tensor | None]
+
+# The relative similarities a term may declare, with the parameter each one reads from its term.
+# All are means over a batch-dependent set, 0 where the set is empty, constants for the gradient; shape of the anchors.
+STATISTICS: Mapping[str, str | None] = {
+    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)            over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out
+    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)            over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, zeros left out
+    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))   over the same k, self left out
+    "r_neg_exp": "beta",  # R⁻ = mean exp(−β(s⁻ᵢ − sᵢⱼ))   over the same j
+}
+_POSITIVE = frozenset({"tau", "alpha", "beta"})
+_NOT_NEGATIVE = frozenset({"margin", "eps"})
+
+
+def spell(name: str) -> str:
+    """The registered spelling of a name: hyphens, whatever was typed."""
+    return name.replace("_", "-")
+
+
+def unknown(argument: str, came: object, known: Sequence[str]) -> ValueError:
+    """The error for an unknown name: what came, the nearest known name, and all of them."""
+    near = difflib.get_close_matches(spell(str(came)), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{argument}={came!r} is not known.{hint} Known: {', '.join(known)}.")
+
+
+def check_number(owner: str, name: str, value: object) -> float:
+    """A finite Python float from a number; raises with the argument's name otherwise."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise ValueError(
+                f"{owner}: parameter {name!r} requires grad, but a parameter of a gradient-space objective has no "
+                "gradient (there is no loss to differentiate). Pass a number; use a schedule to change it."
+            )
+        if value.numel() == 1:
+            value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: parameter {name!r} must be a number, got {type(value).__name__} ({value!r}).")
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{owner}: parameter {name!r} must be finite, got {value}.")
+    if name in _POSITIVE and value <= 0:
+        raise ValueError(f"{owner}: parameter {name!r} must be > 0, got {value}.")
+    if name in _NOT_NEGATIVE and value < 0:
+        raise ValueError(f"{owner}: parameter {name!r} must be >= 0, got {value}.")
+    return value
+
+
+@dataclass(frozen=True)
+class Term:
+    """A registered weight with its parameters bound: what `goal.T.cir(tau=5.0)` returns.
+
+    Call it with the similarities (any broadcastable shapes) and the statistics that it declares.
+    """
+
+    definition: Definition
+    values: tuple[Parameter, ...]  # in the order of definition.defaults
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def params(self) -> dict[str, Parameter]:
+        return dict(zip(self.definition.defaults, self.values, strict=True))
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return self.definition.statistics
+
+    def __call__(self, s_pos: Tensor, s_neg: Tensor, **statistics: Tensor) -> Any:
+        return self.definition.function(s_pos, s_neg, **self.params, **statistics)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
+        return f"{self.definition.registry}.{self.name.replace('-', '_')}({shown})"
+
+
+@dataclass(frozen=True, eq=False)
+class Definition:
+    """A registered term: its function, the defaults of its parameters, its statistics and its potentials."""
+
+    registry: str  # "T" or "P"
+    name: str
+    function: Callable[..., Any]
+    defaults: Mapping[str, Parameter]
+    statistics: tuple[str, ...] = ()
+    potentials: Mapping[str, Potential] = field(default_factory=dict)
+
+    def __call__(self, **params: object) -> Term:
+        owner = f"goal.{self.registry}.{self.name.replace('-', '_')}"
+        if stray := [name for name in params if name not in self.defaults]:
+            raise TypeError(f"{owner} has no parameter {stray[0]!r}. Known: {', '.join(self.defaults) or 'none'}.")
+        return Term(self, tuple(self._checked(owner, n, params.get(n, d), d) for n, d in self.defaults.items()))
+
+    @staticmethod
+    def _checked(owner: str, name: str, value: object, default: Parameter) -> Parameter:
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise TypeError(f"{owner}: parameter {name!r} must be True or False, got {value!r}.")
+            return value
+        if value is None and default is None:
+            return None
+        return check_number(owner, name, value)
+
+
+class Registry:
+    """The weights of one kind by name: `goal.T` and `goal.P`.
+
+    `goal.T.cir(tau=5.0)` binds parameters; `"cir" in goal.T`, `list(goal.T)` and `goal.T["cir"]` look names up.
+    """
+
+    def __init__(self, kind: str, meaning: str) -> None:
+        self._kind = kind
+        self._meaning = meaning
+        self._definitions: dict[str, Definition] = {}
+
+    def __getattr__(self, name: str) -> Definition:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except ValueError as error:
+            raise AttributeError(str(error)) from None
+
+    def __getitem__(self, name: str) -> Definition:
+        if spell(name) not in self._definitions:
+            raise unknown(self._kind, name, list(self._definitions))
+        return self._definitions[spell(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and spell(name) in self._definitions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._definitions)
+
+    def __len__(self) -> int:
+        return len(self._definitions)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(name.replace("-", "_") for name in self)]
+
+    def __repr__(self) -> str:
+        return f"goal.{self._kind}: {self._meaning}s {', '.join(self)}"
+
+    def bind(self, term: str | Term | Definition) -> Term:
+        """A term from what a user passes as `T=` or `P=`: a name, `goal.T.cir`, or `goal.T.cir(tau=5.0)`."""
+        if isinstance(term, str):
+            return self[term]()
+        if isinstance(term, Definition):
+            term = term()
+        if not isinstance(term, Term):
+            raise TypeError(
+                f"{self._kind} must be a name or a {self._meaning} such as goal.{self._kind}.con(), "
+                f"got {type(term).__name__} ({term!r})."
+            )
+        if term.definition.registry != self._kind:
+            raise TypeError(f"{self._kind}={term!r} is not a {self._meaning}.")
+        return term
+
+    def register(
+        self, name: str, statistics: Sequence[str] = (), potential: Mapping[str, Potential] | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """The decorator behind `goal.triplet_weight` and `goal.pair_weight`."""
+        if not isinstance(name, str) or not spell(name).replace("-", "").isalnum():
+            raise ValueError(f"name={name!r} must consist of letters, digits, '-' and '_'.")
+        for statistic in statistics:
+            if statistic not in STATISTICS:
+                raise unknown("statistics", statistic, list(STATISTICS))
+
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            if spell(name) in self._definitions:
+                raise ValueError(f"A {self._meaning} called {spell(name)!r} is registered already.")
+            defaults = _defaults(function, statistics)
+            definition = Definition(
+                self._kind, spell(name), function, defaults, tuple(statistics), dict(potential or {})
+            )
+            definition()  # the defaults must be valid parameters
+            self._definitions[spell(name)] = definition
+            return function
+
+        return decorate
+
+
+def _defaults(function: Callable[..., Any], statistics: Sequence[str]) -> dict[str, Parameter]:
+    """The keyword-only parameters of a term's function, after checking its signature."""
+    parameters = list(inspect.signature(function).parameters.values())
+    shape = f"def {function.__name__}(s_pos, s_neg, *, tau=10.0, {', '.join(statistics)})".replace(", )", ")")
+    if [p.name for p in parameters[:2]] != ["s_pos", "s_neg"] or any(
+        p.kind is not p.KEYWORD_ONLY for p in parameters[2:]
+    ):
+        raise TypeError(f"A term is written as `{shape}`, got `{function.__name__}{inspect.signature(function)}`.")
+    asked = {p.name for p in parameters[2:] if p.default is p.empty}
+    if asked != set(statistics):
+        raise TypeError(
+            f"`{function.__name__}`: keywords without a default are the declared statistics {sorted(statistics)}, "
+            f"got {sorted(asked)}. Give parameters a default; declare statistics with `statistics=(...)`."
+        )
+    defaults = {p.name: p.default for p in parameters[2:] if p.default is not p.empty}
+    for statistic in statistics:
+        reads = STATISTICS[statistic]
+        if reads is not None and reads not in defaults:
+            raise TypeError(f"`{function.__name__}` declares {statistic!r}, which reads a parameter {reads!r}.")
+    return defaults
+
+
+T = Registry("T", "triplet weight")
+P = Registry("P", "pair weight")
+
+
+def triplet_weight(
+    name: str, *, statistics: Sequence[str] = (), potential: Mapping[str, Potential] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a triplet weight T(s⁺, s⁻) under a name.
+
+    The function is written ``def f(s_pos, s_neg, *, tau=10.0)``: torch operators only, elementwise, returning a
+    tensor that broadcasts with its inputs, or a plain number. Parameters called ``tau``, ``alpha`` and ``beta`` must
+    be > 0, ``margin`` and ``eps`` >= 0.
+
+    Args:
+        name: how it is asked for; hyphens and underscores are the same.
+        statistics: relative similarities it needs, from `goal.terms.STATISTICS`; they arrive as keyword tensors.
+        potential: for the pair weights with which it has one, name → ``f(s_pos, s_neg, *, ...)``: the loss whose
+            gradient (−T·P⁺, T·P⁻) is, used as the returned value. It asks for parameters of either term by name,
+            and returns None where its parameters leave no potential.
+
+    Raises:
+        ValueError: the name is taken or malformed, or a statistic is unknown.
+        TypeError: the signature is not that of a term.
+
+    Example:
+        >>> import goal, torch
+        >>> @goal.triplet_weight("soft-hinge")
+        ... def soft_hinge(s_pos, s_neg, *, tau=10.0, margin=0.2):
+        ...     return torch.sigmoid(tau * (s_neg - s_pos + margin))
+        >>> goal.T.soft_hinge(tau=5.0)
+        T.soft_hinge(tau=5.0, margin=0.2)
+    """
+    return T.register(name, statistics, potential)
+
+
+def pair_weight(
+    name: str, *, statistics: Sequence[str] = (), potential: Mapping[str, Potential] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a pair weight (P⁺(s⁺), P⁻(s⁻)) under a name.
+
+    As `triplet_weight`, but the function returns the two weights: ``return p_pos, p_neg``.
+
+    Example:
+        >>> import goal, torch
+        >>> @goal.pair_weight("square")
+        ... def square(s_pos, s_neg):
+        ...     return (1 - s_pos) ** 2, s_neg ** 2
+        >>> x = torch.eye(4, requires_grad=True)
+        >>> loss = goal.apply(x, torch.eye(4), T="nca", P="square")
+    """
+    return P.register(name, statistics, potential)
+
+
+# ---------------------------------------------------------------------------------------------- triplet weights
+
+
+@triplet_weight("con")
+def _t_con(s_pos: Tensor, s_neg: Tensor, *, margin: float | None = None) -> Any:
+    """1, or with a margin the hinge 1[s⁻ − s⁺ + m > 0] of the triplet loss."""
+    return 1.0 if margin is None else (s_neg - s_pos + margin > 0).to(s_neg.dtype)
+
+
+@triplet_weight("nca")
+def _t_nca(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
+    """σ(τ(s⁻ − s⁺)): NCA, or InfoNCE with one negative."""
+    return torch.sigmoid(tau * (s_neg - s_pos))
+
+
+@triplet_weight("cir")
+def _t_cir(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
+    """σ(τ[(1 − s⁺)² + s⁻² − ½]): circle loss with m = ½."""
+    return torch.sigmoid(tau * ((1 - s_pos).square() + s_neg.square() - 0.5))
+
+
+# ------------------------------------------------------------------- potentials: the losses that some T × P are
+# Each is the loss l(s⁺, s⁻) with ∂l/∂s⁺ = −T·P⁺ and ∂l/∂s⁻ = T·P⁻; None where a hinge's jump leaves none.
+
+
+def _triplet(s_pos: Tensor, s_neg: Tensor, *, margin: float | None) -> Tensor:
+    return s_neg - s_pos if margin is None else torch.relu(s_neg - s_pos + margin)
+
+
+def _softplus_triplet(s_pos: Tensor, s_neg: Tensor, *, tau: float) -> Tensor:
+    return softplus(tau * (s_neg - s_pos)) / tau
+
+
+def _quadratic(s_pos: Tensor, s_neg: Tensor, *, margin: float | None) -> Tensor | None:
+    return ((1 - s_pos).square() + s_neg.square()) / 2 if margin is None else None
+
+
+def _circle(s_pos: Tensor, s_neg: Tensor, *, tau: float) -> Tensor:
+    return softplus(tau * ((1 - s_pos).square() + s_neg.square() - 0.5)) / (2 * tau)
+
+
+def _binomial_deviance(
+    s_pos: Tensor, s_neg: Tensor, *, margin: float | None, alpha: float, beta: float, lam: float
+) -> Tensor | None:
+    if margin is not None:
+        return None
+    return softplus(-alpha * (s_pos - lam)) / alpha + softplus(beta * (s_neg - lam)) / beta
+
+
+# -------------------------------------------------------------------------------------------------- pair weights
+
+
+@pair_weight("con", potential={"con": _triplet, "nca": _softplus_triplet})
+def _p_con(s_pos: Tensor, s_neg: Tensor) -> tuple[float, float]:
+    """1 and 1."""
+    return 1.0, 1.0
+
+
+@pair_weight("lin", potential={"con": _quadratic, "cir": _circle})
+def _p_lin(s_pos: Tensor, s_neg: Tensor) -> tuple[Tensor, Tensor]:
+    """1 − s⁺ and s⁻."""
+    return 1 - s_pos, s_neg
+
+
+@pair_weight("sig", potential={"con": _binomial_deviance})
+def _p_sig(
+    s_pos: Tensor, s_neg: Tensor, *, alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """σ(−α(s⁺ − λ)) and σ(β(s⁻ − λ)): binomial deviance."""
+    return torch.sigmoid(-alpha * (s_pos - lam)), torch.sigmoid(beta * (s_neg - lam))
+
+
+@pair_weight("lin-ms", statistics=("r_pos_lin", "r_neg_lin"))
+def _p_lin_ms(s_pos: Tensor, s_neg: Tensor, *, r_pos_lin: Tensor, r_neg_lin: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 − R⁺)(1 − s⁺) and (1 + R⁻) s⁻."""
+    return (1 - r_pos_lin) * (1 - s_pos), (1 + r_neg_lin) * s_neg
+
+
+@pair_weight("sig-ms", statistics=("r_pos_exp", "r_neg_exp"))
+def _p_sig_ms(
+    s_pos: Tensor,
+    s_neg: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 10.0,
+    lam: float = 0.5,
+    self_term: bool = False,
+    r_pos_exp: Tensor,
+    r_neg_exp: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """1 / (e^{α(s⁺−λ)} + R⁺) and 1 / (e^{−β(s⁻−λ)} + R⁻); `self_term` adds multi-similarity's 1 to both denominators."""
+    own = 1.0 if self_term else 0.0
+    p_pos = 1 / (torch.exp(alpha * (s_pos - lam)) + (r_pos_exp + own))
+    p_neg = 1 / (torch.exp(-beta * (s_neg - lam)) + (r_neg_exp + own))
+    return p_pos, p_neg
+
+
+# ----------------------------------------------------------------------------------------------- the loss's value
+
+
+def potential(t: Term, p: Term) -> Callable[[Tensor, Tensor], Tensor | None] | None:
+    """The loss l(s⁺, s⁻) whose gradient t × p is, from the table of terms; None where it carries none."""
+    found = p.definition.potentials.get(t.name) or t.definition.potentials.get(p.name)
+    if found is None:
+        return None
+    params = {**p.params, **t.params}
+    asked = {name: params[name] for name in list(inspect.signature(found).parameters)[2:]}
+    return lambda s_pos, s_neg: found(s_pos, s_neg, **asked)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal import engine, validation
-from goal.engine import Batch, Dense, Entries, Outcome, Settings
+from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.reference import Masks
+from goal.similarity import Entries, Gradients, Needs
 from goal.stats import Stats, stats
 from goal.terms import Term
 
@@ -143,6 +145,12 @@ def gradients(
         return gx, gy, stats(batch, chosen, outcome.seen)
 
 
+def _no_autocast(device: str) -> AbstractContextManager[None]:
+    """Products in the computing dtype; entered only where autocast is on, as it costs more than a small product."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
 class Run(NamedTuple):
     """One call of an objective."""
 
@@ -170,22 +178,14 @@ def _run(
         checked = {"x": x, "y": y}
     if check_finite is None:
         check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
-    scale = validation.anchor_weight(weight, min(len(x), len(y)), x.device, check_finite)
+    rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
+    scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
     if check_finite:
         validation.finite(**checked)
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _attach(x, y, chosen, rows, cols, scale)
-    return _attach(x, y, chosen, rows, cols, scale)
-
-
-def _attach(
-    x: Tensor, y: Tensor, chosen: Settings, ids: Tensor | None, y_ids: Tensor | None, weight: Tensor | None
-) -> Run:
-    with torch.no_grad():
-        batch = engine.prepare(x, y, chosen.similarity, ids, y_ids, weight)
-        outcome = engine.forward(batch, chosen)
+    with torch.no_grad(), _no_autocast(x.device.type):
+        masks = engine.masks(x, y, rows, cols)
+        batch = engine.prepare(x, y, chosen.similarity, masks)
+        outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         loss = _Emit.apply(x, y, loss, chosen, batch.masks, outcome.entries, outcome.dense)
@@ -199,8 +199,8 @@ def _emit(
     batch: Batch,
     entries: Entries | None,
     dense: Dense | None,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
+    needs: Needs,
+) -> Gradients:
     """∂l/∂x and ∂l/∂y in the inputs' dtypes."""
     gx, gy = engine.emit(batch, chosen, entries, dense, needs)
     back = chosen.similarity.pull_back
@@ -215,6 +215,7 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         y: Tensor,
         value: Tensor,
@@ -223,19 +224,16 @@ class _Emit(torch.autograd.Function):
         entries: Entries | None,
         dense: Dense | None,
     ) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, y, _, *ctx.rest = inputs
         ctx.save_for_backward(x, y)
+        ctx.rest = chosen, masks, entries, dense
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         chosen, masks, entries, dense = ctx.rest
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            batch = engine.prepare(x, y, chosen.similarity, None, None, None)._replace(masks=masks)
+        with torch.no_grad(), _no_autocast(x.device.type):
+            batch = engine.prepare(x, y, chosen.similarity, masks)
             if entries is not None:
                 entries = entries._replace(value=entries.value * incoming)
             if dense is not None:
@@ -249,12 +247,8 @@ class _Emit(torch.autograd.Function):
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,8 +21,8 @@ from goal import reference, terms
 from goal import similarity as similarity_
 from goal.mining import Mining
 from goal.reference import Masks
-from goal.similarity import Dot
-from goal.statistics import Request, Statistics, finish, r_pos_exp, r_pos_lin
+from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.statistics import Request, Statistics, r_pos_exp, r_pos_lin
 from goal.terms import Term
 
 REDUCTIONS = ("mean", "sum")
@@ -122,19 +122,6 @@ class Batch(NamedTuple):
     x: Tensor  # (N, D), embedded
     y: Tensor  # (M, D)
     masks: Masks
-    weight: Tensor | None  # (K,)
-
-    @property
-    def pairs(self) -> int:
-        return self.masks.pairs
-
-
-class Entries(NamedTuple):
-    """Entries of G = ∂l/∂S, repeated ones add."""
-
-    row: Tensor  # (E,) int64
-    col: Tensor  # (E,) int64
-    value: Tensor  # (E,)
 
 
 class Dense(NamedTuple):
@@ -163,37 +150,44 @@ class Seen(NamedTuple):
     fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
 
 
-def prepare(
-    x: Tensor, y: Tensor, similarity: Dot, ids: Tensor | None, y_ids: Tensor | None, weight: Tensor | None
-) -> Batch:
-    """Inputs in the computing dtype (float32, or float64 for float64), embedded, with their masks."""
-    dtype = torch.float64 if x.dtype == torch.float64 or y.dtype == torch.float64 else torch.float32
-    rows, cols = reference.id_codes(ids, y_ids, dtype) if ids is not None and y_ids is not None else (None, None)
-    return Batch(
-        x=similarity.embed(x.detach().to(dtype)),
-        y=similarity.embed(y.detach().to(dtype)),
-        masks=Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(len(x), len(y))),
-        weight=None if weight is None else weight.detach().to(dtype),
-    )
+def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """float64 where either side has it, else float32."""
+    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+
+
+def masks(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> Masks:
+    """What is no negative in the whole batch."""
+    rows, cols = None, None
+    if ids is not None and y_ids is not None:
+        rows, cols = reference.id_codes(ids, y_ids, computing_dtype(x, y))
+    return Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(x.shape[0], y.shape[0]))
+
+
+def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks) -> Batch:
+    """The inputs embedded, in the computing dtype."""
+    dtype = computing_dtype(x, y)
+    return Batch(similarity.embed(x.detach().to(dtype)), similarity.embed(y.detach().to(dtype)), masks)
 
 
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
-    k = batch.pairs
-    s_pos = chosen.similarity.pairs(batch.x[:k], batch.y[:k], None, None)
-    return finish(s_pos, *reference.mine(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks))
+    s_pos = _s_pos(batch, chosen.similarity)
+    return reference.statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
 
 
-def forward(batch: Batch, chosen: Settings) -> Outcome:
-    """pair, mine and weigh: the value and the entries of G."""
-    k = batch.pairs
-    s_pos = chosen.similarity.pairs(batch.x[:k], batch.y[:k], None, None)
-    scale = _scale(batch, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
+def _s_pos(batch: Batch, similarity: Dot) -> Tensor:
+    k = batch.masks.pairs
+    return similarity.pairs(batch.x[:k], batch.y[:k], None, None)
+
+
+def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
+    """pair, mine and weigh: the value and the entries of G. `weight` is (K,)."""
+    s_pos = _s_pos(batch, chosen.similarity)
+    scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
     statistics = None
     relative: dict[str, Tensor] = {}
     if chosen.mines:
-        parts = reference.mine(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
-        statistics = finish(s_pos, *parts)
+        statistics = reference.statistics(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
         relative = chosen.relative(statistics)
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
@@ -211,14 +205,15 @@ def forward(batch: Batch, chosen: Settings) -> Outcome:
     return Outcome(value, entries, dense, Seen(s_pos, statistics, weights, fallback))
 
 
-def _scale(batch: Batch, reduction: str) -> Any:
+def _scale(s_pos: Tensor, weight: Tensor | None, reduction: str) -> Any:
     """What each anchor weighs: wᵢ, divided by Σ w (by K without weights) for the mean."""
-    if batch.weight is None:
-        return 1.0 if reduction == "sum" else 1.0 / batch.pairs
+    if weight is None:
+        return 1.0 if reduction == "sum" else 1.0 / s_pos.shape[0]
+    weight = weight.to(s_pos.dtype)
     if reduction == "sum":
-        return batch.weight
-    total = batch.weight.sum()
-    return batch.weight / torch.where(total == 0, 1, total)  # all weights 0: nothing is emitted
+        return weight
+    total = weight.sum()
+    return weight / torch.where(total == 0, 1, total)  # all weights 0: nothing is emitted
 
 
 def _weigh(
@@ -235,7 +230,7 @@ def _weigh(
     if statistics.semi is not None and statistics.semi_negative is not None:
         s_neg, index = statistics.semi, statistics.semi_negative
     share: Any = scale
-    if batch.masks.ids is not None or statistics.semi is not None or min(len(batch.x), len(batch.y)) < 2:
+    if statistics.semi is not None or batch.masks.may_lack(batch.x.shape[0], batch.y.shape[0]):
         has = s_neg != -torch.inf
         s_neg = torch.where(has, s_neg, s_pos)  # a stand-in where there is no negative: its share is 0
         share = has.to(s_pos.dtype) * share
@@ -246,7 +241,7 @@ def _weigh(
     selected = t * share
     pull = _spread(-selected * p_pos, s_neg).sum(0)  # (K,), both directions
     push = _spread(selected * p_neg, s_neg)  # (2, K)
-    anchors = torch.arange(batch.pairs, device=s_pos.device)
+    anchors = torch.arange(batch.masks.pairs, device=s_pos.device)
     entries = Entries(
         row=torch.cat((anchors, anchors, index[1])),
         col=torch.cat((anchors, index[0], anchors)),
@@ -262,7 +257,7 @@ def _spread(weight: Any, like: Tensor) -> Tensor:
 
 def _shares(batch: Batch, mining: Mining, scale: Any, fallback: Tensor | None, s_pos: Tensor) -> Tensor:
     """(2, K): what each negative weighs of the anchors that meet all of theirs; 0 for the others."""
-    n, m, k = len(batch.x), len(batch.y), batch.pairs
+    n, m, k = batch.x.shape[0], batch.y.shape[0], batch.masks.pairs
     sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, k)  # number of negatives
     ids, y_ids = batch.masks.ids, batch.masks.y_ids
     if ids is not None and y_ids is not None:
@@ -277,17 +272,12 @@ def _occurrences(of: Tensor, among: Tensor) -> Tensor:
     return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 
-def emit(
-    batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense | None, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+def emit(batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense | None, needs: Needs) -> Gradients:
     """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
     gx, gy = None, None
     if dense is not None:
         gx, gy = reference.dense_emit(chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.weights, needs)
-    if entries is not None and needs[0]:
-        scattered = chosen.similarity.scatter(batch.x, batch.y, *entries, "x")
-        gx = scattered if gx is None else gx.add_(scattered)
-    if entries is not None and needs[1]:
-        scattered = chosen.similarity.scatter(batch.x, batch.y, *entries, "y")
-        gy = scattered if gy is None else gy.add_(scattered)
-    return gx, gy
+    if entries is None:
+        return gx, gy
+    mined_x, mined_y = chosen.similarity.vjp(batch.x, batch.y, entries, needs)
+    return mined_x if gx is None else gx + mined_x, mined_y if gy is None else gy + mined_y

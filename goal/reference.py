@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal.similarity import Dot
-from goal.statistics import Partial, Request, merge
+from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.statistics import BAND, Partial, Request, Statistics, finish, merge
 
 Value = Callable[[Tensor, Tensor], Tensor]
 Weights = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Any, Any, Any]]
 
 TILE = 1 << 22  # elements of S held at once
+SMALL = 1 << 18  # elements of S up to which the calls cost more than the arithmetic
 _GROUP = 16  # rows whose maximum is taken before an index is sought
 
 
@@ -37,6 +38,10 @@ class Masks(NamedTuple):
     row_offset: int  # global index of the block's first row
     col_offset: int
     pairs: int  # K: rows and columns below it are anchors
+
+    def may_lack(self, n: int, m: int) -> bool:
+        """Whether an anchor of an (n, m) block could be left without a negative."""
+        return self.ids is not None or min(n, m) < 2
 
     def rows(self, rows: slice) -> Masks:
         ids = None if self.ids is None else self.ids[rows]
@@ -85,6 +90,26 @@ def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
     return 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * longest[0] * longest[1]
 
 
+def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks) -> Statistics:
+    """The mining stage over a whole batch: what `finish` makes of `mine`.
+
+    A square batch that fits one tile is reduced in both directions at once, S beside its transpose: half the calls,
+    which is what a small batch costs.
+    """
+    n, m = x.shape[0], y.shape[0]
+    if n != m or n * m > SMALL:
+        return finish(s_pos, *mine(similarity, x, y, s_pos, request, masks))
+    tile = masks.hide(similarity.tile(x, y))
+    tie = rounding(similarity, x, y) if request.compares else 0.0
+    both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
+    part = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie)
+
+    def pairs(negative: Tensor) -> Tensor:
+        return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
+
+    return finish(s_pos, _rescore(part, masks.may_lack(n, m), pairs))
+
+
 def mine(
     similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks
 ) -> tuple[Partial, Partial]:
@@ -98,49 +123,56 @@ def mine(
 
     Returns:
         The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
-        The hardest similarities are those of `similarity.pairs`, not of the tile's product.
+        The mined similarities are those of `similarity.pairs`, not of the tile's product.
     """
-    n_rows = max(0, min(masks.pairs - masks.row_offset, len(x)))  # anchors come first
-    n_cols = max(0, min(masks.pairs - masks.col_offset, len(y)))
-    threshold = s_pos.min() - 0.1 if len(s_pos) else s_pos.new_zeros(())
-    needs_tie = request.lin or request.semi_hard is not None
-    tie = rounding(similarity, x, y) if needs_tie and len(x) and len(y) else 0.0
+    n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
+    n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
+    threshold = _threshold(s_pos, request)
+    tie = rounding(similarity, x, y) if request.compares else 0.0
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
-    for rows in tiles(len(x), len(y)):
+    for rows in tiles(x.shape[0], y.shape[0]):
         inside = masks.rows(rows)
         tile = inside.hide(similarity.tile(x[rows], y))
-        anchors = max(0, min(n_rows - rows.start, len(tile)))
+        anchors = max(0, min(n_rows - rows.start, tile.shape[0]))
         here = inside.row_offset
         if anchors:
             own = s_pos[here : here + anchors]
-            of_rows.append(_reduce(tile[:anchors], 1, masks.col_offset, own, request, threshold, tie))
+            of_rows.append(_reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie))
         if n_cols:
             own = s_pos[masks.col_offset : masks.col_offset + n_cols]
             part = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie)
             of_cols = part if of_cols is None else merge(of_cols, part, request, threshold, tie)
     x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
-    lacking = masks.ids is not None or min(len(x), len(y)) < 2
-    return (
-        _rescore(x_to_y, lacking, lambda index: similarity.pairs(x[:n_rows], y, None, index - masks.col_offset)),
-        _rescore(y_to_x, lacking, lambda index: similarity.pairs(x, y[:n_cols], index - masks.row_offset, None)),
-    )
+    lacking = masks.may_lack(x.shape[0], y.shape[0])
+
+    def of_x(negative: Tensor) -> Tensor:
+        return similarity.pairs(x[:n_rows], y, None, negative - masks.col_offset)
+
+    def of_y(negative: Tensor) -> Tensor:
+        return similarity.pairs(x, y[:n_cols], negative - masks.row_offset, None)
+
+    return _rescore(x_to_y, lacking, of_x), _rescore(y_to_x, lacking, of_y)
+
+
+def _threshold(s_pos: Tensor, request: Request) -> Tensor:
+    """0-d, min s⁺ − 0.1: the similarity from which a negative is valid for the relative similarities."""
+    return s_pos.min() - BAND if request.sums and s_pos.shape[0] else s_pos.new_zeros(())
 
 
 def _reduce(
     tile: Tensor, dim: int, offset: int, s_pos: Tensor, request: Request, threshold: Tensor, tie: float
 ) -> Partial:
-    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates."""
+    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates, 0 or −1."""
     s_neg, index = _max(tile, dim)
-    index += offset
-    result = Partial(s_neg, index)
+    result = Partial(s_neg, index + offset if offset else index)
     if request.semi_hard is not None:
         above, below = (s_pos - request.semi_hard).unsqueeze(dim), (s_pos - tie).unsqueeze(dim)
         banded = torch.where((tile > above) & (tile < below), tile, -torch.inf)
         semi, semi_negative = _max(banded, dim)
         result = result._replace(semi=semi, semi_negative=semi_negative + offset)
-    if not request.lin and request.beta is None:
+    if not request.sums:
         return result
     buffer = torch.empty_like(tile)
     valid = torch.ge(tile, threshold, out=buffer).sum(dim)  # the hardest included, where it is valid
@@ -156,17 +188,17 @@ def _reduce(
         top = torch.maximum(s_neg, threshold)  # below the threshold the sum is empty
         exps = torch.sub(tile, top.unsqueeze(dim), out=buffer).mul_(request.beta).exp_()
         exps.mul_(torch.ge(tile, threshold, out=torch.empty_like(tile)))
-        exps.scatter_(dim, (index - offset).unsqueeze(dim), 0)  # the hardest stays outside
+        exps.scatter_(dim, index.unsqueeze(dim), 0)  # the hardest stays outside
         result = result._replace(exp_count=valid - has, exp_sum=exps.sum(dim))
     return result
 
 
 def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """`tile.max(dim)`, values and the lowest index; down long columns by way of groups of rows, several times faster."""
-    n, m = tile.shape
-    if dim == 1 or n % _GROUP or n * m < 1 << 16:
+    """`tile.max(dim)`, values and the lowest index; down long columns by groups of rows, several times faster."""
+    if dim == -1 or tile.shape[0] % _GROUP or tile.numel() < 1 << 16:
         values, index = tile.max(dim)
         return values, index
+    n, m = tile.shape
     groups = tile.view(n // _GROUP, _GROUP, m)
     values, group = groups.amax(1).max(0)  # (m,)
     columns = torch.arange(m, device=tile.device)
@@ -202,8 +234,7 @@ def _rescore(part: Partial, lacking: bool, pairs: Callable[[Tensor], Tensor]) ->
         s_neg = torch.where(part.s_neg == -torch.inf, part.s_neg, s_neg)
     part = part._replace(s_neg=s_neg)
     if part.semi is not None and part.semi_negative is not None:
-        semi = torch.where(part.semi == -torch.inf, part.semi, pairs(part.semi_negative))
-        part = part._replace(semi=semi)
+        part = part._replace(semi=torch.where(part.semi == -torch.inf, part.semi, pairs(part.semi_negative)))
     return part
 
 
@@ -212,10 +243,10 @@ def dense_value(
 ) -> Tensor:
     """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions, 0-d; `share` is (2, K)."""
     total = s_pos.new_zeros(())
-    for rows in tiles(len(x), len(y)):
+    for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
         live = inside.live(tile)
-        for dim, part, at in _directions(len(tile), len(s_pos), rows.start):
+        for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
             s, on = tile[part], live[part]
             total += (share[1 - dim, at].unsqueeze(dim) * value(s_pos[at].unsqueeze(dim), s) * on).sum()
     return total
@@ -230,8 +261,8 @@ def dense_emit(
     relative: dict[str, Tensor],
     masks: Masks,
     weights: Weights,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
+    needs: Needs,
+) -> Gradients:
     """∂l/∂x and ∂l/∂y of anchors that meet all their negatives: G is made tile by tile, S a second time.
 
     Args:
@@ -243,25 +274,26 @@ def dense_emit(
     gx = torch.zeros_like(x) if needs[0] else None
     gy = torch.zeros_like(y) if needs[1] else None
     pull = torch.zeros_like(s_pos)  # (K,) −G at the pairs
-    for rows in tiles(len(x), len(y)):
+    for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
         live, g = inside.live(tile), torch.zeros_like(tile)
-        for dim, part, at in _directions(len(tile), len(s_pos), rows.start):
+        for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
             own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
             t, p_pos, p_neg = weights(s_pos[at].unsqueeze(dim), tile[part], own)
             selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
             g[part] += selected * p_neg
             pull[at] += (selected * p_pos).sum(dim)
-        if gx is not None:
-            gx[rows] = similarity.spread(x[rows], y, g, "x")
-        if gy is not None:
-            gy += similarity.spread(x[rows], y, g, "y")
-    pairs = torch.arange(len(s_pos), device=x.device)
-    if gx is not None:
-        gx += similarity.scatter(x, y, pairs, pairs, -pull, "x")
-    if gy is not None:
-        gy += similarity.scatter(x, y, pairs, pairs, -pull, "y")
+        _accumulate(gx, gy, rows, similarity.tile_vjp(x[rows], y, g, needs))
+    pairs = torch.arange(s_pos.shape[0], device=x.device)
+    _accumulate(gx, gy, slice(None), similarity.vjp(x, y, Entries(pairs, pairs, -pull), needs))
     return gx, gy
+
+
+def _accumulate(gx: Tensor | None, gy: Tensor | None, rows: slice, found: Gradients) -> None:
+    if gx is not None and found[0] is not None:
+        gx[rows] += found[0]
+    if gy is not None and found[1] is not None:
+        gy += found[1]
 
 
 Index = tuple[slice, slice]

@@ -1,33 +1,41 @@
 """Similarities: how S is made from x and y, tile by tile, and how ∂l/∂S goes back.
 
-A similarity answers five questions. Coefficients never know which similarity they belong to.
+A similarity answers six questions; whoever makes coefficients never knows which similarity they belong to.
 
-    embed(x)                    what the tiles are made of: x itself, or x / ‖x‖            (N, D) → (N, D)
-    tile(x_block, y_block)      a block of S                                              (n, D), (m, D) → (n, m)
-    pairs(x, y, row, col)       single entries S[row, col]; equal pairs are bit-equal     → (E,)
-    scatter(...)                Σ over entries G[row, col] = value of G · ∂s/∂x            → (N, D)
-    spread(...)                 the same for a whole tile of G                            → (n, D)
-
-`y` has the role of x in the other direction, so one routine serves ∂l/∂x and ∂l/∂y; `side` says which.
+    embed(x)                      what the tiles are made of: x itself, or x / ‖x‖      (N, D) → (N, D)
+    tile(x_block, y_block)        a block of S                                        (n, D), (m, D) → (n, m)
+    pairs(x, y, row, col)         single entries S[row, col]; equal pairs are bit-equal  → (E,)
+    vjp(x, y, entries, needs)     ∂l/∂x and ∂l/∂y of entries of G = ∂l/∂S; repeated entries add
+    tile_vjp(x, y, g, needs)      the same for a whole tile of G
+    pull_back(x, embedded, g)     the gradient at x from the gradient at embed(x)
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from goal.terms import spell, unknown
 
-Side = Literal["x", "y"]
+Gradients = tuple[Tensor | None, Tensor | None]  # at x and at y; None where `needs` says so
+Needs = tuple[bool, bool]
+
+
+class Entries(NamedTuple):
+    """Entries of G = ∂l/∂S; repeated ones add."""
+
+    row: Tensor  # (E,) int64
+    col: Tensor  # (E,) int64
+    value: Tensor  # (E,)
 
 
 class Dot:
     """s = x·y: the inner product; on unit vectors the cosine."""
 
     name = "dot"
+    _SMALL = 1 << 12  # entries of a G that is quicker made whole than gathered
 
     def embed(self, x: Tensor) -> Tensor:
         return x
@@ -37,22 +45,23 @@ class Dot:
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
         """Entries S[row, col]; None takes the rows of that side as they come."""
-        x, y = (x if row is None else x[row]), (y if col is None else y[col])
-        return (x * y).sum(1)
+        return (_rows(x, row) * _rows(y, col)).sum(1)
 
-    def scatter(self, x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, side: Side) -> Tensor:
-        """∂l/∂x (side "x") or ∂l/∂y (side "y") of the entries G[row, col] = value; entries may repeat."""
-        source, target, at, other = (y, x, row, col) if side == "x" else (x, y, col, row)
-        order = torch.argsort(at, stable=True)  # segments of equal targets, summed in source order
-        starts = torch.searchsorted(at[order], torch.arange(len(target), device=at.device))
-        return embedding_bag(other[order], source, starts, mode="sum", per_sample_weights=value[order])
+    def vjp(self, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
+        row, col, value = entries
+        n, m = x.shape[0], y.shape[0]
+        if n * m <= self._SMALL:
+            g = value.new_zeros(n, m).index_put_((row, col), value, accumulate=True)
+            return self.tile_vjp(x, y, g, needs)
+        return (
+            _gather(row, n, col, y, value) if needs[0] else None,
+            _gather(col, m, row, x, value) if needs[1] else None,
+        )
 
-    def spread(self, x_block: Tensor, y_block: Tensor, g: Tensor, side: Side) -> Tensor:
-        """∂l/∂x_block (side "x") or ∂l/∂y_block (side "y") of a tile g = ∂l/∂S, (n, m)."""
-        return g @ y_block if side == "x" else g.T @ x_block
+    def tile_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, needs: Needs) -> Gradients:
+        return g @ y_block if needs[0] else None, g.T @ x_block if needs[1] else None
 
     def pull_back(self, x: Tensor, embedded: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient at x from the gradient at embed(x)."""
         return gradient
 
 
@@ -76,26 +85,31 @@ class Order(Dot):
     """
 
     name = "order"
-    _ELEMENTS = 1 << 22  # of the (n, m, D) block of differences held at once
+    _HELD = 1 << 22  # elements of the (n, m, D) block of differences held at once
 
     def tile(self, x_block: Tensor, y_block: Tensor) -> Tensor:
-        rows = max(1, self._ELEMENTS // max(1, y_block.numel()))
+        rows = max(1, self._HELD // y_block.numel())
         return torch.cat([_violation(part[:, None], y_block) for part in torch.split(x_block, rows)])
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
-        return _violation(x if row is None else x[row], y if col is None else y[col])
+        return _violation(_rows(x, row), _rows(y, col))
 
-    def scatter(self, x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, side: Side) -> Tensor:
-        target, at = (x, row) if side == "x" else (y, col)
-        return torch.zeros_like(target).index_add_(0, at, _order_gradient(x[row], y[col], value, side))
+    def vjp(self, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
+        row, col, value = entries
+        at_x = _order_gradient(x.index_select(0, row), y.index_select(0, col), value)
+        return (
+            torch.zeros_like(x).index_add_(0, row, at_x) if needs[0] else None,
+            torch.zeros_like(y).index_add_(0, col, -at_x) if needs[1] else None,
+        )
 
-    def spread(self, x_block: Tensor, y_block: Tensor, g: Tensor, side: Side) -> Tensor:
-        rows = max(1, self._ELEMENTS // max(1, y_block.numel()))
-        parts = [
-            _order_gradient(x_part[:, None], y_block, g_part, side).sum(1 if side == "x" else 0)
-            for x_part, g_part in zip(torch.split(x_block, rows), torch.split(g, rows), strict=True)
-        ]
-        return torch.cat(parts) if side == "x" else torch.stack(parts).sum(0)
+    def tile_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, needs: Needs) -> Gradients:
+        rows = max(1, self._HELD // y_block.numel())
+        gx, gy = [], torch.zeros_like(y_block)
+        for x_part, g_part in zip(torch.split(x_block, rows), torch.split(g, rows), strict=True):
+            at_x = _order_gradient(x_part[:, None], y_block, g_part)  # (n, m, D)
+            gx.append(at_x.sum(1))
+            gy -= at_x.sum(0)
+        return torch.cat(gx) if needs[0] else None, gy if needs[1] else None
 
 
 class Given(Dot):
@@ -107,23 +121,36 @@ class Given(Dot):
         return x_block.clone()  # the miner writes into its tiles
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
-        if row is None and col is None:
-            return x.diagonal()
-        row = torch.arange(len(x), device=x.device)[: len(col)] if row is None else row  # type: ignore[arg-type]
-        return x[row, torch.arange(len(row), device=x.device) if col is None else col]
+        if row is None:
+            row = torch.arange(min(x.shape) if col is None else col.shape[0], device=x.device)
+        return x[row, torch.arange(row.shape[0], device=x.device) if col is None else col]
 
-    def scatter(self, x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, side: Side) -> Tensor:
-        return torch.zeros_like(x).index_put_((row, col), value, accumulate=True)
+    def vjp(self, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
+        row, col, value = entries
+        return torch.zeros_like(x).index_put_((row, col), value, accumulate=True), None
 
-    def spread(self, x_block: Tensor, y_block: Tensor, g: Tensor, side: Side) -> Tensor:
-        return g
+    def tile_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, needs: Needs) -> Gradients:
+        return g, None
+
+
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _gather(at: Tensor, size: int, other: Tensor, source: Tensor, value: Tensor) -> Tensor:
+    """Σ over entries with at = i of value · source[other], (size, D): each i's segment summed in source order."""
+    order = torch.argsort(at, stable=True)
+    starts = torch.searchsorted(at[order], torch.arange(size, device=at.device))
+    # embedding_bag(weight, indices, offsets, scale_grad_by_freq, mode=sum, sparse, per_sample_weights, last offset)
+    return torch.embedding_bag(source, other[order], starts, False, 0, False, value[order], False)[0]
 
 
 def _norm(x: Tensor) -> Tensor:
-    """‖x‖ of each row, (N, 1), exact for any representable norm: squares are taken of x / max|x|."""
+    """‖x‖ of each row, (N, 1), for any representable norm: squares are taken of x over a power of two near max|x|."""
     largest = x.abs().amax(1, keepdim=True)
-    scaled: Tensor = torch.linalg.vector_norm(_divide(x, largest), dim=1, keepdim=True)
-    return scaled * largest
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    scaled: Tensor = torch.linalg.vector_norm(x / power, dim=1, keepdim=True)
+    return scaled * power
 
 
 def _divide(x: Tensor, by: Tensor) -> Tensor:
@@ -136,11 +163,10 @@ def _violation(x: Tensor, y: Tensor) -> Tensor:
     return -violation
 
 
-def _order_gradient(x: Tensor, y: Tensor, value: Tensor, side: Side) -> Tensor:
-    """value · ∂s/∂x or value · ∂s/∂y, over the last dimension."""
+def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
+    """value · ∂s/∂x = −value · ∂s/∂y, over the last dimension."""
     gap = (y - x).clamp(min=0)
-    gradient = _divide(gap * value[..., None], torch.linalg.vector_norm(gap, dim=-1, keepdim=True))
-    return gradient if side == "x" else -gradient
+    return _divide(gap * value[..., None], torch.linalg.vector_norm(gap, dim=-1, keepdim=True))
 
 
 _BY_NAME = {similarity.name: similarity for similarity in (Dot(), Cosine(), Order())}

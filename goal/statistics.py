@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _UNDERFLOW = 745.13  # exp(−z) is exactly 0 in float64 beyond: such entries are left out of the positive sets
+_FEW = 256  # pairs up to which the definition is quicker than sorting
 BAND = 0.1  # the reach of multi-similarity's valid sets: s ≥ min s⁺ − 0.1 and s⁺ ≤ s⁻ + 0.1
 
 
@@ -17,6 +18,15 @@ class Request(NamedTuple):
     semi_hard: float | None = None  # the margin of semi-hard mining
     lin: bool = False  # r_neg_lin
     beta: float | None = None  # r_neg_exp
+
+    @property
+    def sums(self) -> bool:
+        return self.lin or self.beta is not None
+
+    @property
+    def compares(self) -> bool:
+        """Whether equal similarities have to be told from close ones."""
+        return self.lin or self.semi_hard is not None
 
 
 class Partial(NamedTuple):
@@ -54,7 +64,7 @@ def merge(a: Partial, b: Partial, request: Request, threshold: Tensor, tie: floa
             semi=torch.where(takes_semi, b.semi, a.semi),
             semi_negative=torch.where(takes_semi, b.semi_negative, a.semi_negative),
         )
-    if not request.lin and request.beta is None:
+    if not request.sums:
         return merged
 
     def ordered(name: str) -> tuple[Tensor, Tensor]:  # (winner's, loser's)
@@ -101,39 +111,42 @@ class Statistics(NamedTuple):
     r_neg_exp: Tensor | None  # (2, K)
 
 
-def finish(s_pos: Tensor, x_to_y: Partial, y_to_x: Partial) -> Statistics:
-    """Both directions' partials over all candidates → statistics."""
+def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
+    """The partials over all candidates, x→y and y→x (or one that holds both as its rows) → statistics."""
+    part = directions[0]
+    if len(directions) == 2:
+        columns: list[Any] = [None if of[0] is None else torch.stack(of) for of in zip(*directions, strict=True)]
+        part = Partial(*columns)
 
-    def mean(total: Tensor, count: Tensor) -> Tensor:
-        return total / count.clamp(min=1)  # an empty set has total 0
+    def mean(total: Tensor | None, count: Tensor | None) -> Tensor | None:
+        return None if total is None or count is None else total / count.clamp(min=1)  # an empty set has total 0
 
-    def both(name: str) -> Tensor | None:
-        parts = getattr(x_to_y, name), getattr(y_to_x, name)
-        return None if parts[0] is None else torch.stack(parts)
-
-    lin, lin_count, exp, exp_count = both("lin_sum"), both("lin_count"), both("exp_sum"), both("exp_count")
     return Statistics(
         s_pos=s_pos,
-        s_neg=torch.stack((x_to_y.s_neg, y_to_x.s_neg)),
-        negative=torch.stack((x_to_y.negative, y_to_x.negative)),
-        semi=both("semi"),
-        semi_negative=both("semi_negative"),
-        r_neg_lin=None if lin is None or lin_count is None else mean(lin, lin_count),
-        r_neg_exp=None if exp is None or exp_count is None else mean(exp, exp_count),
+        s_neg=part.s_neg,
+        negative=part.negative,
+        semi=part.semi,
+        semi_negative=part.semi_negative,
+        r_neg_lin=mean(part.lin_sum, part.lin_count),
+        r_neg_exp=mean(part.exp_sum, part.exp_count),
     )
 
 
 def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
     """R⁺ = mean (s⁺ᵢ − s⁺ₖ) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out: (K,), (2, K) → (2, K).
 
-    From sorted prefix sums: O(K log K).
+    By the definition for small K, else from sorted prefix sums: O(K log K).
     """
-    ordered = s_pos.double().sort().values
+    own, reach = s_pos.double(), s_neg.double() + BAND
+    if own.shape[0] <= _FEW:
+        differences = own[:, None] - own  # (K, K), zero at k = i
+        valid = (own <= reach[..., None]) & (differences != 0)  # (2, K, K)
+        return ((differences * valid).sum(-1) / valid.sum(-1).clamp_(min=1)).to(s_pos.dtype)
+    ordered = own.sort().values
     prefix = torch.cat((ordered.new_zeros(1), ordered.cumsum(0)))
-    valid = torch.searchsorted(ordered, (s_neg.double() + BAND), right=True)  # (2, K), how many k lie below
-    own = s_pos.double().expand_as(s_neg).contiguous()
+    valid = torch.searchsorted(ordered, reach, right=True)  # (2, K), how many k lie below
     first, last = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
-    equal = (valid.clamp(max=last) - first).clamp(min=0)  # zeros: s⁺ₖ = s⁺ᵢ, i itself among them
+    equal = (torch.minimum(valid, last) - first).clamp(min=0)  # zeros: s⁺ₖ = s⁺ᵢ, i itself among them
     total = valid * own - prefix[valid]
     return (total / (valid - equal).clamp(min=1)).to(s_pos.dtype)
 
@@ -141,21 +154,25 @@ def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
 def r_pos_exp(s_pos: Tensor, s_neg: Tensor, alpha: float) -> Tensor:
     """R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ)) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1: (K,), (2, K) → (2, K).
 
-    In sorted order the set is [0, rank) ∪ (rank, valid): a prefix, and the difference of two suffixes whose
-    first entry is their largest, so nothing cancels; in logarithms nothing overflows. O(K log K).
+    By the definition for small K. Else in sorted order, where the set is [0, rank) ∪ (rank, valid): a prefix, and the
+    difference of two suffixes whose first entry is their largest, so nothing cancels; in logarithms nothing overflows.
+    O(K log K). Entries that are exactly 0 in float64 are left out.
     """
-    z = -alpha * s_pos.double()
+    own, reach = s_pos.double(), s_neg.double() + BAND
+    k = own.shape[0]
+    if k <= _FEW:
+        exponents = (alpha * (own[:, None] - own)).fill_diagonal_(-torch.inf)  # (K, K), never k = i
+        entries = torch.where(own <= reach[..., None], exponents, -torch.inf).exp_()  # (2, K, K)
+        return (entries.sum(-1) / (entries != 0).sum(-1).clamp_(min=1)).to(s_pos.dtype)
+    z = -alpha * own
     ordered, order = z.sort(descending=True)  # s⁺ ascending
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(z), device=z.device)).expand_as(s_neg)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(k, device=z.device)).expand_as(s_neg)
     end = z.new_full((1,), -torch.inf)
     prefix = torch.cat((end, ordered.logcumsumexp(0)))
     suffix = torch.cat((ordered.flip(0).logcumsumexp(0).flip(0), end))
-    reach = torch.minimum(s_neg.double() + BAND, s_pos.double() + _UNDERFLOW / alpha)
-    valid = torch.searchsorted(s_pos.double()[order], reach, right=True)  # (2, K), how many k lie below
-    after = suffix[(rank + 1).clamp(max=len(z))]
-    rest = suffix[torch.maximum(valid, rank + 1)]
-    # logsumexp(before, after − rest), each relative to own
-    total = torch.exp(prefix[torch.minimum(rank, valid)] - z) + torch.exp(after - z) * -torch.expm1(
-        torch.where(after == rest, 0, rest - after)
-    )
+    valid = torch.searchsorted(own[order], torch.minimum(reach, own + _UNDERFLOW / alpha), right=True)
+    before = prefix[torch.minimum(rank, valid)]
+    after, rest = suffix[rank + 1], suffix[torch.maximum(valid, rank + 1)]
+    gap = torch.where(after == rest, 0, rest - after)
+    total = torch.exp(before - z) - torch.exp(after - z) * torch.expm1(gap)
     return (total / (valid - (rank < valid).long()).clamp(min=1)).to(s_pos.dtype)

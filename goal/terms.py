@@ -13,6 +13,7 @@ similarities (dense objectives). `goal.T.mine(tau=5.0)` is the term with its par
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ class Term:
     def name(self) -> str:
         return self.definition.name
 
-    @property
+    @functools.cached_property
     def params(self) -> dict[str, Parameter]:
         return dict(zip(self.definition.defaults, self.values, strict=True))
 

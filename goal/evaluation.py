@@ -1,0 +1,445 @@
+"""Retrieval metrics: Recall@K, ranks and mean average precision of embeddings or of a given score matrix.
+
+Every query is ranked in one way only (`_rank`): its positive's score is read out of the same tile as the
+scores of all wrong items, a wrong item that scores the same counts as ranked first, and a score that is not
+finite is an error. Identical embeddings are scored once and share the result: a matrix product does not
+promise equal rows bit-equal results, so otherwise rounding would decide an exact tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from goal.similarity import Dot, bind
+
+Array = Tensor | NDArray[Any]
+Labels = Array | Sequence[int] | Sequence[str]
+Scores = Callable[[slice], Tensor]  # rows of queries -> (rows, candidates)
+
+_CUTOFFS = (1, 5, 10)
+_CANDIDATES = 4096  # scored at once; bounds the working memory of order embeddings
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalMetrics:
+    """Recall@K and ranks of both directions; recalls and shares are percentages, ranks count from 1.
+
+    With folds every number is the mean over the folds, and a query's rank is its rank within its fold.
+    """
+
+    i2t_r1: float  # images with one of their captions ranked first, %
+    i2t_r5: float
+    i2t_r10: float
+    t2i_r1: float  # captions with their image ranked first, %
+    t2i_r5: float
+    t2i_r10: float
+    i2t_medr: float  # median rank of an image's best caption
+    t2i_medr: float
+    i2t_meanr: float  # mean rank of an image's best caption
+    t2i_meanr: float
+    i2t_ties: float  # images whose best caption scores exactly what some wrong caption scores, %
+    t2i_ties: float
+    n_images: int
+    n_captions: int
+    folds: int
+    i2t_ranks: NDArray[np.int64] = field(repr=False)  # (n_images,) rank of each image's best caption
+    t2i_ranks: NDArray[np.int64] = field(repr=False)  # (n_captions,) rank of each caption's image
+
+    @property
+    def rsum(self) -> float:
+        """The sum of the six recalls, 0 to 600."""
+        return self.i2t_r1 + self.i2t_r5 + self.i2t_r10 + self.t2i_r1 + self.t2i_r5 + self.t2i_r10
+
+    def as_dict(self) -> dict[str, float]:
+        """Every number by name, `rsum` included and the per-query ranks left out; ready for JSON."""
+        numbers = {name: value for name, value in vars(self).items() if not name.endswith("_ranks")}
+        return {"rsum": self.rsum, **numbers}
+
+    def __str__(self) -> str:
+        sides = (
+            f"{side} R@1 {getattr(self, f'{side}_r1'):.1f}  R@5 {getattr(self, f'{side}_r5'):.1f}"
+            f"  R@10 {getattr(self, f'{side}_r10'):.1f}  MedR {getattr(self, f'{side}_medr'):g}"
+            for side in ("i2t", "t2i")
+        )
+        tied = self.i2t_ties or self.t2i_ties
+        ties = [f"ties {self.i2t_ties:.1f} % / {self.t2i_ties:.1f} %"] if tied else []
+        return " | ".join([*sides, f"RSUM {self.rsum:.1f}", *ties])
+
+
+@dataclass(frozen=True, eq=False)
+class MapMetrics:
+    """MAP@all of both directions, in percent, with the average precision of every query."""
+
+    x2y: float  # mean over the rows of x as queries, %
+    y2x: float
+    x2y_ap: NDArray[np.float64] = field(repr=False)  # (n,) average precision of each row of x, %
+    y2x_ap: NDArray[np.float64] = field(repr=False)  # (m,)
+
+    @property
+    def mean(self) -> float:
+        """The mean of the two directions."""
+        return (self.x2y + self.y2x) / 2
+
+    def as_dict(self) -> dict[str, float]:
+        """The three numbers by name; ready for JSON."""
+        return {"x2y": self.x2y, "y2x": self.y2x, "mean": self.mean}
+
+    def __str__(self) -> str:
+        return f"MAP@all x→y {self.x2y:.1f}  y→x {self.y2x:.1f}  mean {self.mean:.1f}"
+
+
+def evaluate(
+    x: Array,
+    y: Array,
+    image_of: Labels | None = None,
+    *,
+    similarity: str = "dot",
+    folds: int = 1,
+    chunk: int = 256,
+) -> RetrievalMetrics:
+    """Recall@1/5/10, median and mean rank, image to text and text to image.
+
+        rank of a query = 1 + number of wrong items that score at least what its best positive scores
+
+    A tie counts against the model, so a collapsed model scores 0 and not 100 %. For an image all its own
+    captions are positives and the best of them counts; for a caption its image is the one positive.
+
+    Args:
+        x: (n_images, D) image embeddings, floating point.
+        y: (n_captions, D) caption embeddings, on the same device.
+        image_of: (n_captions,) integers, the row of x that each caption belongs to; an image may have any
+            number of captions above none. None: caption k belongs to image k.
+        similarity: "dot", "cosine" or "order". Scores are float32 whatever the input and settings.
+        folds: evaluate consecutive, equal parts of the images with their captions, each by itself, and
+            average (COCO 1K: five folds of 5,000 images; COCO 5K: one).
+        chunk: queries scored at once; memory is chunk × candidates, never the whole matrix.
+
+    Raises:
+        ValueError: shapes do not fit, an index is out of range, an image has no caption, or an embedding or a
+            score is not finite (the message names the side and the first bad row).
+        TypeError: embeddings that are not floating point, or an image_of that is not integer.
+
+    >>> import torch
+    >>> x = torch.eye(3)
+    >>> y = torch.eye(3)[[0, 1, 1, 2]]
+    >>> print(evaluate(x, y, image_of=torch.tensor([0, 1, 1, 2])))
+    i2t R@1 100.0  R@5 100.0  R@10 100.0  MedR 1 | t2i R@1 100.0  R@5 100.0  R@10 100.0  MedR 1 | RSUM 600.0
+
+    Source: the protocol of Karpathy and Fei-Fei (2015) and VSE++ (Faghri et al., 2018); ties made explicit.
+    """
+    x, y = _embeddings("x (images)", x), _embeddings("y (captions)", y)
+    _check_fit(x, y)
+    owner, metric = _owners(image_of, len(x), len(y)).to(x.device), bind(similarity)
+
+    def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
+        return _pair_scores(x[images], y[captions], metric)
+
+    with torch.inference_mode(), _exact_float32(x.device):
+        return _evaluate(scores, owner, len(x), folds, chunk)
+
+
+def evaluate_similarity(
+    S: Array, image_of: Labels | None = None, *, folds: int = 1, chunk: int = 256
+) -> RetrievalMetrics:
+    """The metrics of `evaluate` for a model that gives the scores themselves (cross-attention, ensembles).
+
+    Args:
+        S: (n_images, n_captions) scores, higher is better, floating point, compared in their own dtype.
+        image_of, folds, chunk: as in `evaluate`.
+
+    Raises:
+        ValueError, TypeError: as in `evaluate`.
+
+    >>> evaluate_similarity(np.array([[0.9, 0.2], [0.3, 0.1]])).i2t_ranks
+    array([1, 2])
+    """
+    matrix = _floating("S", S)
+    owner = _owners(image_of, *matrix.shape).to(matrix.device)
+
+    def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
+        part = matrix if len(images) == len(matrix) else matrix[images][:, captions]
+        return (lambda rows: part[rows]), (lambda rows: part[:, rows].T)
+
+    with torch.inference_mode():
+        return _evaluate(scores, owner, len(matrix), folds, chunk)
+
+
+def map_at_all(
+    x: Array,
+    y: Array,
+    x_labels: Labels,
+    y_labels: Labels,
+    *,
+    similarity: str = "dot",
+    chunk: int = 256,
+) -> MapMetrics:
+    """Mean average precision over the whole ranking, both ways, for labelled data (audio-visual retrieval).
+
+        AP of a query = mean over its relevant items r of r / (r + number of irrelevant items scoring ≥ it)
+
+    Relevant are the items of the other side with the query's label, numbered r = 1, 2, … from the best.
+    Ties count against the model: among items of equal score every irrelevant one stands before the relevant.
+
+    Args:
+        x: (n, D) embeddings, floating point.
+        y: (m, D) embeddings, on the same device.
+        x_labels: (n,) integers or strings.
+        y_labels: (m,) of the same kind.
+        similarity, chunk: as in `evaluate`.
+
+    Raises:
+        ValueError: shapes do not fit, a query has no relevant item (its average precision does not exist), or
+            an embedding or a score is not finite.
+        TypeError: embeddings that are not floating point, labels that are neither integers nor strings.
+
+    >>> x, y = np.eye(2), np.array([[1.0, 0.0], [0.2, 0.9], [0.0, 0.8]])
+    >>> print(map_at_all(x, y, ["dog", "cat"], ["dog", "dog", "cat"]))
+    MAP@all x→y 75.0  y→x 83.3  mean 79.2
+
+    Source: Zhen et al., Deep Supervised Cross-modal Retrieval (2019), §4.2, with ties made explicit.
+    """
+    x, y = _embeddings("x", x), _embeddings("y", y)
+    _check_fit(x, y)
+    labels = [_labels("x_labels", x_labels, len(x)), _labels("y_labels", y_labels, len(y))]
+    if (labels[0].dtype.kind == "U") != (labels[1].dtype.kind == "U"):
+        raise TypeError(f"labels must be of one kind, got {labels[0].dtype} for x and {labels[1].dtype} for y.")
+    codes = torch.from_numpy(np.unique(np.concatenate(labels), return_inverse=True)[1]).to(x.device)
+    rows = torch.arange(max(len(x), len(y)), device=x.device)
+    x_side, y_side = _Side("x", rows[: len(x)], codes[: len(x)]), _Side("y", rows[: len(y)], codes[len(x) :])
+    metric, chunk = bind(similarity), _count("chunk", chunk)
+    with torch.inference_mode(), _exact_float32(x.device):
+        x2y, y2x = _pair_scores(x, y, metric)
+        x2y_ap = 100 * _average_precision(x2y, x_side, y_side, chunk)
+        y2x_ap = 100 * _average_precision(y2x, y_side, x_side, chunk)
+    return MapMetrics(float(x2y_ap.mean()), float(y2x_ap.mean()), x2y_ap, y2x_ap)
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------
+
+
+def _evaluate(
+    scores: Callable[[Tensor, Tensor], tuple[Scores, Scores]],
+    owner: Tensor,
+    n_images: int,
+    folds: int,
+    chunk: int,
+) -> RetrievalMetrics:
+    """Ranks of every fold, and the means over the folds; owner (n_captions,) is the image of each caption."""
+    folds, chunk = _count("folds", folds), _count("chunk", chunk)
+    if n_images % folds:
+        raise ValueError(f"folds={folds} must divide the {n_images} images, else folds differ in difficulty.")
+    ranks = {"i2t": np.empty(n_images, np.int64), "t2i": np.empty(len(owner), np.int64)}
+    numbers: list[dict[str, float]] = []
+    for images in torch.arange(n_images, device=owner.device).chunk(folds):
+        captions = ((owner >= images[0]) & (owner <= images[-1])).nonzero()[:, 0]
+        i2t, t2i = scores(images, captions)
+        image_side, caption_side = _Side("image", images, images), _Side("caption", captions, owner[captions])
+        fold: dict[str, float] = {}
+        for side, score, query, candidate in (
+            ("i2t", i2t, image_side, caption_side),
+            ("t2i", t2i, caption_side, image_side),
+        ):
+            rank, tied = _rank(score, query, candidate, chunk)
+            ranks[side][query.row.cpu().numpy()] = rank
+            fold |= {f"{side}_r{k}": 100 * float((rank <= k).mean()) for k in _CUTOFFS}
+            fold |= {f"{side}_medr": float(np.median(rank)), f"{side}_meanr": float(rank.mean())}
+            fold |= {f"{side}_ties": 100 * float(tied.mean())}
+        numbers.append(fold)
+    return RetrievalMetrics(
+        **{name: sum(fold[name] for fold in numbers) / folds for name in numbers[0]},
+        n_images=n_images,
+        n_captions=len(owner),
+        folds=folds,
+        i2t_ranks=ranks["i2t"],
+        t2i_ranks=ranks["t2i"],
+    )
+
+
+class _Side(NamedTuple):
+    """The queries or the candidates of one direction."""
+
+    name: str
+    row: Tensor  # (n,) their rows in what the caller gave
+    key: Tensor  # (n,) a candidate is right for a query when their keys are equal
+
+
+def _rank(score: Scores, query: _Side, candidate: _Side, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rank of each query's best right candidate, and whether a wrong one ties with it; (queries,) each."""
+    ranks, ties = [], []
+    for rows in _blocks(len(query.row), chunk):
+        s = score(rows)  # (rows, candidates)
+        _check_scores(s, rows, query, candidate)
+        right = query.key[rows, None] == candidate.key
+        best = s.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        above = (s > best).sum(1, dtype=torch.int32)  # never a right one: best is their maximum
+        level = ((s == best) & ~right).sum(1, dtype=torch.int32)
+        ranks.append(1 + above + level)
+        ties.append(level > 0)
+    return torch.cat(ranks).cpu().numpy().astype(np.int64), torch.cat(ties).cpu().numpy()
+
+
+def _average_precision(score: Scores, query: _Side, candidate: _Side, chunk: int) -> NDArray[np.float64]:
+    """Average precision of each query, (queries,); irrelevant candidates first among equals."""
+    place = torch.arange(1, len(candidate.row) + 1, device=candidate.row.device)
+    parts = []
+    for rows in _blocks(len(query.row), chunk):
+        s = score(rows)  # (rows, candidates)
+        _check_scores(s, rows, query, candidate)
+        relevant = (query.key[rows, None] == candidate.key).byte()
+        if not relevant.any(1).all():
+            row = rows.start + int(relevant.amax(1).argmin())
+            raise ValueError(
+                f"{query.name} row {row} has a label that no row of {candidate.name} has, so it has no "
+                "average precision. Leave such queries out."
+            )
+        irrelevant_first = relevant.argsort(dim=1, stable=True)
+        by_score = s.gather(1, irrelevant_first).argsort(dim=1, descending=True, stable=True)
+        hit = relevant.gather(1, irrelevant_first.gather(1, by_score)).double()
+        parts.append((hit * hit.cumsum(1) / place).sum(1) / hit.sum(1))
+    return np.asarray(torch.cat(parts).cpu().numpy())
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def _pair_scores(x: Tensor, y: Tensor, similarity: Dot) -> tuple[Scores, Scores]:
+    """Scores of rows of x against all y and of rows of y against all x; identical rows share a score."""
+    (x_rows, x_place), (y_rows, y_place) = _distinct(x), _distinct(y)
+    x_rows, y_rows = similarity.embed(x_rows), similarity.embed(y_rows)
+
+    def i2t(rows: slice) -> Tensor:
+        query = x_rows[x_place[rows]]
+        s = torch.cat([similarity.tile(query, part) for part in torch.split(y_rows, _CANDIDATES)], 1)
+        return s if len(y_rows) == len(y) else s[:, y_place]
+
+    def t2i(rows: slice) -> Tensor:
+        query = y_rows[y_place[rows]]
+        s = torch.cat([similarity.tile(part, query) for part in torch.split(x_rows, _CANDIDATES)], 0).T
+        return s if len(x_rows) == len(x) else s[:, x_place]
+
+    return i2t, t2i
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows in order of appearance, and for every row its place among them."""
+    places: dict[bytes, int] = {}
+    place = [places.setdefault(row.tobytes(), len(places)) for row in (rows + 0.0).cpu().numpy()]  # −0 is 0
+    first = np.unique(place, return_index=True)[1]
+    return rows[torch.from_numpy(first).to(rows.device)], torch.tensor(place, device=rows.device)
+
+
+@contextmanager
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """Products in float32 proper: no autocast, no TF32, no bfloat16, whatever the training loop has set."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _blocks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+# ---- checks ----------------------------------------------------------------------------------------------
+
+
+def _floating(name: str, value: Array) -> Tensor:
+    """A floating-point matrix with at least one row and column, detached."""
+    tensor = value.detach() if isinstance(value, Tensor) else _from_numpy(name, value)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be a matrix with rows and columns, got shape {tuple(tensor.shape)}.")
+    return tensor
+
+
+def _embeddings(name: str, value: Array) -> Tensor:
+    """(N, D) finite float32."""
+    rows = _floating(name, value).float()
+    finite = rows.isfinite().all(1)
+    if not finite.all():
+        row, bad = int(finite.byte().argmin()), int((~finite).sum())
+        raise ValueError(f"{name} must be finite in float32, but row {row} (the first of {bad}) has NaN or inf.")
+    return rows
+
+
+def _check_fit(x: Tensor, y: Tensor) -> None:
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must have equal width, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
+    if x.device != y.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}.")
+
+
+def _owners(image_of: Labels | None, n_images: int, n_captions: int) -> Tensor:
+    """(n_captions,) int64: the image of each caption."""
+    if image_of is None:
+        if n_captions != n_images:
+            raise ValueError(
+                f"image_of=None means one caption per image, but images and captions number {n_images} and "
+                f"{n_captions}. Pass image_of, the image's row for each caption: "
+                "torch.arange(n_images).repeat_interleave(k) if each image's k captions follow one another."
+            )
+        return torch.arange(n_images)
+    owner = image_of.detach().cpu() if isinstance(image_of, Tensor) else _from_numpy("image_of", image_of)
+    if owner.is_floating_point() or owner.is_complex() or owner.dtype == torch.bool:
+        raise TypeError(f"image_of must be integers, got {owner.dtype}.")
+    if owner.shape != (n_captions,):
+        raise ValueError(f"image_of must have shape ({n_captions},), one per caption, got {(*owner.shape,)}.")
+    owner = owner.long()
+    outside = ((owner < 0) | (owner >= n_images)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"image_of[{row}] = {int(owner[row])} is not a row of the {n_images} images.")
+    counts = torch.bincount(owner, minlength=n_images)
+    if not counts.all():
+        raise ValueError(f"image {int(counts.argmin())} has no caption in image_of, so it has no rank.")
+    return owner
+
+
+def _labels(name: str, value: Labels, n: int) -> NDArray[Any]:
+    labels = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+    if labels.dtype.kind not in "iuU":
+        raise TypeError(f"{name} must be integers or strings, got {labels.dtype}.")
+    if labels.shape != (n,):
+        raise ValueError(f"{name} must have shape ({n},), one per row, got {labels.shape}.")
+    return labels
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value
+
+
+def _check_scores(s: Tensor, rows: slice, query: _Side, candidate: _Side) -> None:
+    low, high = torch.aminmax(s)  # both are NaN where any entry is
+    if not (low.isfinite() and high.isfinite()):
+        i, j = (~s.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"the score of {query.name} row {int(query.row[rows][i])} and {candidate.name} row "
+            f"{int(candidate.row[j])} is {float(s[i, j])}: a score that is not finite has no rank."
+        )
+
+
+def _from_numpy(name: str, value: object) -> Tensor:
+    array = np.asarray(value)
+    if array.dtype.kind not in "iufcb":
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {type(value).__name__}.")
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

@@ -1,0 +1,180 @@
+"""Everything that decides the result of a run, in one frozen object."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import nn
+
+import goal
+
+Parameters = dict[str, float | None]
+
+
+def _option(default: Any, help: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
+    """A field with its help text and its range, [low, high] or (low, high]."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: the objective, the data, the heads, the optimiser, when to stop, and how to compute.
+
+    Two runs with equal configurations on one machine, with the same versions and data, end with bit-equal results.
+
+    Raises:
+        ValueError, TypeError: an unknown name, a value out of range or of the wrong type, at construction.
+
+    >>> config = TrainConfig(T="cir", P="sig_ms", params={"tau": 5})
+    >>> config.label, config.parameters["tau"], config.parameters["beta"]
+    ('cir × sig-ms', 5.0, 10.0)
+    >>> TrainConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    # the objective
+    T: str | None = _option(None, "triplet weight (default: cir)")
+    P: str | None = _option(None, "pair weight (default: sig-ms)")
+    recipe: str | None = _option(None, "a recipe of the literature, in place of T and P")
+    mining: str | None = _option(None, "which negatives T × P meets (default: hardest)")
+    params: dict[str, float] = field(default_factory=dict)  # of the terms: tau, margin, alpha, beta, lam, bias
+    # the data
+    data: str = _option("emoji", "the built-in emoji, or a folder of features")
+    limit: int | None = _option(None, "train on the first images only, to try things on a slice", low=1)
+    seed: int = _option(0, "of the first weights, the batches and the dropout", low=0)
+    # the heads
+    hidden: int = _option(1024, "width of the hidden layer", low=1)
+    dim: int = _option(512, "dimensions of the embedding", low=1)
+    dropout: float = _option(0.3, "share of hidden units dropped", low=0, high=1)
+    # the optimiser
+    batch: int = _option(128, "images in a batch, each with one of its captions", low=2)
+    lr: float = _option(5e-4, "learning rate of AdamW", low=0, above=True)
+    weight_decay: float = _option(0.01, "of AdamW, on the heads", low=0)
+    warmup: int = _option(100, "steps over which the learning rate rises linearly", low=0)
+    clip: float = _option(2.0, "largest norm of the gradient", low=0, above=True)
+    # when the rate drops and when to stop: by validation RSUM alone
+    max_steps: int = _option(6000, "steps after which training ends in any case", low=1)
+    eval_every: int = _option(50, "steps between two evaluations on the validation split", low=1)
+    patience: int = _option(12, "evaluations without a new best after which the rate drops, or training ends", low=1)
+    drops: int = _option(1, "how often the learning rate drops before a plateau ends training", low=0)
+    drop: float = _option(0.1, "factor of a learning-rate drop", low=0, high=1, above=True)
+    # how it is computed
+    dtype: str = _option("float32", "of the heads' products: float32 or bfloat16")
+    device: str = _option("cpu", "where to compute")
+    threads: int = _option(1, "threads of one run", low=1)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            if spec.name != "params":
+                object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype: must be float32 or bfloat16, got {self.dtype!r}")
+        if self.recipe is not None:
+            if given := [name for name in ("T", "P", "mining") if getattr(self, name) is not None]:
+                raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
+        else:
+            for name, registry, default in (("T", goal.T, "cir"), ("P", goal.P, "sig-ms")):
+                object.__setattr__(self, name, registry[getattr(self, name) or default].name)
+            object.__setattr__(self, "mining", self.mining or "hardest")
+        params = {name: _number(f"params[{name!r}]", value) for name, value in sorted(self.params.items())}
+        object.__setattr__(self, "params", params)
+        self.objective()
+
+    def objective(self) -> nn.Module:
+        """The objective itself, with its parameters bound."""
+        base = self._base()
+        if stray := sorted(set(self.params) - set(_parameters(base))):
+            known = ", ".join(_parameters(base)) or "none"
+            raise ValueError(f"params: {self.label} has no parameter {stray[0]!r}; known: {known}")
+        if not isinstance(base, goal.Objective):
+            return goal.recipe(str(self.recipe), **self.params)
+        terms = {"T": base.settings.T, "P": base.settings.P}
+        bound: dict[str, Any] = {
+            kind: term.definition(**term.params | {k: v for k, v in self.params.items() if k in term.params})
+            for kind, term in terms.items()
+        }
+        if self.recipe is not None:
+            return goal.recipe(self.recipe, **bound)
+        return goal.Objective(**bound, mining=str(self.mining))
+
+    def _base(self) -> nn.Module:
+        if self.recipe is not None:
+            return goal.recipe(self.recipe)
+        return goal.Objective(str(self.T), str(self.P), mining=str(self.mining))
+
+    @property
+    def parameters(self) -> Parameters:
+        """The objective's parameters by name, the defaults included; None for a margin that is not set."""
+        return _parameters(self._base()) | self.params
+
+    @property
+    def label(self) -> str:
+        """How tables call the objective."""
+        return self.recipe or f"{self.T} × {self.P}" + (f", {self.mining}" if self.mining != "hardest" else "")
+
+    @property
+    def digest(self) -> str:
+        """Ten hexadecimal digits that change with every field."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder: readable, and another one for every configuration."""
+        readable = self.recipe or "-".join(filter(None, (self.T, self.P, self.mining)))
+        return f"{readable}-s{self.seed}-{self.digest}"
+
+    def to_json(self) -> str:
+        """As JSON, for `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: no JSON, or a field that does not exist.
+        """
+        values = json.loads(text)
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise ValueError(f"a configuration is a JSON object with the fields {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _parameters(objective: nn.Module) -> Parameters:
+    """The numbers that an objective takes, by name."""
+    if isinstance(objective, goal.Objective):
+        terms = objective.settings.P.params | objective.settings.T.params
+        return {name: value for name, value in terms.items() if not isinstance(value, bool)}
+    return {name: p.default for name, p in inspect.signature(type(objective)).parameters.items()}
+
+
+def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
+    """A field's value in its own type and range."""
+    kind, low, high = str(spec.type), spec.metadata["low"], spec.metadata["high"]
+    optional = "None" in kind
+    if value is None and optional:
+        return None
+    if "str" in kind:
+        if not isinstance(value, str):
+            raise TypeError(f"{spec.name}: must be text, got {type(value).__name__} ({value!r})")
+        return value
+    whole = "int" in kind
+    number = _number(spec.name, value, whole)
+    if not low <= number <= high or (spec.metadata["above"] and number == low):
+        least = f"{'above' if spec.metadata['above'] else 'at least'} {low:g}"
+        raise ValueError(f"{spec.name}: must be {least}{f' and at most {high:g}' if high < math.inf else ''}, got {value}")
+    return number
+
+
+def _number(name: str, value: object, whole: bool = False) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise TypeError(f"{name}: must be a{' whole' if whole else ''} number, got {type(value).__name__} ({value!r})")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: must be finite, got {value}")
+    return int(value) if whole else float(value)

@@ -1,0 +1,346 @@
+"""The truth in float64, written from the formulas entry by entry: dense, slow, free of clever algebra.
+
+For anchor i with positive s⁺ᵢ and a selection mᵢⱼ over its negatives, each direction (rows against columns
+and columns against rows) adds to G = ∂l/∂S
+
+    Gᵢⱼ     += mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁻(sᵢⱼ)
+    Gᵢ,p(i) −= mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁺(s⁺ᵢ)
+
+and ∂l/∂x, ∂l/∂y follow by the chain rule. Sums of products are exactly rounded, so equal rows give equal
+similarities and a tie is a tie.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Params = Mapping[str, Any]
+
+
+class Result(NamedTuple):
+    """What an objective does to one batch. Row 0 of a (2, K) field is the direction x→y, row 1 is y→x."""
+
+    G: Array  # (N, M) ∂l/∂S
+    gx: Array | None  # (N, D) ∂l/∂x; None where only S was given
+    gy: Array | None  # (M, D) ∂l/∂y; None where only S was given
+    value: float  # the loss
+    s_pos: Array  # (K,)
+    s_neg: Array  # (2, K) the hardest negative, −inf where there is none
+    index: NDArray[np.int64]  # type: ignore[assignment]  # (2, K) its lowest index among ties, −1 where there is none
+    r_pos: Array | None  # (2, K) relative similarities, 0 where the set is empty; None where P has none
+    r_neg: Array | None  # (2, K)
+
+
+# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def exp(z: float) -> float:
+    return math.inf if z > 709.7 else math.exp(z)
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + exp(-z))
+
+
+def softplus(z: float) -> float:
+    return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+
+def inverse(z: float) -> float:
+    return 1 / z if z != 0 else math.inf
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, and 0 for an empty set."""
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def dot(u: Array, v: Array) -> float:
+    return math.fsum((u * v).tolist())
+
+
+def norm(v: Array) -> float:
+    """‖v‖₂, free of underflow and overflow: v is scaled by a power of two first."""
+    exponent = math.frexp(float(np.abs(v).max(initial=0.0)))[1]
+    scaled = np.ldexp(v, -exponent)
+    return math.ldexp(math.sqrt(dot(scaled, scaled)), exponent)
+
+
+# ── terms ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def triplet_weight(T: str, params: Params, s_pos: float, s_neg: float) -> float:
+    """T(s⁺, s⁻)."""
+
+    def con(margin: float | None = None) -> float:
+        return 1.0 if margin is None or s_neg - s_pos + margin > 0 else 0.0
+
+    def nca(tau: float = 10.0) -> float:
+        return sigmoid(tau * (s_neg - s_pos))
+
+    def cir(tau: float = 10.0) -> float:
+        return sigmoid(tau * ((1 - s_pos) ** 2 + s_neg**2 - 0.5))
+
+    return {"con": con, "nca": nca, "cir": cir}[T](**params)
+
+
+def pair_weight(P: str, params: Params, s_pos: float, s_neg: float, r_pos: float, r_neg: float) -> tuple[float, float]:
+    """P⁺(s⁺) and P⁻(s⁻), given the anchor's relative similarities."""
+
+    def con() -> tuple[float, float]:
+        return 1.0, 1.0
+
+    def lin() -> tuple[float, float]:
+        return 1 - s_pos, s_neg
+
+    def sig(alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5) -> tuple[float, float]:
+        return sigmoid(-alpha * (s_pos - lam)), sigmoid(beta * (s_neg - lam))
+
+    def lin_ms() -> tuple[float, float]:
+        return (1 - r_pos) * (1 - s_pos), (1 + r_neg) * s_neg
+
+    def sig_ms(
+        alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5, self_term: bool = False
+    ) -> tuple[float, float]:
+        own = 1.0 if self_term else 0.0
+        return (
+            inverse(exp(alpha * (s_pos - lam)) + r_pos + own),
+            inverse(exp(-beta * (s_neg - lam)) + r_neg + own),
+        )
+
+    return {"con": con, "lin": lin, "sig": sig, "lin-ms": lin_ms, "sig-ms": sig_ms}[P](**params)
+
+
+def relative_similarities(
+    P: str, params: Params, k: int, s_pos: list[float], row: list[float], negatives: list[int], hardest: int
+) -> tuple[float, float]:
+    """R⁺ and R⁻ of anchor k, whose similarities to the candidates are `row`."""
+    threshold_neg = min(s_pos) - 0.1
+    threshold_pos = row[hardest] + 0.1
+    valid_neg = [j for j in negatives if j != hardest and row[j] >= threshold_neg]
+    valid_pos = [i for i in range(len(s_pos)) if i != k and s_pos[i] <= threshold_pos]
+    to_pos = [s_pos[k] - s_pos[i] for i in valid_pos]
+    to_neg = [row[hardest] - row[j] for j in valid_neg]
+    if P == "lin-ms":
+        return mean([d for d in to_pos if d != 0]), mean([d for d in to_neg if d != 0])
+    if P == "sig-ms":
+        alpha, beta = params.get("alpha", 2.0), params.get("beta", 10.0)
+        exp_pos = [exp(alpha * d) for d in to_pos]
+        return mean([e for e in exp_pos if e != 0]), mean([exp(-beta * d) for d in to_neg])
+    return 0.0, 0.0
+
+
+def potential(T: str, T_params: Params, P: str, P_params: Params, s_pos: float, s_neg: float) -> float:
+    """The loss of one triplet whose gradient T × P is; the violation s⁻ − s⁺ where the table has none."""
+    margin: float | None = T_params.get("margin")
+    tau: float = T_params.get("tau", 10.0)
+    if (T, P) == ("con", "con") and margin is not None:
+        return max(0.0, s_neg - s_pos + margin)
+    if (T, P) == ("con", "lin") and margin is None:
+        return ((1 - s_pos) ** 2 + s_neg**2) / 2
+    if (T, P) == ("con", "sig") and margin is None:
+        alpha: float = P_params.get("alpha", 2.0)
+        beta: float = P_params.get("beta", 10.0)
+        lam: float = P_params.get("lam", 0.5)
+        return softplus(-alpha * (s_pos - lam)) / alpha + softplus(beta * (s_neg - lam)) / beta
+    if (T, P) == ("nca", "con"):
+        return softplus(tau * (s_neg - s_pos)) / tau
+    if (T, P) == ("cir", "lin"):
+        return softplus(tau * ((1 - s_pos) ** 2 + s_neg**2 - 0.5)) / (2 * tau)
+    return s_neg - s_pos
+
+
+# ── mining ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hardest_of(row: list[float], candidates: list[int]) -> int:
+    """The candidate of largest similarity, the lowest index among ties."""
+    largest = max(row[j] for j in candidates)
+    return min(j for j in candidates if row[j] == largest)
+
+
+def selection(mining: str, params: Params, s_pos: float, row: list[float], negatives: list[int]) -> dict[int, float]:
+    """The selected negatives of one anchor that has some, each with its mᵢⱼ."""
+    hardest = {hardest_of(row, negatives): 1.0}
+
+    def take_hardest() -> dict[int, float]:
+        return hardest
+
+    def take_semi_hard(margin: float = 0.2) -> dict[int, float]:
+        inside = [j for j in negatives if s_pos - margin < row[j] < s_pos]
+        return {hardest_of(row, inside): 1.0} if inside else {}
+
+    def take_all(average: bool = True) -> dict[int, float]:
+        return {j: 1 / len(negatives) if average else 1.0 for j in negatives}
+
+    def take_selective(eps: float = 0.01) -> dict[int, float]:
+        largest = max(row[j] for j in negatives)
+        return take_all() if abs(s_pos - largest) < eps else hardest
+
+    take = {
+        "hardest": take_hardest,
+        "semi-hard": take_semi_hard,
+        "all": take_all,
+        "selective": take_selective,
+    }
+    return take[mining](**params)
+
+
+# ── the objective on a matrix of similarities ───────────────────────────────────────────────────────────
+
+
+def oracle_similarity(
+    S: ArrayLike,
+    *,
+    T: str,
+    T_params: Params,
+    P: str,
+    P_params: Params,
+    mining: str,
+    mining_params: Params,
+    reduction: str = "mean",
+    ids: ArrayLike | None = None,
+    y_ids: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+) -> Result:
+    """G = ∂l/∂S and everything on the way to it, for a given S (N, M); gx and gy are None."""
+    S = np.asarray(S, dtype=np.float64)
+    if not np.isfinite(S).all():
+        raise ValueError("the oracle wants finite similarities")
+    N, M = S.shape
+    K = min(N, M)
+    same = np.zeros((N, M), dtype=bool)  # pairs with equal ids are never negatives
+    if ids is not None:
+        row_ids = np.asarray(ids)
+        col_ids = row_ids if y_ids is None else np.asarray(y_ids)
+        if (row_ids.shape, col_ids.shape) != ((N,), (M,)):
+            raise ValueError(f"ids {row_ids.shape} and y_ids {col_ids.shape} for S of shape {S.shape}")
+        same = np.array([[bool(a == b) for b in col_ids] for a in row_ids])
+    weights = [1.0] * K if weight is None else np.asarray(weight, dtype=np.float64).tolist()
+    divisor = {"mean": math.fsum(weights), "sum": 1.0}[reduction]
+
+    s_pos: list[float] = [float(S[k, k]) for k in range(K)]
+    s_neg = np.full((2, K), -math.inf)
+    index = np.full((2, K), -1, dtype=np.int64)
+    r_pos, r_neg = np.zeros((2, K)), np.zeros((2, K))
+    G = np.zeros((N, M))
+    value = 0.0
+    views = ((S, G, same), (S.T, G.T, same.T))  # what is added to G.T stands in G
+    for direction, (similarities, gradient, excluded) in enumerate(views):
+        for k in range(K):
+            row = similarities[k].tolist()
+            negatives = [j for j in range(len(row)) if j != k and not excluded[k, j]]
+            if not negatives:
+                continue
+            hardest = hardest_of(row, negatives)
+            index[direction, k], s_neg[direction, k] = hardest, row[hardest]
+            relative = relative_similarities(P, P_params, k, s_pos, row, negatives, hardest)
+            r_pos[direction, k], r_neg[direction, k] = relative
+            if weights[k] == 0:
+                continue
+            for j, m in selection(mining, mining_params, s_pos[k], row, negatives).items():
+                scale = weights[k] * m / divisor
+                t = triplet_weight(T, T_params, s_pos[k], row[j])
+                p_pos, p_neg = pair_weight(P, P_params, s_pos[k], row[j], *relative)
+                gradient[k, j] += scale * t * p_neg
+                gradient[k, k] -= scale * t * p_pos
+                value += scale * potential(T, T_params, P, P_params, s_pos[k], row[j])
+
+    has_relative = P in ("lin-ms", "sig-ms")
+    return Result(
+        G=G,
+        gx=None,
+        gy=None,
+        value=value,
+        s_pos=np.array(s_pos),
+        s_neg=s_neg,
+        index=index,
+        r_pos=r_pos if has_relative else None,
+        r_neg=r_neg if has_relative else None,
+    )
+
+
+# ── similarities and their chain rule ───────────────────────────────────────────────────────────────────
+
+
+def unit(v: Array) -> Array:
+    """v / ‖v‖, and 0 for a zero vector."""
+    length = norm(v)
+    return v / length if length > 0 else np.zeros_like(v)
+
+
+def similarity_of(similarity: str, x: Array, y: Array) -> float:
+    """s of one row x (D,) and one row y (D,)."""
+    match similarity:
+        case "dot":
+            return dot(x, y)
+        case "cosine":
+            return dot(unit(x), unit(y))
+        case "order":
+            return -norm(np.maximum(0.0, y - x))
+    raise ValueError(f"similarity={similarity!r}")
+
+
+def similarity_gradient(similarity: str, x: Array, y: Array) -> tuple[Array, Array]:
+    """∂s/∂x (D,) and ∂s/∂y (D,) of one pair of rows."""
+    zero = np.zeros_like(x)
+    match similarity:
+        case "dot":
+            return y, x
+        case "cosine":
+            a, b = unit(x), unit(y)
+            s = dot(a, b)
+            by_x = (b - s * a) / norm(x) if x.any() else zero
+            by_y = (a - s * b) / norm(y) if y.any() else zero
+            return by_x, by_y
+        case "order":
+            above = np.maximum(0.0, y - x)
+            distance = norm(above)
+            return (above / distance, -above / distance) if distance > 0 else (zero, zero)
+    raise ValueError(f"similarity={similarity!r}")
+
+
+def oracle(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    T: str,
+    T_params: Params,
+    P: str,
+    P_params: Params,
+    mining: str,
+    mining_params: Params,
+    reduction: str = "mean",
+    similarity: str = "dot",
+    ids: ArrayLike | None = None,
+    y_ids: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+) -> Result:
+    """The gradient, the value and the statistics for embeddings x (N, D) and y (M, D)."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    S = np.array([[similarity_of(similarity, u, v) for v in y] for u in x])
+    result = oracle_similarity(
+        S,
+        T=T,
+        T_params=T_params,
+        P=P,
+        P_params=P_params,
+        mining=mining,
+        mining_params=mining_params,
+        reduction=reduction,
+        ids=ids,
+        y_ids=y_ids,
+        weight=weight,
+    )
+    gx, gy = np.zeros_like(x), np.zeros_like(y)
+    for i in range(len(x)):
+        for j in range(len(y)):
+            if result.G[i, j] != 0:
+                by_x, by_y = similarity_gradient(similarity, x[i], y[j])
+                gx[i] += result.G[i, j] * by_x
+                gy[j] += result.G[i, j] * by_y
+    return result._replace(gx=gx, gy=gy)

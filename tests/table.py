@@ -1,0 +1,208 @@
+"""The one table that drives the contract tests: every term, miner, similarity, reduction, ids and shape.
+
+`cases()` covers every combination of T × P × mining × similarity × reduction × ids once, and spreads the
+parameters and shapes over them. The inputs lie on a binary grid coarse enough that every dot product, squared
+norm and difference is exact in float64, in whatever order it is summed: a tie is a tie and no threshold is
+decided by rounding, so float64 results may be compared anchor by anchor, none left out.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Params = Mapping[str, Any]
+
+# (name, parameters): entries of one name are its variants; con with a margin counts as a T of its own
+TERMS_T: tuple[tuple[str, Params], ...] = (
+    ("con", {}),
+    ("con", {"margin": 0.2}),
+    ("con", {"margin": 0.7}),
+    ("nca", {}),
+    ("nca", {"tau": 4.0}),
+    ("cir", {}),
+    ("cir", {"tau": 3.0}),
+)
+TERMS_P: tuple[tuple[str, Params], ...] = (
+    ("con", {}),
+    ("lin", {}),
+    ("sig", {}),
+    ("sig", {"alpha": 3.0, "beta": 7.0, "lam": 0.3}),
+    ("lin-ms", {}),
+    ("sig-ms", {}),
+    ("sig-ms", {"alpha": 1.5, "beta": 6.0, "lam": 0.2}),
+    ("sig-ms", {"self_term": True}),
+    ("sig-ms", {"alpha": 4.0, "beta": 20.0, "lam": 0.7, "self_term": True}),
+)
+MINING: tuple[tuple[str, Params], ...] = (
+    ("hardest", {}),
+    ("semi-hard", {}),
+    ("semi-hard", {"margin": 0.6}),
+    ("all", {}),
+    ("all", {"average": False}),
+    ("selective", {}),
+    ("selective", {"eps": 0.3}),
+)
+SIMILARITIES = ("dot", "cosine", "order")
+REDUCTIONS = ("mean", "sum")
+SHAPES: tuple[tuple[int, int, int], ...] = (  # (N, M, D)
+    (1, 1, 8),
+    (1, 4, 8),
+    (4, 1, 5),
+    (2, 2, 1),
+    (2, 2, 8),
+    (5, 7, 1),
+    (6, 6, 2),
+    (7, 12, 8),
+    (12, 7, 5),
+    (12, 12, 8),
+    (16, 16, 12),
+    (11, 24, 6),
+    (24, 13, 8),
+)
+IDS = (
+    "none",
+    "fives",  # groups of five, as five captions of one image
+    "equal",  # all equal: no anchor has a negative
+    "extra",  # N ≠ M, and the further rows share their ids with some pairs
+    "unrelated",  # ids and y_ids drawn apart: a pair stays a pair whatever its ids
+)
+
+# (T, T_params, P, P_params) that are the gradient of the value they return
+INTEGRABLE: tuple[tuple[str, Params, str, Params], ...] = (
+    *(("con", T_params, "con", {}) for T, T_params in TERMS_T if T == "con"),
+    *(("con", {}, P, P_params) for P, P_params in TERMS_P if P in ("lin", "sig")),
+    *(("nca", T_params, "con", {}) for T, T_params in TERMS_T if T == "nca"),
+    *(("cir", T_params, "lin", {}) for T, T_params in TERMS_T if T == "cir"),
+)
+
+
+class Case(NamedTuple):
+    T: str
+    T_params: Params
+    P: str
+    P_params: Params
+    mining: str
+    mining_params: Params
+    similarity: str
+    reduction: str
+    ids_case: str
+    shape: tuple[int, int, int]
+
+    @property
+    def id(self) -> str:
+        """A readable, unique name for pytest."""
+        terms = [(self.T, self.T_params), (self.P, self.P_params), (self.mining, self.mining_params)]
+        calls = [f"{name}({','.join(f'{k}={v}' for k, v in params.items())})" for name, params in terms]
+        sizes = "x".join(map(str, self.shape))
+        return "-".join([*calls, self.similarity, self.reduction, f"ids={self.ids_case}", sizes])
+
+
+def _families(terms: tuple[tuple[str, Params], ...]) -> list[list[tuple[str, Params]]]:
+    """Terms grouped with their variants."""
+    families: dict[tuple[str, bool], list[tuple[str, Params]]] = {}
+    for name, params in terms:
+        families.setdefault((name, name == "con" and "margin" in params), []).append((name, params))
+    return list(families.values())
+
+
+def _fits(shape: tuple[int, int, int], ids_case: str) -> bool:
+    """Whether this shape has what the layout of ids is about: further rows, or two groups of five."""
+    N, M, _ = shape
+    return {"extra": N != M, "fives": max(N, M) > 5}.get(ids_case, True)
+
+
+def cases() -> Iterator[Case]:
+    """Every T × P × mining × similarity × reduction × ids, each with one choice of parameters and shape."""
+    combinations = product(_families(TERMS_T), _families(TERMS_P), _families(MINING), SIMILARITIES, REDUCTIONS, IDS)
+    for number, (Ts, Ps, minings, similarity, reduction, ids_case) in enumerate(combinations):
+        choose = random.Random(f"case {number}").choice
+        shapes = [shape for shape in SHAPES if _fits(shape, ids_case)]
+        (T, T_params), (P, P_params), (mining, mining_params) = choose(Ts), choose(Ps), choose(minings)
+        shape = choose(shapes)
+        yield Case(T, T_params, P, P_params, mining, mining_params, similarity, reduction, ids_case, shape)
+
+
+# ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _turn(rng: np.random.Generator, rows: Array) -> Array:
+    """Each row reflected, exactly, in a random (±½, ±½, ±½, ±½, 0, …); for D < 4 shuffled and signed anew."""
+    n, D = rows.shape
+    if D < 4:
+        return rng.permuted(rows * rng.choice([-1.0, 1.0], (n, D)), axis=1)
+    half = np.zeros((n, D))
+    half[:, :4] = rng.choice([-0.5, 0.5], (n, 4))
+    half = rng.permuted(half, axis=1)
+    turned: Array = rows - 2 * (rows * half).sum(axis=1, keepdims=True) * half
+    return turned
+
+
+def _lengths(rng: np.random.Generator, case: Case, n: int, spread: bool) -> Array:
+    """Row norms (n, 1): 1, or between 0.3 and 2; powers of two for the cosine, which then divides exactly."""
+    if not spread:
+        return np.ones((n, 1))
+    if case.similarity == "cosine":
+        return rng.choice([0.5, 1.0, 2.0], (n, 1))
+    return np.ceil(rng.uniform(0.3, 2.0, (n, 1)) * 64) / 64
+
+
+def _ids(rng: np.random.Generator, case: Case) -> tuple[Ids | None, Ids | None]:
+    N, M, _ = case.shape
+    K = min(N, M)
+    match case.ids_case:
+        case "none":
+            return None, None
+        case "fives":
+            ids, y_ids = np.arange(N) // 5, np.arange(M) // 5
+        case "equal":
+            ids, y_ids = np.zeros(N, np.int64), np.zeros(M, np.int64)
+        case "extra":
+            known = np.arange(K)
+            ids, y_ids = (np.concatenate([known, rng.integers(0, 2 * K, n - K)]) for n in (N, M))
+        case "unrelated":
+            ids, y_ids = rng.integers(0, 4, N), rng.integers(0, 4, M)
+        case _:
+            raise ValueError(f"ids_case={case.ids_case!r}")
+    ids, y_ids = ids + 2**60 - 2, y_ids + 2**60 - 2  # apart only in int64: float64 rounds them all to 2**60
+    return ids, None if N == M and case.ids_case != "unrelated" else y_ids
+
+
+def make_inputs(case: Case, seed: int) -> tuple[Array, Array, Ids | None, Ids | None, Array | None]:
+    """x (N, D), y (M, D), ids (N,), y_ids (M,) and weight (K,) for a case; the last three may be None.
+
+    Half of the cases have unit rows, the others norms from 0.3 to 2. The pairs are alike by varying degrees,
+    some identical; a few rows are copies of others, and in some cases one is zero. A third of the cases has
+    weights, zeros among them.
+    """
+    rng = np.random.default_rng(list(f"{case.id} {seed}".encode()))
+    N, M, D = case.shape
+    K = min(N, M)
+    x, y = np.zeros((N, D)), np.zeros((M, D))
+    x[:, 0] = y[:, 0] = 1.0
+    for _ in range(12):
+        x, y = _turn(rng, x), _turn(rng, y)
+    y[:K] = x[:K]
+    for probability in (0.75, 0.4):
+        turned = rng.random(K) < probability
+        y[:K] = np.where(turned[:, None], _turn(rng, y[:K]), y[:K])
+
+    spread = bool(rng.integers(2))
+    x *= _lengths(rng, case, N, spread)
+    y *= _lengths(rng, case, M, spread)
+    for rows in (x, y):
+        for _ in range(len(rows) // 5):
+            rows[rng.integers(len(rows))] = rows[rng.integers(len(rows))]
+        if rng.random() < 0.15:
+            rows[rng.integers(len(rows))] = 0.0
+
+    ids, y_ids = _ids(rng, case)
+    weight = None
+    if rng.random() < 1 / 3:
+        weight = rng.choice([0.0, 0.25, 1.0, 3.0], K)
+    return x, y, ids, y_ids, weight

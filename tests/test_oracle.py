@@ -1,0 +1,615 @@
+"""The oracle against arithmetic by hand, numerical differentiation and identities; what the table covers.
+
+In the comments a = ln 2 / 2 and b = ln 2 / 10, so that e^{2a} = e^{10b} = 2.
+"""
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from oracle import Array, Params, Result, oracle, oracle_similarity, similarity_gradient, similarity_of
+from table import (
+    IDS,
+    INTEGRABLE,
+    MINING,
+    REDUCTIONS,
+    SHAPES,
+    SIMILARITIES,
+    TERMS_P,
+    TERMS_T,
+    cases,
+    make_inputs,
+)
+
+e, ln = np.exp, np.log
+a, b = ln(2) / 2, ln(2) / 10
+
+
+def on(S: list[list[float]] | Array, T: str = "con", P: str = "con", **options: Any) -> Result:
+    """The oracle on a matrix, sums instead of means unless told."""
+    defaults: dict[str, Any] = {
+        "T_params": {},
+        "P_params": {},
+        "mining": "hardest",
+        "mining_params": {},
+        "reduction": "sum",
+    }
+    return oracle_similarity(S, T=T, P=P, **(defaults | options))
+
+
+def close(actual: object, expected: object) -> None:
+    assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-13, atol=1e-14)
+
+
+# ── both directions, reductions, values ────────────────────────────────────────────────────────────────
+
+
+def test_two_pairs_by_hand() -> None:
+    # x→y: row 0 (s⁺ 0.5, s⁻ 0.3), row 1 (0.4, 0.1); y→x: column 0 (0.5, 0.1), column 1 (0.4, 0.3).
+    # Each adds +1 at its negative and −1 at its pair; values −0.2, −0.3, −0.4, −0.1.
+    result = on([[0.5, 0.3], [0.1, 0.4]])
+    close(result.G, [[-2, 2], [2, -2]])
+    close(result.value, -1.0)
+    close(result.s_pos, [0.5, 0.4])
+    close(result.s_neg, [[0.3, 0.1], [0.1, 0.3]])
+    assert result.index.tolist() == [[1, 0], [1, 0]]
+    assert result.gx is result.gy is result.r_pos is result.r_neg is None
+    mean = on([[0.5, 0.3], [0.1, 0.4]], reduction="mean")  # K = 2
+    close(mean.G, [[-1, 1], [1, -1]])
+    close(mean.value, -0.5)
+
+
+def test_hinge_by_hand() -> None:
+    # s⁻ − s⁺ + 0.2: row 0: 0.4 − 0.5 + 0.2 = 0.1, row 1: −0.15, column 0: −0.2,
+    # column 1: 0.4 − 0.45 + 0.2 = 0.15.
+    result = on([[0.5, 0.4], [0.1, 0.45]], T_params={"margin": 0.2})
+    close(result.G, [[-1, 2], [0, -1]])
+    close(result.value, 0.25)
+    # with P = lin: P⁺ = 1 − s⁺ = 0.5 and 0.55, P⁻ = 0.4; the value is the violation of every negative:
+    # (0.4 − 0.5) + (0.1 − 0.45) + (0.1 − 0.5) + (0.4 − 0.45) = −0.9.
+    result = on([[0.5, 0.4], [0.1, 0.45]], P="lin", T_params={"margin": 0.2})
+    close(result.G, [[-0.5, 0.8], [0, -0.55]])
+    close(result.value, -0.9)
+
+
+def test_circle_by_hand() -> None:
+    # All s = 0.5: (1 − s⁺)² + s⁻² − ½ = 0, T = ½, P⁺ = P⁻ = ½: each of 4 anchors ∓¼, value ln 2 / 20 each.
+    result = on([[0.5, 0.5], [0.5, 0.5]], T="cir", P="lin")
+    close(result.G, [[-0.5, 0.5], [0.5, -0.5]])
+    close(result.value, 4 * ln(2) / 20)
+
+
+# One triplet, s⁺ = 0.5 and s⁻ = 0.5 + ln 3 / 10, its R sets empty.
+S_NEG = 0.5 + ln(3) / 10
+Z = 0.25 + S_NEG**2 - 0.5
+T_AT: list[tuple[str, Params, float]] = [
+    ("con", {}, 1),
+    ("con", {"margin": 0.2}, 1),
+    ("nca", {}, 3 / 4),  # σ(10 · ln 3 / 10) = 3 / (3 + 1)
+    ("nca", {"tau": 20.0}, 9 / 10),  # σ(2 ln 3) = 9 / (9 + 1)
+    ("cir", {}, 1 / (1 + e(-10 * Z))),
+    ("cir", {"tau": 5.0}, 1 / (1 + e(-5 * Z))),
+]
+P_AT: list[tuple[str, Params, float, float]] = [
+    ("con", {}, 1, 1),
+    ("lin", {}, 0.5, S_NEG),
+    ("sig", {}, 1 / 2, 3 / 4),  # σ(0), σ(ln 3)
+    ("sig", {"alpha": 4.0, "beta": 20.0, "lam": 0.5}, 1 / 2, 9 / 10),
+    ("sig", {"alpha": ln(3) / 0.1, "lam": 0.4}, 1 / 4, 1 / (1 + e(-1) / 3)),  # σ(−ln 3), σ(1 + ln 3)
+    ("lin-ms", {}, 0.5, S_NEG),
+    ("sig-ms", {}, 1, 3),  # 1 / e⁰, 1 / e^{−ln 3}
+    ("sig-ms", {"self_term": True}, 1 / 2, 3 / 4),  # 1 / (1 + 1), 1 / (⅓ + 1)
+    # e^{−ln 3}, e^{20(0.1 + ln 3 / 10)}
+    ("sig-ms", {"alpha": ln(3) / 0.1, "beta": 20.0, "lam": 0.4}, 1 / 3, 9 * e(2)),
+]
+
+
+@pytest.mark.parametrize(("T", "T_params", "t"), T_AT)
+@pytest.mark.parametrize(("P", "P_params", "p_pos", "p_neg"), P_AT)
+def test_one_triplet_by_hand(
+    T: str, T_params: Params, t: float, P: str, P_params: Params, p_pos: float, p_neg: float
+) -> None:
+    S = np.array([[0.5, S_NEG]])
+    close(on(S, T, P, T_params=T_params, P_params=P_params).G, [[-t * p_pos, t * p_neg]])
+    close(on(S.T, T, P, T_params=T_params, P_params=P_params).G, [[-t * p_pos], [t * p_neg]])
+
+
+def test_values_by_hand() -> None:
+    violation = ln(3) / 10
+    margin = {"margin": 0.2}
+    expected: list[tuple[str, Params, str, Params, float]] = [
+        ("con", {}, "con", {}, violation),
+        ("con", margin, "con", {}, violation + 0.2),
+        ("con", {}, "lin", {}, 0.5**2 / 2 + S_NEG**2 / 2),
+        ("con", margin, "lin", {}, violation),
+        ("con", {}, "sig", {}, ln(1 + 1) / 2 + ln(1 + 3) / 10),
+        ("con", {}, "sig", {"alpha": 4.0, "beta": 20.0}, ln(1 + 1) / 4 + ln(1 + 9) / 20),
+        ("con", margin, "sig", {}, violation),
+        ("nca", {}, "con", {}, ln(1 + 3) / 10),
+        ("nca", {"tau": 20.0}, "con", {}, ln(1 + 9) / 20),
+        ("nca", {}, "lin", {}, violation),
+        ("nca", {}, "sig", {}, violation),
+        ("cir", {}, "lin", {}, ln(1 + e(10 * Z)) / 20),
+        ("cir", {"tau": 5.0}, "lin", {}, ln(1 + e(5 * Z)) / 10),
+        ("cir", {}, "con", {}, violation),
+        ("cir", {}, "sig", {}, violation),
+        *((T, {}, P, {}, violation) for T in ("con", "nca", "cir") for P in ("lin-ms", "sig-ms")),
+    ]
+    for T, T_params, P, P_params, value in expected:
+        close(on([[0.5, S_NEG]], T, P, T_params=T_params, P_params=P_params).value, value)
+    close(on([[0.5, 0.1]], T_params=margin).value, 0)  # beyond the margin: relu(0.1 − 0.5 + 0.2)
+
+
+# ── relative similarities ──────────────────────────────────────────────────────────────────────────────
+
+THREE = [
+    [0.5, 0.5 + b, 0.5],
+    [0.0, 0.5 - a, 0.5],
+    [0.3, 0.2, 0.5 + a],
+]
+# s⁺ = (0.5, 0.153…, 0.846…), so negatives are valid from 0.053… on; the hardest is left out of its own set.
+# anchor    hardest        other negative       R⁻ set     s⁻ + 0.1   positives k below it   s⁺ᵢ − s⁺ₖ
+# row 0     0.5 + b (1)    0.5                  b          0.669      s⁺₁                    a
+# row 1     0.5     (2)    0.0, too small       empty      0.6        s⁺₀                    −a
+# row 2     0.3     (0)    0.2                  0.1        0.4        s⁺₁                    2a
+# column 0  0.3     (2)    0.0, too small       empty      0.4        s⁺₁                    a
+# column 1  0.5 + b (0)    0.2                  0.3 + b    0.669      s⁺₀                    −a
+# column 2  0.5     (0)    0.5, a tie           0          0.6        s⁺₀, s⁺₁               a, 2a
+
+
+def test_sig_ms_by_hand() -> None:
+    result = on(THREE, P="sig-ms")
+    assert result.index.tolist() == [[1, 2, 0], [2, 0, 0]]
+    close(result.r_pos, [[2, 1 / 2, 4], [2, 1 / 2, (2 + 4) / 2]])  # e^{2 · difference}
+    close(result.r_neg, [[1 / 2, 0, e(-1)], [0, e(-3) / 2, 1]])  # e^{−10 · difference}, the tie counts
+    # 1/P⁺ = e^{2(s⁺ − ½)} + R⁺ = (1, ½, 2) + R⁺;   1/P⁻ = e^{−10(s⁻ − ½)} + R⁻
+    p_pos = [[1 / 3, 1, 1 / 6], [1 / 3, 1, 1 / 5]]
+    p_neg = [[1, 1, 1 / (e(2) + e(-1))], [e(-2), 1 / (1 / 2 + e(-3) / 2), 1 / 2]]
+    close(result.G, assemble(p_pos, p_neg))
+    own = on(THREE, P="sig-ms", P_params={"self_term": True})  # every denominator one larger
+    close(own.G, assemble(1 / (1 / np.array(p_pos) + 1), 1 / (1 / np.array(p_neg) + 1)))
+    close(own.r_pos, result.r_pos)
+
+
+def test_lin_ms_by_hand() -> None:
+    result = on(THREE, P="lin-ms")
+    r_pos = [[a, -a, 2 * a], [a, -a, 1.5 * a]]
+    r_neg = [[b, 0, 0.1], [0, 0.3 + b, 0]]  # the tie in column 2 is left out
+    close(result.r_pos, r_pos)
+    close(result.r_neg, r_neg)
+    p_pos = (1 - np.array(r_pos)) * [[0.5, 0.5 + a, 0.5 - a]]
+    p_neg = (1 + np.array(r_neg)) * [[0.5 + b, 0.5, 0.3], [0.3, 0.5 + b, 0.5]]
+    close(result.G, assemble(p_pos, p_neg))
+
+
+def assemble(p_pos: object, p_neg: object) -> Array:
+    """G of THREE from P⁺ and P⁻ (2, 3), its negatives at (0,1), (1,2), (2,0) and (2,0), (0,1), (0,2)."""
+    (u, v), (p, q) = np.asarray(p_pos), np.asarray(p_neg)
+    return np.array(
+        [
+            [-u[0] - v[0], p[0] + q[1], q[2]],
+            [0, -u[1] - v[1], p[1]],
+            [p[2] + q[0], 0, -u[2] - v[2]],
+        ]
+    )
+
+
+def test_relative_sets_leave_out_zeros() -> None:
+    # s⁺ = (0.5, 0.5, 0.3), every other s 0.6: all three positives are valid for all.
+    S = np.full((3, 3), 0.6)
+    np.fill_diagonal(S, [0.5, 0.5, 0.3])
+    close(on(S, P="lin-ms").r_pos, [[0.2, 0.2, -0.2]] * 2)  # the equal positive, 0, is left out of the mean
+    close(on(S, P="sig-ms").r_pos, [[(1 + e(0.4)) / 2, (1 + e(0.4)) / 2, e(-0.4)]] * 2)  # its e⁰ = 1 stays
+    close(on(S, P="lin-ms").r_neg, np.zeros((2, 3)))
+    close(on(S, P="sig-ms").r_neg, np.ones((2, 3)))
+    # of two tied hardest negatives the second differs by 0: left out of {0, 0.2} by lin-ms, kept by sig-ms
+    tied = [[0.5, 0.9, 0.9, 0.7]]
+    close(on(tied, P="lin-ms").r_neg, [[0.2], [0]])
+    close(on(tied, P="sig-ms").r_neg, [[(1 + e(-2)) / 2], [0]])
+    # s⁺ = (0, 400, 0): e^{2(0 − 400)} is 0 in float64 and left out, e^{2(0 − 0)} stays.
+    S = np.full((3, 3), 500.0)
+    np.fill_diagonal(S, [0, 400, 0])
+    r_pos = on(S, P="sig-ms").r_pos
+    assert r_pos is not None
+    close(r_pos[:, [0, 2]], [[1, 1], [1, 1]])
+    # a negative's e^{−10 · 300} is 0 too, and stays in the mean: (1 + 0) / 2
+    S = np.array([[0.0, 300, 300, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    r_neg = on(S, P="sig-ms").r_neg
+    assert r_neg is not None
+    close(r_neg[0, 0], 1 / 2)
+
+
+def test_relative_thresholds() -> None:
+    # row 0: hardest 0.6, then s = 0.5 − 0.1 ± 0.01 around min s⁺ − 0.1; positives 0.7 ± 0.01 around s⁻ + 0.1.
+    S = np.array(
+        [
+            [0.5, 0.6, 0.39, 0.41],
+            [0.0, 0.69, 0.0, 0.0],
+            [0.0, 0.0, 0.71, 0.0],
+            [0.0, 0.0, 0.0, 0.9],
+        ]
+    )
+    result = on(S, P="lin-ms")
+    assert result.r_neg is not None
+    assert result.r_pos is not None
+    close(result.r_neg[0, 0], 0.6 - 0.41)
+    close(result.r_pos[0, 0], 0.5 - 0.69)
+
+
+def test_relative_similarities_use_the_hardest_whatever_the_mining() -> None:
+    # row 0 of THREE under "all": both negatives share R⁻ = e^{−10b} = ½ and R⁺ = 2.
+    S = [[0.5, 0.5 + b, 0.5], [0.0, 0.5 - a, 0.5], [0.3, 0.2, 0.5 + a]]
+    result = on(S, P="sig-ms", mining="all", mining_params={"average": False}, weight=[1, 0, 0])
+    # x→y: P⁻ = 1/(½ + ½) = 1 and 1/(1 + ½) = ⅔, P⁺ = ⅓ twice; y→x: R⁻ = 0, R⁺ = 2:
+    # s = 0: e^{10(0 − ½)} = e^{−5}, s = 0.3: e^{−2}, P⁺ = ⅓ twice.
+    close(result.G, [[-4 / 3, 1, 2 / 3], [e(-5), 0, 0], [e(-2), 0, 0]])
+    close(result.r_pos, on(S, P="sig-ms").r_pos)
+
+
+# ── mining ─────────────────────────────────────────────────────────────────────────────────────────────
+
+ROW = np.array([[0.5, 0.9, 0.4, 0.25, 0.45]])  # one anchor, s⁺ = 0.5; no negatives y→x
+
+
+@pytest.mark.parametrize(
+    ("mining", "params", "G"),
+    [
+        ("hardest", {}, [-1, 1, 0, 0, 0]),
+        ("semi-hard", {}, [-1, 0, 0, 0, 1]),  # 0.3 < s < 0.5: 0.4 and 0.45
+        ("semi-hard", {"margin": 0.04}, [0, 0, 0, 0, 0]),  # 0.46 < s < 0.5: none
+        ("all", {}, [-1, 1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ("all", {"average": True}, [-1, 1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ("all", {"average": False}, [-4, 1, 1, 1, 1]),
+        ("selective", {}, [-1, 1, 0, 0, 0]),  # |0.5 − 0.9| ≥ ε
+        ("selective", {"eps": 0.41}, [-1, 1 / 4, 1 / 4, 1 / 4, 1 / 4]),
+        ("selective", {"eps": 0.39}, [-1, 1, 0, 0, 0]),
+    ],
+)
+def test_selection_by_hand(mining: str, params: Params, G: list[float]) -> None:
+    for S, expected in ((ROW, np.array([G])), (ROW.T, np.array([G]).T)):
+        result = on(S, mining=mining, mining_params=params)
+        close(result.G, expected)
+        assert result.index.max() == 1  # the hardest is reported whatever was selected
+    close(on(ROW, mining=mining, mining_params=params).value, np.dot(G, ROW[0]))  # con × con is linear in S
+
+
+def test_selective_default_eps_is_one_hundredth_each_way() -> None:
+    for hardest, fallback in ((0.509, True), (0.511, False), (0.491, True), (0.489, False)):
+        result = on([[0.5, hardest, 0.1]], mining="selective")
+        close(result.G, [[-1, 0.5, 0.5] if fallback else [-1, 1, 0]])
+
+
+def test_selective_mean_counts_the_hinge_zeros() -> None:
+    # |s⁺ − max s| = 0: mean of relu(0.5 − 0.5 + 0.2), relu(0.4 − 0.5 + 0.2), relu(0.1 − 0.5 + 0.2) = 0.3 / 3
+    result = on([[0.5, 0.5, 0.4, 0.1]], T_params={"margin": 0.2}, mining="selective")
+    close(result.value, 0.1)
+    close(result.G, [[-2 / 3, 1 / 3, 1 / 3, 0]])
+
+
+def test_semi_hard_bounds_are_open() -> None:
+    close(on([[0.5, 0.301]], mining="semi-hard").G, [[-1, 1]])  # the default margin is 0.2
+    close(on([[0.5, 0.299]], mining="semi-hard").G, [[0, 0]])
+    close(on([[0.5, 0.5, 0.25]], mining="semi-hard", mining_params={"margin": 0.25}).G, [[0, 0, 0]])
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    for mining in ("hardest", "semi-hard", "selective"):
+        close(on([[0.5, 0.1, 0.4, 0.4]], mining=mining).G, [[-1, 0, 1, 0]])
+    assert on([[0.5, 0.1, 0.4, 0.4]]).index.tolist() == [[2], [-1]]
+
+
+# ── ids, further rows, weights ─────────────────────────────────────────────────────────────────────────
+
+
+def test_ids_by_hand() -> None:
+    S = np.array([[0.1, 0.9, 0.2], [0.8, 0.2, 0.3], [0.4, 0.5, 0.3]])
+    # 0 and 1 share an id: their only negative is 2, and the pair stays a pair.
+    result = on(S, ids=[7, 7, 9])
+    assert result.index.tolist() == [[2, 2, 1], [2, 2, 1]]
+    # rows: +(0,2) +(1,2) +(2,1), columns: +(2,0) +(2,1) +(1,2); −2 on every pair
+    close(result.G, [[-2, 0, 1], [0, -2, 2], [1, 2, -2]])
+    # ids of rows against ids of columns: row 0 (5) excludes column 1 (5); column 0 (6) excludes nobody
+    result = on(S, ids=[5, 1, 2], y_ids=[6, 5, 3])
+    assert result.index.tolist() == [[2, 0, 1], [1, 2, 1]]
+
+
+def test_anchors_without_negatives_emit_nothing() -> None:
+    for result in (on([[0.3]]), on([[0.1, 0.9], [0.2, 0.3]], ids=[4, 4], T="cir", P="sig-ms")):
+        assert not result.G.any()
+        assert result.value == 0
+        assert (result.index == -1).all()
+        assert (result.s_neg == -np.inf).all()
+    assert result.r_pos is not None
+    assert not result.r_pos.any()
+    # they count in the mean, K = 2: row 0 and column 1 (id 1) have no negative, row 1 and column 0 take 0.8
+    half = on([[0.1, 0.9, 0.2], [0.8, 0.2, 0.3]], ids=[1, 2], y_ids=[1, 1, 1], reduction="mean")
+    close(half.G, [[-0.5, 0, 0], [1, -0.5, 0]])
+    close(half.value, ((0.8 - 0.2) + (0.8 - 0.1)) / 2)
+
+
+def test_further_rows_are_candidates_only() -> None:
+    # K = 2: column 2 is a candidate of both rows, but no anchor; its similarities never enter min s⁺.
+    S = np.array([[0.5, 0.2, 0.7], [0.1, 0.4, -0.9]])
+    result = on(S)
+    close(result.s_pos, [0.5, 0.4])
+    assert result.index.tolist() == [[2, 0], [1, 0]]
+    close(result.G, [[-2, 1, 1], [2, -2, 0]])
+    close(on(S, reduction="mean").G, np.array([[-2, 1, 1], [2, -2, 0]]) / 2)
+    close(on(S.T).G, result.G.T)
+
+
+def test_weights_by_hand() -> None:
+    S = [[0.5, 0.3], [0.1, 0.4]]
+    # anchor 0, both directions, three times; anchor 1 not at all: −0.2 and −0.4
+    result = on(S, weight=[3, 0])
+    close(result.G, [[-6, 3], [3, 0]])
+    close(result.value, 3 * (-0.2 - 0.4))
+    close(on(S, weight=[3, 1], reduction="mean").G, on(S, weight=[3, 1]).G / 4)
+    nothing = on(S, T="cir", P="sig-ms", weight=[0, 0], reduction="mean")
+    assert not nothing.G.any()
+    assert nothing.value == 0
+
+
+@pytest.mark.parametrize(("P", "P_params"), TERMS_P)
+def test_weights_are_linear_and_leave_the_statistics_alone(P: str, P_params: Params) -> None:
+    S = np.random.default_rng(3).normal(0.2, 0.3, (5, 6))
+    weight = np.array([2.0, 0.5, 0.0, 1.0, 3.0])
+    options: dict[str, Any] = {"T": "nca", "P": P, "P_params": P_params, "mining": "all"}
+    parts = [on(S, weight=row, **options) for row in np.diag(weight)]
+    whole = on(S, weight=weight, **options)
+    close(whole.G, sum(part.G for part in parts))
+    close(whole.value, sum(part.value for part in parts))
+    plain = on(S, **options)
+    close(plain.s_neg, whole.s_neg)
+    if plain.r_pos is not None:
+        close(plain.r_pos, whole.r_pos)
+        close(plain.r_neg, whole.r_neg)
+    close(on(S, weight=weight, **(options | {"reduction": "mean"})).G, whole.G / 6.5)
+
+
+# ── similarities ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_similarities_by_hand() -> None:
+    x, y = np.array([3.0, 4.0]), np.array([2.0, 0.0])
+    close(similarity_of("dot", x, y), 6)
+    close(similarity_gradient("dot", x, y), [[2, 0], [3, 4]])
+    # cosine: x̂ = (0.6, 0.8), ŷ = (1, 0), s = 0.6;
+    # (ŷ − 0.6 x̂) / 5 = (0.64, −0.48) / 5, (x̂ − 0.6 ŷ) / 2 = (0, 0.8) / 2
+    close(similarity_of("cosine", x, y), 0.6)
+    close(similarity_gradient("cosine", x, y), [[0.128, -0.096], [0, 0.4]])
+    # order: max(0, y − x) = (3, 4, 0), s = −5; s grows as x does
+    x, y = np.array([1.0, 1.0, 9.0]), np.array([4.0, 5.0, 2.0])
+    close(similarity_of("order", x, y), -5)
+    close(similarity_gradient("order", x, y), [[0.6, 0.8, 0], [-0.6, -0.8, 0]])
+    assert similarity_of("order", y, y - 1) == 0
+    close(similarity_gradient("order", y, y - 1), np.zeros((2, 3)))
+
+
+def test_zero_and_tiny_vectors() -> None:
+    zero, x = np.zeros(2), np.array([3.0, 4.0])
+    assert similarity_of("cosine", zero, x) == similarity_of("cosine", x, zero) == 0
+    close(similarity_gradient("cosine", zero, x), np.zeros((2, 2)))
+    close(similarity_gradient("cosine", x, zero), np.zeros((2, 2)))
+    close(similarity_of("cosine", 1e-200 * x, 1e200 * x), 1)
+
+
+def test_what_overflows_shows() -> None:
+    # e^{2(−400 − ½)} is 0 in float64 and R⁺ is empty: P⁺ = 1 / 0; P⁻ = e^{10(−500 − ½)} = 0
+    close(on([[-400.0, -500.0]], P="sig-ms").G, [[-np.inf, 0]])
+    close(on([[-400.0, 500.0]], T="nca").G, [[-1, 1]])
+    with pytest.raises(ValueError, match="finite"):
+        on([[0.5, np.nan]])
+
+
+def test_unknown_names_are_errors() -> None:
+    x = np.eye(2)
+    options: dict[str, Any] = {"T_params": {}, "P_params": {}, "mining_params": {}}
+    options |= {"T": "con", "P": "con", "mining": "hardest"}
+    for name in ("T", "P", "mining", "reduction"):
+        with pytest.raises(KeyError, match="unheard"):
+            oracle(x, x, **(options | {name: "unheard"}))
+    with pytest.raises(ValueError, match="unheard"):
+        oracle(x, x, **(options | {"similarity": "unheard"}))
+    with pytest.raises(TypeError, match="tau"):
+        on([[0.5, 0.3]], T_params={"tau": 1.0})
+    with pytest.raises(ValueError, match="y_ids"):
+        on([[0.5, 0.3]], ids=[1])
+
+
+# ── the gradient is the derivative of the value ────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+@pytest.mark.parametrize("term", INTEGRABLE)
+def test_gradient_is_the_derivative_of_the_value(
+    term: tuple[str, Params, str, Params], mining: str, mining_params: Params, similarity: str
+) -> None:
+    T, T_params, P, P_params = term
+    rng = np.random.default_rng(11)
+    for (N, M), reduction, ids in (((4, 6), "mean", None), ((6, 5), "sum", [0, 1, 1, 2, 3, 0])):
+        x, y = rng.normal(0, 0.6, (N, 4)), rng.normal(0, 0.6, (M, 4))
+        y[:3] += x[:3]  # some pairs closer than their negatives
+
+        def run(x: Array, y: Array, reduction: str = reduction, ids: list[int] | None = ids) -> Result:
+            return oracle(
+                x,
+                y,
+                T=T,
+                T_params=T_params,
+                P=P,
+                P_params=P_params,
+                mining=mining,
+                mining_params=mining_params,
+                reduction=reduction,
+                similarity=similarity,
+                ids=ids,
+                y_ids=None if ids is None else [0, 1, 2, 2, 4],
+                weight=None if ids is None else [1.0, 0.5, 2.0, 0.0, 1.5],
+            )
+
+        result = run(x, y)
+        assert result.gx is not None
+        assert result.gy is not None
+        h = 1e-6
+        for _ in range(3):
+            u, v = rng.normal(size=x.shape), rng.normal(size=y.shape)
+            for du, dv in ((u, 0 * v), (0 * u, v)):
+                slope = (run(x + h * du, y + h * dv).value - run(x - h * du, y - h * dv).value) / (2 * h)
+                assert_allclose(np.vdot(result.gx, du) + np.vdot(result.gy, dv), slope, rtol=1e-7, atol=1e-8)
+
+
+# ── identities ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("T", "T_params"), TERMS_T)
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+def test_con_pairs_balance(T: str, T_params: Params, mining: str, mining_params: Params) -> None:
+    """With P = con every anchor pulls as much as it pushes: one anchor's entries sum to 0."""
+    S = np.random.default_rng(5).normal(0.2, 0.3, (6, 6))
+    for k in range(6):
+        result = on(S, T, T_params=T_params, mining=mining, mining_params=mining_params, weight=np.eye(6)[k])
+        assert_allclose([result.G[k].sum() + np.delete(result.G[:, k], k).sum()], [0], atol=1e-14)
+        untouched = np.delete(np.delete(result.G, k, 0), k, 1)
+        assert not untouched.any()
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+@pytest.mark.parametrize("P", ["lin-ms", "sig-ms"])
+def test_swapping_x_and_y_transposes(mining: str, mining_params: Params, P: str, similarity: str) -> None:
+    rng = np.random.default_rng(6)
+    x, y, ids, y_ids = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)), np.arange(7) % 4, np.arange(5) % 3
+    options: dict[str, Any] = {
+        "T": "cir",
+        "T_params": {},
+        "P": P,
+        "P_params": {},
+        "mining": mining,
+        "mining_params": mining_params,
+        "similarity": similarity,
+    }
+    one, other = oracle(x, y, ids=ids, y_ids=y_ids, **options), oracle(y, x, ids=y_ids, y_ids=ids, **options)
+    close(one.G, other.G.T)
+    close(one.gx, other.gy)
+    close(one.gy, other.gx)
+    close(one.index, other.index[::-1])
+    close(one.value, other.value)
+
+
+def test_sum_of_hinges_is_the_textbook_one() -> None:
+    S = np.random.default_rng(7).normal(0.2, 0.3, (9, 9))
+    d, off = np.diag(S), ~np.eye(9, dtype=bool)
+    by_row, by_col = (S - d[:, None] + 0.2).clip(0) * off, (S - d[None, :] + 0.2).clip(0) * off
+    margin = {"margin": 0.2}
+    summed = on(S, T_params=margin, mining="all", mining_params={"average": False})
+    close(summed.value, by_row.sum() + by_col.sum())
+    G = (by_row > 0).astype(float) + (by_col > 0)
+    np.fill_diagonal(G, -(by_row > 0).sum(1) - (by_col > 0).sum(0))
+    close(summed.G, G)
+    close(on(S, T_params=margin).value, by_row.max(1).sum() + by_col.max(0).sum())
+
+
+def test_embeddings_give_the_matrix_and_its_chain_rule() -> None:
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(6, 3))
+    options: dict[str, Any] = {"T": "nca", "T_params": {}, "P": "sig-ms", "P_params": {}}
+    options |= {"mining": "all", "mining_params": {}, "reduction": "sum", "weight": [1, 2, 0, 3, 0.5]}
+    options |= {"ids": [1, 2, 3, 4, 1], "y_ids": [1, 2, 2, 4, 5, 3]}
+    result, given = oracle(x, y, **options), oracle_similarity(x @ y.T, **options)
+    assert not np.allclose(result.G, oracle(x, y, **(options | {"weight": None})).G)
+    close(result.G, given.G)
+    close(result.gx, given.G @ y)
+    close(result.gy, given.G.T @ x)
+    close(result.value, given.value)
+
+
+# ── the table ──────────────────────────────────────────────────────────────────────────────────────────
+
+CASES = list(cases())
+
+
+def test_table_covers_every_combination_once() -> None:
+    def family(name: str, params: Params) -> tuple[str, bool]:
+        return name, name == "con" and "margin" in params
+
+    seen = Counter((family(c.T, c.T_params), c.P, c.mining, c.similarity, c.reduction, c.ids_case) for c in CASES)
+    Ts = {family(T, T_params) for T, T_params in TERMS_T}
+    Ps, minings = ({name for name, _ in terms} for terms in (TERMS_P, MINING))
+    assert set(seen) == set(product(Ts, Ps, minings, SIMILARITIES, REDUCTIONS, IDS))
+    assert set(seen.values()) == {1}
+    assert len({c.id for c in CASES}) == len(CASES)
+    assert [c.id for c in cases()] == [c.id for c in CASES]
+
+
+def test_table_spreads_parameters_and_shapes() -> None:
+    """Every variant of a term meets every shape, similarity, reduction and T; no two choices move in step."""
+    variants = [("T", "T_params", TERMS_T), ("P", "P_params", TERMS_P), ("mining", "mining_params", MINING)]
+    for name, params, terms in variants:
+        for term in terms:
+            chosen = [c for c in CASES if (getattr(c, name), getattr(c, params)) == term]
+            assert {c.shape for c in chosen} == set(SHAPES)
+            assert {c.similarity for c in chosen} == set(SIMILARITIES)
+            assert {c.reduction for c in chosen} == set(REDUCTIONS)
+            assert {(c.T, str(c.T_params)) for c in chosen} >= {(T, str(p)) for T, p in TERMS_T if name != "T"}
+
+
+def test_table_inputs_are_exact() -> None:
+    """On a grid of 2⁻²⁰ and of norm ≤ 2: products, their sums and differences need fewer than 53 bits."""
+    for case in CASES[::7]:
+        x, y, *_ = make_inputs(case, 0)
+        assert (x.shape, y.shape) == (case.shape[::2], case.shape[1:])
+        for rows in (x, y):
+            assert (rows * 2**20 == np.round(rows * 2**20)).all()
+            norms = np.sqrt((rows**2).sum(1))
+            assert ((norms == 0) | ((norms >= 0.3) & (norms <= 2))).all()
+            if case.similarity == "cosine":
+                assert set(np.frexp(norms)[0]) <= {0.0, 0.5}  # powers of two
+
+
+def test_table_inputs_meet_what_is_hard() -> None:
+    """Unit and spread norms, zero rows, copies, ties, violated and satisfied anchors, weights and ids."""
+    met: Counter[str] = Counter()
+    chosen = [case for case in CASES[::7] if case.shape[2] > 2]  # in one or two dimensions copies abound
+    for case in chosen:
+        x, y, ids, y_ids, weight = make_inputs(case, 0)
+        N, M, _ = case.shape
+        K = min(N, M)
+        norms = np.linalg.norm(np.concatenate([x, y]), axis=1)
+        met["unit"] += bool(np.allclose(norms[norms > 0], 1))
+        met["zero row"] += bool((norms == 0).any())
+        met["copies"] += len(np.unique(y, axis=0)) < M
+        met["identical pair"] += bool(((x[:K] == y[:K]).all(1) & y[:K].any(1)).any())
+        S = x @ y.T
+        hardest = np.where(np.eye(N, M, dtype=bool), -np.inf, S)[:K].max(1, initial=-np.inf)
+        met["tie at the top"] += bool(((S[:K] == hardest[:, None]).sum(1) > 1).any())
+        met["tie with the pair"] += bool((hardest == np.diag(S)).any())
+        met["violated"] += bool((hardest > np.diag(S)).any())
+        met["satisfied"] += bool((hardest < np.diag(S)).any())
+        met["weighted"] += weight is not None
+        met["zero weight"] += weight is not None and bool((weight == 0).any())
+        assert (ids is None) == (case.ids_case == "none")
+        assert ids is None or (ids.shape == (N,) and ids.dtype == np.int64)
+        assert y_ids is None or y_ids.shape == (M,)
+        assert ids is None or N == M or y_ids is not None
+        met["same again"] += np.array_equal(x, make_inputs(case, 0)[0])
+        met["another seed"] += not np.array_equal(x, make_inputs(case, 1)[0])
+    assert met["same again"] == len(chosen)
+    assert met["another seed"] > len(chosen) * 0.8
+    assert 0.4 < met["unit"] / len(chosen) < 0.6
+    for what in (
+        "zero row",
+        "copies",
+        "identical pair",
+        "tie at the top",
+        "tie with the pair",
+        "violated",
+        "satisfied",
+        "weighted",
+    ):
+        assert met[what] > len(chosen) / 10, (what, met)
+    assert met["zero weight"] > len(chosen) / 20

@@ -102,7 +102,7 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
     tile = masks.hide(similarity.tile(x, y))
     tie = rounding(similarity, x, y) if request.compares else 0.0
     both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
-    part = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie)
+    part, _ = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie, None)
 
     def pairs(negative: Tensor) -> Tensor:
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
@@ -131,17 +131,23 @@ def mine(
     tie = rounding(similarity, x, y) if request.compares else 0.0
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
-    for rows in tiles(x.shape[0], y.shape[0]):
+    spans = list(tiles(x.shape[0], y.shape[0]))
+    buffer = x.new_empty(spans[0].stop, y.shape[0]) if spans else x  # one tile's memory for all of them
+    for rows in spans:
         inside = masks.rows(rows)
-        tile = inside.hide(similarity.tile(x[rows], y))
+        tile = inside.hide(similarity.tile(x[rows], y, out=buffer[: rows.stop - rows.start]))
+        shared = None
         anchors = max(0, min(n_rows - rows.start, tile.shape[0]))
         here = inside.row_offset
         if anchors:
             own = s_pos[here : here + anchors]
-            of_rows.append(_reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie))
+            part, shared = _reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie, None)
+            of_rows.append(part)
         if n_cols:
             own = s_pos[masks.col_offset : masks.col_offset + n_cols]
-            part = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie)
+            if shared is not None and (anchors, n_cols) != tile.shape:
+                shared = None  # extra rows or columns: the two directions see different parts of the tile
+            part, _ = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie, shared)
             of_cols = part if of_cols is None else merge(of_cols, part, request, threshold, tie)
     x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
@@ -156,41 +162,82 @@ def mine(
     return _rescore(x_to_y, lacking, of_x), _rescore(y_to_x, lacking, of_y)
 
 
-def _threshold(s_pos: Tensor, request: Request) -> Tensor:
-    """0-d, min s⁺ − 0.1: the similarity from which a negative is valid for the relative similarities."""
-    return s_pos.min() - BAND if request.sums and s_pos.shape[0] else s_pos.new_zeros(())
+def _threshold(s_pos: Tensor, request: Request) -> float:
+    """min s⁺ − 0.1: the similarity from which a negative is valid for the relative similarities."""
+    return s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
+
+
+class _Shared(NamedTuple):
+    """What both directions' sums over one tile are taken of, made once."""
+
+    valid: Tensor  # 1 where sᵢⱼ ≥ threshold
+    excess: Tensor | None  # max(sᵢⱼ − threshold, 0)
+    exps: Tensor | None  # valid · exp(β(sᵢⱼ − shift)); None where that would underflow
+    shift: float
+
+
+def _share(tile: Tensor, s_neg: Tensor, request: Request, threshold: float) -> _Shared:
+    valid = torch.ge(tile, threshold, out=torch.empty_like(tile))
+    excess = torch.sub(tile, threshold).clamp_(min=0) if request.lin else None
+    exps, shift = None, 0.0
+    if request.beta is not None:
+        shift = max(s_neg.max().item(), threshold)
+        if request.beta * (shift - threshold) < _reach(tile.dtype):
+            exps = torch.sub(tile, shift).mul_(request.beta).exp_().mul_(valid)
+    return _Shared(valid, excess, exps, shift)
+
+
+def _reach(dtype: torch.dtype) -> float:
+    """The largest z for which both exp(z) and exp(−z) are well inside the dtype: 80 in float32."""
+    return 0.9 * math.log(torch.finfo(dtype).max)
 
 
 def _reduce(
-    tile: Tensor, dim: int, offset: int, s_pos: Tensor, request: Request, threshold: Tensor, tie: float
-) -> Partial:
-    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates, 0 or −1."""
+    tile: Tensor,
+    dim: int,
+    offset: int,
+    s_pos: Tensor,
+    request: Request,
+    threshold: float,
+    tie: float,
+    shared: _Shared | None,
+) -> tuple[Partial, _Shared | None]:
+    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates, 0 or −1.
+
+    What the other direction can share is made where `shared` is None, and returned.
+    """
     s_neg, index = _max(tile, dim)
     result = Partial(s_neg, index + offset if offset else index)
     if request.semi_hard is not None:
         above, below = (s_pos - request.semi_hard).unsqueeze(dim), (s_pos - tie).unsqueeze(dim)
         banded = torch.where((tile > above) & (tile < below), tile, -torch.inf)
-        semi, semi_negative = _max(banded, dim)
-        result = result._replace(semi=semi, semi_negative=semi_negative + offset)
+        semi, semi_index = _max(banded, dim)
+        result = result._replace(semi=semi, semi_negative=semi_index + offset)
     if not request.sums:
-        return result
-    buffer = torch.empty_like(tile)
-    valid = torch.ge(tile, threshold, out=buffer).sum(dim)  # the hardest included, where it is valid
+        return result, None
+    shared = _share(tile, s_neg, request, threshold) if shared is None else shared
+    valid = shared.valid.sum(dim)  # the hardest included, where it is valid
     has = (s_neg >= threshold).to(tile.dtype)
-    if request.lin:
-        ties = torch.ge(tile, (s_neg - tie).unsqueeze(dim), out=buffer).sum(dim)
-        reach = (s_neg - threshold).clamp(min=0)
-        excess = torch.sub(tile, threshold, out=buffer).clamp_(min=0).sum(dim)  # Σ (sᵢⱼ − threshold) over the valid
+    if shared.excess is not None:
+        ties = torch.sub(tile, (s_neg - tie).unsqueeze(dim)).ge_(0).sum(dim)
+        reach = (s_neg - threshold).clamp_(min=0)
         result = result._replace(
-            ties=ties, lin_count=(valid - ties).clamp(min=0) * has, lin_sum=(valid * reach - excess).clamp(min=0)
+            ties=ties,
+            lin_count=(valid - ties).clamp_(min=0) * has,
+            lin_sum=(valid * reach - shared.excess.sum(dim)).clamp_(min=0),
         )
     if request.beta is not None:
-        top = torch.maximum(s_neg, threshold)  # below the threshold the sum is empty
-        exps = torch.sub(tile, top.unsqueeze(dim), out=buffer).mul_(request.beta).exp_()
-        exps.mul_(torch.ge(tile, threshold, out=torch.empty_like(tile)))
-        exps.scatter_(dim, index.unsqueeze(dim), 0)  # the hardest stays outside
-        result = result._replace(exp_count=valid - has, exp_sum=exps.sum(dim))
-    return result
+        top = s_neg.clamp(min=threshold)  # below the threshold the sum is empty
+        hardest = index.unsqueeze(dim)
+        if shared.exps is not None:
+            outside = shared.exps.gather(dim, hardest)
+            total = shared.exps.scatter_(dim, hardest, 0).sum(dim) * torch.exp(request.beta * (shared.shift - top))
+            shared.exps.scatter_(dim, hardest, outside)
+        else:
+            exps = torch.sub(tile, top.unsqueeze(dim)).mul_(request.beta).exp_().mul_(shared.valid)
+            total = exps.scatter_(dim, hardest, 0).sum(dim)
+        result = result._replace(exp_count=valid - has, exp_sum=total)
+    return result, shared
 
 
 def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,9 @@ class Dot:
     def embed(self, x: Tensor) -> Tensor:
         return x
 
-    def tile(self, x_block: Tensor, y_block: Tensor) -> Tensor:
-        return x_block @ y_block.T
+    def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
+        """A block of S, which its caller may write into; in `out` where that is given."""
+        return torch.mm(x_block, y_block.T) if out is None else torch.mm(x_block, y_block.T, out=out)
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
         """Entries S[row, col]; None takes the rows of that side as they come."""
@@ -87,7 +88,7 @@ class Order(Dot):
     name = "order"
     _HELD = 1 << 22  # elements of the (n, m, D) block of differences held at once
 
-    def tile(self, x_block: Tensor, y_block: Tensor) -> Tensor:
+    def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
         rows = max(1, self._HELD // y_block.numel())
         return torch.cat([_violation(part[:, None], y_block) for part in torch.split(x_block, rows)])
 
@@ -117,8 +118,8 @@ class Given(Dot):
 
     name = "given"
 
-    def tile(self, x_block: Tensor, y_block: Tensor) -> Tensor:
-        return x_block.clone()  # the miner writes into its tiles
+    def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
+        return x_block.clone()
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
         if row is None:

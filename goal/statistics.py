@@ -46,13 +46,13 @@ class Partial(NamedTuple):
     exp_sum: Tensor | None = None  # (A,) Σ exp(−β(s⁻ − sᵢⱼ)) over them
 
 
-def merge(a: Partial, b: Partial, request: Request, threshold: Tensor, tie: float) -> Partial:
+def merge(a: Partial, b: Partial, request: Request, threshold: float, tie: float) -> Partial:
     """The partial over both sets of candidates: associative, and commutative but for the order of summing.
 
     Args:
         a, b: partials of the same anchors over disjoint candidates.
         request: what both were asked for.
-        threshold: 0-d, min s⁺ − 0.1.
+        threshold: min s⁺ − 0.1.
         tie: similarities closer than this are equal (the rounding of one product).
     """
     takes_b = _beats(b.s_neg, b.negative, a.s_neg, a.negative)

@@ -518,14 +518,17 @@ def _noise(objectives: Sequence[_Objective]) -> str:
     head = ["objective", "RSUM", "to the best", "95 % interval", "verdict"]
     head += ["R@1", "to the best", "95 % interval", "verdict"]
     body = [[d.objective, *_difference(d), *_difference(r1[d.objective])] for d in rsum]
-    several = "the spread of the seeds" if any(len(o.runs) > 1 for o in objectives) else "no seeds (there is one)"
+    several = any(len(o.runs) > 1 for o in objectives)
     method = (
-        f"R@1 is the mean of both directions. Paired bootstrap with {resamples} resamples over test queries and "
-        f"{several}; verdicts at 5 % after Holm's correction for {len(objectives) - 1} comparisons, the intervals "
-        "are not corrected. A tie is no proof of equality."
+        f"Paired bootstrap with {resamples} resamples over test queries{' and seeds' * several}; verdicts at 5 % after "
+        f"Holm's correction for {len(objectives) - 1} comparisons, intervals uncorrected. R@1 is the mean of both "
+        "directions. A tie is no proof of equality."
     )
-    if all(len(o.runs) == 1 for o in objectives):
-        method += " With one seed a verdict is about these trained models, not about their objectives."
+    if not several:
+        method = (
+            "**One seed: a verdict compares these trained models, not their objectives, which another seed may put "
+            f"in another order.** {method}"
+        )
     return f"{_markdown_table([head, *body])}\n\n{method}"
 
 
@@ -680,7 +683,7 @@ def _annotate(axes: Axes, i: int, j: int, cell: _Objective | None, metric: str, 
 
 def _curves(objectives: Sequence[_Objective], title: str, note: str) -> Figure | None:
     """Validation RSUM against steps: a panel for each T, and for every six recipes; None without curves."""
-    drawn = [o for o in objectives if all(run.get("curve") for run in o.runs)]
+    drawn = [o for o in objectives if len(_mean_curve(o)[0])]
     if not drawn:
         return None
     panels = {f"T = {T}": [o for o in drawn if o.T == T and o.P != "-"] for T in _axes(drawn)[0]}
@@ -710,14 +713,15 @@ def _curves(objectives: Sequence[_Objective], title: str, note: str) -> Figure |
         grid[k - columns].tick_params(labelbottom=True)
     figure.supxlabel("training step", fontsize=10)
     figure.supylabel("validation RSUM", fontsize=10)
-    band = "Bands: ± one standard deviation over seeds, as far as all seeds went. Dotted: the highest mean of all."
-    _frame(figure, title, f"{note}\n{band}", objectives)
+    several = any(len(o.runs) > 1 for o in drawn)
+    band = "Bands: ± one standard deviation over seeds, as far as all seeds went. " if several else ""
+    _frame(figure, title, f"{note}\n{band}Dotted: the highest mean of all.", objectives)
     return figure
 
 
 def _mean_curve(objective: _Objective) -> tuple[NDArray[Any], NDArray[np.float64], NDArray[np.float64]]:
     """Steps that every seed reached, with mean and deviation of the validation RSUM over the seeds."""
-    curves = [{point["step"]: point["val_rsum"] for point in run["curve"]} for run in objective.runs]
+    curves = [{point["step"]: point["val_rsum"] for point in run.get("curve", ())} for run in objective.runs]
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])
     return np.array(steps), values.mean(0), values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(steps))

@@ -9,21 +9,21 @@ T, P⁺, P⁻, Entries of G weigh  O(N), plain tensor functions
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal import mining as mining_
-from goal import reference, terms
+from goal import ops, reference, terms
 from goal import similarity as similarity_
 from goal.mining import Mining
 from goal.reference import Masks
 from goal.similarity import Dot, Entries, Gradients, Needs
 from goal.statistics import Request, Statistics, r_pos_exp, r_pos_lin
-from goal.terms import Term
+from goal.terms import Product, Term
 
 REDUCTIONS = ("mean", "sum")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -33,87 +33,56 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 class Settings:
     """An objective, checked: everything about it but the data."""
 
-    T: Term
-    P: Term
+    product: Product
     mining: Mining
     similarity: Dot
     reduction: str
-
-    @functools.cached_property
-    def declared(self) -> tuple[str, ...]:
-        """The relative similarities that the terms read."""
-        return tuple(dict.fromkeys((*self.T.statistics, *self.P.statistics)))
-
-    @functools.cached_property
-    def request(self) -> Request:
-        """What the miner has to reduce."""
-        return Request(
-            semi_hard=self.mining.margin if self.mining.mined == "semi-hard" else None,
-            lin="r_neg_lin" in self.declared,
-            beta=self.parameter("r_neg_exp") if "r_neg_exp" in self.declared else None,
-        )
+    request: Request  # what the miner has to reduce
 
     @property
     def mines(self) -> bool:
         """Whether anything of the mining stage is needed for the gradient."""
-        return self.mining.mined != "none" or bool(self.declared)
-
-    def parameter(self, statistic: str) -> Any:
-        """The parameter that a declared statistic reads from the term that declares it."""
-        term = self.P if statistic in self.P.statistics else self.T
-        return term.params[str(terms.STATISTICS[statistic])]
+        return self.mining.mined != "none" or bool(self.product.statistics)
 
     def relative(self, statistics: Statistics) -> dict[str, Tensor]:
-        """The declared relative similarities, each (2, K)."""
+        """The relative similarities that the terms declared, each (2, K)."""
         found: dict[str, Tensor] = {}
-        for name in self.declared:
+        for name in self.product.statistics:
             if name == "r_pos_lin":
                 found[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
             elif name == "r_pos_exp":
-                found[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.parameter(name))
+                found[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.product.read_by(name))
             else:
                 found[name] = getattr(statistics, name)
         return found
 
-    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: dict[str, Tensor]) -> tuple[Any, Any, Any]:
-        """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
 
-        P is kept below finfo.max^0.9, where the exponentials of far-off similarities leave the dtype's range.
-        """
-        t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
-        p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
-        return t, _saturate(p_pos), _saturate(p_neg)
-
-    @functools.cached_property
-    def _potential(self) -> Callable[[Tensor, Tensor], Tensor | None] | None:
-        return terms.potential(self.T, self.P)
-
-    def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
-        """l(s⁺, s⁻): the loss whose gradient T × P is where the table carries it, else the violation s⁻ − s⁺."""
-        found = self._potential(s_pos, s_neg) if self._potential is not None else None
-        return s_neg - s_pos if found is None else found
-
-
-def _saturate(weight: Any) -> Any:
-    if not isinstance(weight, Tensor):
-        return weight
-    limit = torch.finfo(weight.dtype).max ** 0.9
-    return weight.clamp(-limit, limit)
-
-
-@functools.lru_cache(maxsize=256)
 def settings(
     T: str | Term, P: str | Term, mining: str | Mining, similarity: str, reduction: str, impl: str
 ) -> Settings:
-    """The checked objective behind the arguments of `goal.apply`."""
+    """The checked objective behind the arguments of `goal.apply`; checked once for the same arguments."""
+    make = _make if torch.compiler.is_compiling() else _make_once
+    return make(T, P, mining, similarity, reduction, impl)
+
+
+def _make(T: str | Term, P: str | Term, mining: str | Mining, similarity: str, reduction: str, impl: str) -> Settings:
     if reduction not in REDUCTIONS:
         raise terms.unknown("reduction", reduction, REDUCTIONS)
     if impl not in IMPLEMENTATIONS:
         raise terms.unknown("impl", impl, IMPLEMENTATIONS)
     if impl == "triton":
         raise ValueError("impl='triton' is not available yet: this version has no kernels. Use 'auto' or 'torch'.")
-    chosen = similarity_.GIVEN if similarity == "given" else similarity_.bind(similarity)
-    return Settings(terms.T.bind(T), terms.P.bind(P), mining_.bind(mining), chosen, reduction)
+    product, chosen = Product(terms.T.bind(T), terms.P.bind(P)), mining_.bind(mining)
+    request = Request(
+        semi_hard=chosen.margin if chosen.mined == "semi-hard" else None,
+        lin="r_neg_lin" in product.statistics,
+        beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
+    )
+    measure = similarity_.GIVEN if similarity == "given" else similarity_.bind(similarity)
+    return Settings(product, chosen, measure, reduction, request)
+
+
+_make_once = functools.lru_cache(maxsize=256)(_make)
 
 
 class Batch(NamedTuple):
@@ -169,10 +138,15 @@ def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks) -> Batch:
     return Batch(similarity.embed(x.detach().to(dtype)), similarity.embed(y.detach().to(dtype)), masks)
 
 
+def _stage() -> ModuleType:
+    """Who does the quadratic work: the same three functions, behind operators while compiling."""
+    return ops if torch.compiler.is_compiling() else reference
+
+
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
     s_pos = _s_pos(batch, chosen.similarity)
-    return reference.statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
+    return _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
 
 
 def _s_pos(batch: Batch, similarity: Dot) -> Tensor:
@@ -187,7 +161,7 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
     statistics = None
     relative: dict[str, Tensor] = {}
     if chosen.mines:
-        statistics = reference.statistics(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
+        statistics = _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
         relative = chosen.relative(statistics)
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
@@ -199,8 +173,8 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
     if chosen.mining.dense != "never":
         share = _shares(batch, chosen.mining, scale, fallback, s_pos)
         dense = Dense(s_pos, share, relative)
-        value = value + reference.dense_value(
-            chosen.similarity, batch.x, batch.y, s_pos, share, batch.masks, chosen.value
+        value = value + _stage().dense_value(
+            chosen.similarity, batch.x, batch.y, s_pos, share, batch.masks, chosen.product
         )
     return Outcome(value, entries, dense, Seen(s_pos, statistics, weights, fallback))
 
@@ -236,8 +210,8 @@ def _weigh(
         share = has.to(s_pos.dtype) * share
     if fallback is not None:
         share = (~fallback).to(s_pos.dtype) * share
-    t, p_pos, p_neg = chosen.weights(s_pos, s_neg, relative)
-    value = (chosen.value(s_pos, s_neg) * share).sum()
+    t, p_pos, p_neg = chosen.product.weights(s_pos, s_neg, relative)
+    value = (chosen.product.value(s_pos, s_neg) * share).sum()
     selected = t * share
     pull = _spread(-selected * p_pos, s_neg).sum(0)  # (K,), both directions
     push = _spread(selected * p_neg, s_neg)  # (2, K)
@@ -276,7 +250,7 @@ def emit(batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense |
     """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
     gx, gy = None, None
     if dense is not None:
-        gx, gy = reference.dense_emit(chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.weights, needs)
+        gx, gy = _stage().dense_emit(chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.product, needs)
     if entries is None:
         return gx, gy
     mined_x, mined_y = chosen.similarity.vjp(batch.x, batch.y, entries, needs)

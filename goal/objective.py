@@ -72,7 +72,7 @@ class Objective(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.settings
-        return f"{s.T} × {s.P}, {s.mining}, {s.reduction}, {s.similarity.name}"
+        return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}"
 
 
 def _logits(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from goal.similarity import Dot, Entries, Gradients, Needs
 from goal.statistics import BAND, Partial, Request, Statistics, finish, merge
-
-Value = Callable[[Tensor, Tensor], Tensor]
-Weights = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Any, Any, Any]]
+from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once
 SMALL = 1 << 18  # elements of S up to which the calls cost more than the arithmetic
@@ -286,7 +284,7 @@ def _rescore(part: Partial, lacking: bool, pairs: Callable[[Tensor], Tensor]) ->
 
 
 def dense_value(
-    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, value: Value
+    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, product: Product
 ) -> Tensor:
     """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions, 0-d; `share` is (2, K)."""
     total = s_pos.new_zeros(())
@@ -295,7 +293,7 @@ def dense_value(
         live = inside.live(tile)
         for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
             s, on = tile[part], live[part]
-            total += (share[1 - dim, at].unsqueeze(dim) * value(s_pos[at].unsqueeze(dim), s) * on).sum()
+            total += (share[1 - dim, at].unsqueeze(dim) * product.value(s_pos[at].unsqueeze(dim), s) * on).sum()
     return total
 
 
@@ -307,7 +305,7 @@ def dense_emit(
     share: Tensor,
     relative: dict[str, Tensor],
     masks: Masks,
-    weights: Weights,
+    product: Product,
     needs: Needs,
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y of anchors that meet all their negatives: G is made tile by tile, S a second time.
@@ -315,7 +313,7 @@ def dense_emit(
     Args:
         share: (2, K), what each of an anchor's negatives weighs; 0 for anchors that do not meet all of them.
         relative: the statistics that the terms declared, each (2, K).
-        weights: (s⁺, s, statistics) → T, P⁺, P⁻.
+        product: T × P.
         needs: whether x and y need a gradient.
     """
     gx = torch.zeros_like(x) if needs[0] else None
@@ -326,7 +324,7 @@ def dense_emit(
         live, g = inside.live(tile), torch.zeros_like(tile)
         for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
             own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
-            t, p_pos, p_neg = weights(s_pos[at].unsqueeze(dim), tile[part], own)
+            t, p_pos, p_neg = product.weights(s_pos[at].unsqueeze(dim), tile[part], own)
             selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
             g[part] += selected * p_neg
             pull[at] += (selected * p_pos).sum(dim)

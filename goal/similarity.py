@@ -174,6 +174,11 @@ _BY_NAME = {similarity.name: similarity for similarity in (Dot(), Cosine(), Orde
 GIVEN = Given()
 
 
+def by_name(name: str) -> Dot:
+    """The similarity of that name, `given` included."""
+    return GIVEN if name == "given" else _BY_NAME[name]
+
+
 def bind(similarity: str) -> Dot:
     """A similarity from what a user passes as `similarity=`."""
     if not isinstance(similarity, str):

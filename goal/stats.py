@@ -38,7 +38,7 @@ def stats(batch: Batch, chosen: Settings, seen: Seen) -> Stats:
     weights = seen.weights
     if weights is None:
         stand_in = torch.where(has, s_neg, found.s_pos)
-        weights = chosen.weights(found.s_pos, stand_in, chosen.relative(found))
+        weights = chosen.product.weights(found.s_pos, stand_in, chosen.relative(found))
     t, p_pos, p_neg = (torch.where(has, _full(weight, s_neg), 0) for weight in weights)
     on_fallback = torch.zeros_like(has) if seen.fallback is None else seen.fallback
     return Stats(

@@ -13,7 +13,6 @@ similarities (dense objectives). `goal.T.mine(tau=5.0)` is the term with its par
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,15 +80,15 @@ class Term:
     """
 
     definition: Definition
-    values: tuple[Parameter, ...]  # in the order of definition.defaults
+    values: tuple[tuple[str, Parameter], ...]  # the parameters, in the order of the function's signature
 
     @property
     def name(self) -> str:
         return self.definition.name
 
-    @functools.cached_property
+    @property
     def params(self) -> dict[str, Parameter]:
-        return dict(zip(self.definition.defaults, self.values, strict=True))
+        return dict(self.values)
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -112,13 +111,13 @@ class Definition:
     function: Callable[..., Any]
     defaults: Mapping[str, Parameter]
     statistics: tuple[str, ...] = ()
-    potentials: Mapping[str, Potential] = field(default_factory=dict)
+    potentials: Mapping[str, tuple[Potential, tuple[str, ...]]] = field(default_factory=dict)  # and what it asks for
 
     def __call__(self, **params: object) -> Term:
         owner = f"goal.{self.registry}.{self.name.replace('-', '_')}"
         if stray := [name for name in params if name not in self.defaults]:
             raise TypeError(f"{owner} has no parameter {stray[0]!r}. Known: {', '.join(self.defaults) or 'none'}.")
-        return Term(self, tuple(self._checked(owner, n, params.get(n, d), d) for n, d in self.defaults.items()))
+        return Term(self, tuple((n, self._checked(owner, n, params.get(n, d), d)) for n, d in self.defaults.items()))
 
     @staticmethod
     def _checked(owner: str, name: str, value: object, default: Parameter) -> Parameter:
@@ -199,9 +198,8 @@ class Registry:
             if spell(name) in self._definitions:
                 raise ValueError(f"A {self._meaning} called {spell(name)!r} is registered already.")
             defaults = _defaults(function, statistics)
-            definition = Definition(
-                self._kind, spell(name), function, defaults, tuple(statistics), dict(potential or {})
-            )
+            potentials = {spell(other): (f, _asked(f)) for other, f in (potential or {}).items()}
+            definition = Definition(self._kind, spell(name), function, defaults, tuple(statistics), potentials)
             definition()  # the defaults must be valid parameters
             self._definitions[spell(name)] = definition
             return function
@@ -229,6 +227,11 @@ def _defaults(function: Callable[..., Any], statistics: Sequence[str]) -> dict[s
         if reads is not None and reads not in defaults:
             raise TypeError(f"`{function.__name__}` declares {statistic!r}, which reads a parameter {reads!r}.")
     return defaults
+
+
+def _asked(potential: Potential) -> tuple[str, ...]:
+    """The parameters that a potential reads from the terms."""
+    return tuple(inspect.signature(potential).parameters)[2:]
 
 
 T = Registry("T", "triplet weight")
@@ -381,14 +384,49 @@ def _p_sig_ms(
     return p_pos, p_neg
 
 
-# ----------------------------------------------------------------------------------------------- the loss's value
+# --------------------------------------------------------------------------------------------------- the product
 
 
-def potential(t: Term, p: Term) -> Callable[[Tensor, Tensor], Tensor | None] | None:
-    """The loss l(s⁺, s⁻) whose gradient t × p is, from the table of terms; None where it carries none."""
-    found = p.definition.potentials.get(t.name) or t.definition.potentials.get(p.name)
-    if found is None:
-        return None
-    params = {**p.params, **t.params}
-    asked = {name: params[name] for name in list(inspect.signature(found).parameters)[2:]}
-    return lambda s_pos, s_neg: found(s_pos, s_neg, **asked)
+@dataclass(frozen=True)
+class Product:
+    """T × P: what the gradient is made of."""
+
+    T: Term
+    P: Term
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The relative similarities that either term declares."""
+        return tuple(dict.fromkeys((*self.T.statistics, *self.P.statistics)))
+
+    def read_by(self, statistic: str) -> Any:
+        """The parameter that a declared statistic reads from the term that declares it."""
+        term = self.P if statistic in self.P.statistics else self.T
+        return term.params[str(STATISTICS[statistic])]
+
+    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
+        """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
+
+        P is kept below finfo.max^0.9, where the exponentials of far-off similarities leave the dtype's range.
+        """
+        t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
+        p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
+        return t, _saturate(p_pos), _saturate(p_neg)
+
+    def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
+        """l(s⁺, s⁻): the loss whose gradient T × P is where the terms carry it, else the violation s⁻ − s⁺."""
+        found = self.P.definition.potentials.get(self.T.name) or self.T.definition.potentials.get(self.P.name)
+        if found is not None:
+            function, names = found
+            params = {**self.P.params, **self.T.params}
+            loss = function(s_pos, s_neg, **{name: params[name] for name in names})
+            if loss is not None:
+                return loss
+        return s_neg - s_pos
+
+
+def _saturate(weight: Any) -> Any:
+    if not isinstance(weight, Tensor):
+        return weight
+    limit = torch.finfo(weight.dtype).max ** 0.9
+    return weight.clamp(-limit, limit)

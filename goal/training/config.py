@@ -61,7 +61,7 @@ class TrainConfig:
     eval_every: int = _option(50, "steps between two evaluations on the validation split", low=1)
     patience: int = _option(12, "evaluations without a new best after which the rate drops, or training ends", low=1)
     drops: int = _option(1, "how often the learning rate drops before a plateau ends training", low=0)
-    drop: float = _option(0.1, "factor of a learning-rate drop", low=0, high=1, above=True)
+    drop: float = _option(0.1, "factor of a drop, which also goes back to the best weights", low=0, high=1, above=True)
     # how it is computed
     dtype: str = _option("float32", "of the heads' products: float32 or bfloat16")
     device: str = _option("cpu", "where to compute")
@@ -112,9 +112,21 @@ class TrainConfig:
         return _parameters(self._base()) | self.params
 
     @property
+    def settings(self) -> dict[str, float]:
+        """What `--tune` may change: the learning rate and the objective's parameters."""
+        return {"lr": self.lr} | {name: value for name, value in self.parameters.items() if value is not None}
+
+    @property
     def label(self) -> str:
         """How tables call the objective."""
         return self.recipe or f"{self.T} × {self.P}" + (f", {self.mining}" if self.mining != "hardest" else "")
+
+    @property
+    def names(self) -> dict[str, str | None]:
+        """T, P, recipe and label as a record carries them: `con` with its margin, "-" for a recipe's T and P."""
+        margin = self.parameters.get("margin")
+        T = "-" if self.T is None else self.T if margin is None else f"{self.T}({margin:g})"
+        return {"T": T, "P": self.P or "-", "recipe": self.recipe, "label": self.label}
 
     @property
     def digest(self) -> str:

@@ -88,7 +88,7 @@ def train(
     >>> config = TrainConfig(recipe="infonce", hidden=8, dim=4, batch=64, max_steps=2, eval_every=2)
     >>> record = train(config, Path(tempfile.mkdtemp()))
     >>> record["steps"], record["stopped"], sorted(record["ranks"])
-    (2, 'max_steps', ['i2t', 't2i'])
+    (2, 'max_steps', ['i2t', 'image_of', 't2i'])
     """
     data = features(config.data, config.limit)
     versions = _versions(config, data)
@@ -183,7 +183,7 @@ class _Run:
         if state.stale >= config.patience:
             if state.drops < config.drops:
                 state.drops, state.stale = state.drops + 1, 0
-                if __import__("os").environ.get("RB"): self.heads.load_state_dict(self.best)
+                self.heads.load_state_dict(self.best)
             else:
                 state.stopped = "plateau"
         if state.step >= config.max_steps and state.stopped is None:
@@ -284,11 +284,8 @@ class _Run:
         self.heads.load_state_dict(self.best)
         self.heads.eval()
         record: Record = {
-            "label": config.label,
-            "T": config.T,
-            "P": config.P,
-            "recipe": config.recipe,
-            "params": {"lr": config.lr} | config.parameters,
+            **config.names,
+            "params": config.settings,
             "seed": config.seed,
             "best_val_rsum": state.best_val_rsum,
             "best_step": state.best_step,
@@ -300,7 +297,11 @@ class _Run:
             metrics = score(config, self.heads, self.test)
             names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
             record["test"] = {name: getattr(metrics, name) for name in names}
-            record["ranks"] = {"i2t": metrics.i2t_ranks.tolist(), "t2i": metrics.t2i_ranks.tolist()}
+            record["ranks"] = {
+                "i2t": metrics.i2t_ranks.tolist(),
+                "t2i": metrics.t2i_ranks.tolist(),
+                "image_of": self.test.image_of.tolist(),
+            }
         content = save(self.best, {"config": config.to_json()})
         write_atomically(self.run_dir / "model.safetensors", content)
         _write_json(self.run_dir / "record.json", record)

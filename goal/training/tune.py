@@ -1,0 +1,83 @@
+"""The same number of trials for every objective: learning rate and the objective's own parameters, by validation RSUM."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from goal.data.files import write_atomically
+from goal.training.config import TrainConfig
+from goal.training.loop import Diverged, Row, train
+
+
+class Range(NamedTuple):
+    """Where a parameter is looked for."""
+
+    low: float
+    high: float
+    log: bool
+
+
+RANGES = {
+    "lr": Range(5e-5, 5e-3, log=True),
+    "tau": Range(1.0, 100.0, log=True),
+    "alpha": Range(0.5, 10.0, log=True),
+    "beta": Range(2.0, 100.0, log=True),
+    "lam": Range(0.0, 1.0, log=False),
+    "margin": Range(0.01, 0.5, log=True),
+    "bias": Range(-20.0, 0.0, log=False),
+}
+
+
+def search(
+    config: TrainConfig, trials: int, folder: Path, *, on_evaluation: Callable[[Row], None] = lambda row: None
+) -> TrainConfig:
+    """The configuration with the highest validation RSUM among the given one and `trials` − 1 of a TPE sampler.
+
+    The test split is not looked at. Each trial is a training run of its own in `folder`, and the sampler's choice for
+    a trial is a function of the trials before it; so a search that was killed continues where it stood, and ends with
+    the same result. `tuning.json` lists the trials. A trial that diverges counts, with RSUM 0.
+
+    Raises:
+        ValueError: fewer than one trial.
+    """
+    import optuna
+
+    if trials < 1:
+        raise ValueError(f"trials: must be at least 1, got {trials}")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    start = config.settings
+    space = {
+        name: optuna.distributions.FloatDistribution(min(r.low, start[name]), max(r.high, start[name]), log=r.log)
+        for name, r in RANGES.items()
+        if name in start
+    }
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({name: start[name] for name in space})
+    tried: list[dict[str, Any]] = []
+    for number in range(trials):
+        study.sampler = optuna.samplers.TPESampler(seed=number)
+        trial = study.ask(space)
+        candidate = with_parameters(config, trial.params)
+        try:
+            record = train(
+                candidate,
+                folder / candidate.run_name,
+                test=False,
+                on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
+            )
+            rsum = record["best_val_rsum"]
+        except Diverged:
+            rsum = 0.0
+        study.tell(trial, rsum)
+        tried.append({"val_rsum": rsum, **trial.params})
+    content = {"objective": config.label, "trials": tried, "best": study.best_trial.number}
+    write_atomically(folder / "tuning.json", (json.dumps(content, indent=2) + "\n").encode())
+    return with_parameters(config, study.best_params)
+
+
+def with_parameters(config: TrainConfig, found: dict[str, float]) -> TrainConfig:
+    """The configuration with another learning rate and other parameters of its objective."""
+    params = {name: value for name, value in found.items() if name != "lr"}
+    return dataclasses.replace(config, lr=found["lr"], params=params)

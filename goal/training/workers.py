@@ -1,0 +1,119 @@
+"""A few worker processes that take jobs, tell how far they are, and die with their parent."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any, NamedTuple
+
+
+class Job(NamedTuple):
+    """A call to make in a worker: `function(*arguments, on_evaluation=...)`, importable by name."""
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+class Begun(NamedTuple):
+    """A worker has taken a job."""
+
+    key: str
+
+
+class Progress(NamedTuple):
+    """A job's `on_evaluation` was called."""
+
+    key: str
+    row: dict[str, float]
+
+
+class Done(NamedTuple):
+    """A job has ended."""
+
+    key: str
+    result: Any
+
+
+class Failed(NamedTuple):
+    """A job has raised."""
+
+    key: str
+    message: str
+
+
+Event = Begun | Progress | Done | Failed
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
+    """Run jobs in their order on a few processes and yield what they report; leaving early ends the processes.
+
+    Raises:
+        RuntimeError: a process died, as it does when memory is short.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(jobs)
+    busy: dict[Any, tuple[Any, Job]] = {}  # our end of the pipe: process, its job
+    processes = []
+    try:
+        for _ in range(min(workers, len(jobs))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            busy[ours] = process, waiting.popleft()
+            ours.send(busy[ours][1])
+        while busy:
+            for pipe in connection.wait(list(busy)):
+                process, job = busy[pipe]
+                try:
+                    event: Event = pipe.recv()
+                except EOFError:
+                    process.join()
+                    raise RuntimeError(
+                        f"a worker died with exit code {process.exitcode} during {job.key} (is memory short?)"
+                    ) from None
+                yield event
+                if isinstance(event, Done | Failed):
+                    if waiting:
+                        busy[pipe] = process, waiting.popleft()
+                        pipe.send(busy[pipe][1])
+                    else:
+                        del busy[pipe]
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def _serve(pipe: Any) -> None:
+    """The life of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    while True:
+        job: Job = pipe.recv()
+        pipe.send(Begun(job.key))
+
+        def report(row: dict[str, float], key: str = job.key) -> None:
+            pipe.send(Progress(key, row))
+
+        try:
+            pipe.send(Done(job.key, job.function(*job.arguments, on_evaluation=report)))
+        except (ValueError, RuntimeError, OSError) as error:  # diverged, refused data, a full disk: the others go on
+            pipe.send(Failed(job.key, str(error)))
+
+
+def _follow_parent() -> None:
+    """End this process when its parent ends, killed or not: nobody else may write to the run folders then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

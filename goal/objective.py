@@ -175,9 +175,9 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
 
     | name | what it is | source |
     |---|---|---|
-    | `vse0`, `vse++` | con(0.2) × con over all negatives or the hardest, sum | Faghri et al., VSE++, BMVC 2018, eq. 5, 6 |
+    | `vse0`, `vse++` | con(0.2) × con over all negatives or the hardest, sum | Faghri et al., BMVC 2018, eq. 5, 6 |
     | `t-selhn` | con(0.2) × con, selective mining, mean | Li et al., RVSE++, T-SelHN |
-    | `order0`, `order++` | the hinges with margin 0.05 on order embeddings of |x|, |y|, not normalised | Vendrov et al., 2016 |
+    | `order0`, `order++` | the same, margin 0.05, on order embeddings of abs(x), abs(y) | Vendrov et al., 2016 |
     | `circle` | cir × lin | Sun et al., Circle loss, CVPR 2020 |
     | `nca` | nca × con | Goldberger et al., 2004; InfoNCE with one negative |
     | `binomial-deviance` | con × sig | Yi et al., 2014 |

@@ -6,7 +6,7 @@ No N × M matrix is stored: a tile is some rows of S with all columns, made, red
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
     tile = masks.hide(similarity.tile(x, y))
     tie = rounding(similarity, x, y) if request.compares else 0.0
     both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
-    part, _ = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie, None)
+    part, _ = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie, None, Scratch())
 
     def pairs(negative: Tensor) -> Tensor:
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
@@ -129,23 +129,23 @@ def mine(
     tie = rounding(similarity, x, y) if request.compares else 0.0
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
-    spans = list(tiles(x.shape[0], y.shape[0]))
-    buffer = x.new_empty(spans[0].stop, y.shape[0]) if spans else x  # one tile's memory for all of them
-    for rows in spans:
+    scratch = Scratch()
+    for rows in tiles(x.shape[0], y.shape[0]):
         inside = masks.rows(rows)
-        tile = inside.hide(similarity.tile(x[rows], y, out=buffer[: rows.stop - rows.start]))
+        out = scratch((rows.stop - rows.start, y.shape[0]), x, 4)
+        tile = inside.hide(similarity.tile(x[rows], y, out=out))
         shared = None
         anchors = max(0, min(n_rows - rows.start, tile.shape[0]))
         here = inside.row_offset
         if anchors:
             own = s_pos[here : here + anchors]
-            part, shared = _reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie, None)
+            part, shared = _reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie, None, scratch)
             of_rows.append(part)
         if n_cols:
             own = s_pos[masks.col_offset : masks.col_offset + n_cols]
             if shared is not None and (anchors, n_cols) != tile.shape:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
-            part, _ = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie, shared)
+            part, _ = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie, shared, scratch)
             of_cols = part if of_cols is None else merge(of_cols, part, request, threshold, tie)
     x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
@@ -174,15 +174,31 @@ class _Shared(NamedTuple):
     shift: float
 
 
-def _share(tile: Tensor, s_neg: Tensor, request: Request, threshold: float) -> _Shared:
-    valid = torch.ge(tile, threshold, out=torch.empty_like(tile))
-    excess = torch.sub(tile, threshold).clamp_(min=0) if request.lin else None
+def _share(tile: Tensor, s_neg: Tensor, request: Request, threshold: float, scratch: Scratch) -> _Shared:
+    valid = torch.ge(tile, threshold, out=scratch(tile.shape, tile, 0))
+    excess = torch.sub(tile, threshold, out=scratch(tile.shape, tile, 1)).clamp_(min=0) if request.lin else None
     exps, shift = None, 0.0
     if request.beta is not None:
         shift = max(s_neg.max().item(), threshold)
         if request.beta * (shift - threshold) < _reach(tile.dtype):
-            exps = torch.sub(tile, shift).mul_(request.beta).exp_().mul_(valid)
+            origin = tile.new_tensor(-request.beta * shift)
+            exps = torch.add(origin, tile, alpha=request.beta, out=scratch(tile.shape, tile, 2)).exp_().mul_(valid)
     return _Shared(valid, excess, exps, shift)
+
+
+class Scratch:
+    """Memory for tile-sized intermediates that one tile leaves to the next; fresh pages cost more than the sums."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def __call__(self, shape: Sequence[int], like: Tensor, slot: int) -> Tensor:
+        """A tensor of that shape, dtype as `like`, its content undefined; the slot's earlier one is overwritten."""
+        size = math.prod(shape)
+        held = self._held.get(slot)
+        if held is None or held.numel() < size:
+            held = self._held[slot] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size].view(shape)
 
 
 def _reach(dtype: torch.dtype) -> float:
@@ -199,6 +215,7 @@ def _reduce(
     threshold: float,
     tie: float,
     shared: _Shared | None,
+    scratch: Scratch,
 ) -> tuple[Partial, _Shared | None]:
     """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates, 0 or −1.
 
@@ -213,11 +230,11 @@ def _reduce(
         result = result._replace(semi=semi, semi_negative=semi_index + offset)
     if not request.sums:
         return result, None
-    shared = _share(tile, s_neg, request, threshold) if shared is None else shared
+    shared = _share(tile, s_neg, request, threshold, scratch) if shared is None else shared
     valid = shared.valid.sum(dim)  # the hardest included, where it is valid
     has = (s_neg >= threshold).to(tile.dtype)
     if shared.excess is not None:
-        ties = torch.sub(tile, (s_neg - tie).unsqueeze(dim)).ge_(0).sum(dim)
+        ties = torch.sub(tile, (s_neg - tie).unsqueeze(dim), out=scratch(tile.shape, tile, 3)).ge_(0).sum(dim)
         reach = (s_neg - threshold).clamp_(min=0)
         result = result._replace(
             ties=ties,
@@ -232,7 +249,12 @@ def _reduce(
             total = shared.exps.scatter_(dim, hardest, 0).sum(dim) * torch.exp(request.beta * (shared.shift - top))
             shared.exps.scatter_(dim, hardest, outside)
         else:
-            exps = torch.sub(tile, top.unsqueeze(dim)).mul_(request.beta).exp_().mul_(shared.valid)
+            exps = (
+                torch.sub(tile, top.unsqueeze(dim), out=scratch(tile.shape, tile, 2))
+                .mul_(request.beta)
+                .exp_()
+                .mul_(shared.valid)
+            )
             total = exps.scatter_(dim, hardest, 0).sum(dim)
         result = result._replace(exp_count=valid - has, exp_sum=total)
     return result, shared

@@ -35,6 +35,7 @@ class Dot:
     """s = x·y: the inner product; on unit vectors the cosine."""
 
     name = "dot"
+    _HELD = 1 << 18  # elements of an intermediate of rows × D, or of rows × columns × D, that stay in the cache
     _SMALL = 1 << 12  # entries of a G that is quicker made whole than gathered
 
     def embed(self, x: Tensor) -> Tensor:
@@ -46,7 +47,12 @@ class Dot:
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
         """Entries S[row, col]; None takes the rows of that side as they come."""
-        return (_rows(x, row) * _rows(y, col)).sum(1)
+        size = (x if row is None else row).shape[0]
+        step = max(1, self._HELD // x.shape[1])
+        if size <= step:
+            return (_rows(x, row) * _rows(y, col)).sum(1)
+        parts = [slice(start, start + step) for start in range(0, size, step)]
+        return torch.cat([(_rows(x, row, part) * _rows(y, col, part)).sum(1) for part in parts])
 
     def vjp(self, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
         row, col, value = entries
@@ -86,7 +92,6 @@ class Order(Dot):
     """
 
     name = "order"
-    _HELD = 1 << 22  # elements of the (n, m, D) block of differences held at once
 
     def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
         rows = max(1, self._HELD // y_block.numel())
@@ -134,8 +139,8 @@ class Given(Dot):
         return g, None
 
 
-def _rows(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(0, index)
+def _rows(x: Tensor, index: Tensor | None, part: slice = slice(None)) -> Tensor:
+    return x[part] if index is None else x.index_select(0, index[part])
 
 
 def _gather(at: Tensor, size: int, other: Tensor, source: Tensor, value: Tensor) -> Tensor:

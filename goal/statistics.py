@@ -115,7 +115,7 @@ def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
     """The partials over all candidates, x→y and y→x (or one that holds both as its rows) → statistics."""
     part = directions[0]
     if len(directions) == 2:
-        columns: list[Any] = [None if of[0] is None else torch.stack(of) for of in zip(*directions, strict=True)]
+        columns: list[Any] = [None if a is None else torch.stack((a, b)) for a, b in zip(*directions, strict=True)]
         part = Partial(*columns)
 
     def mean(total: Tensor | None, count: Tensor | None) -> Tensor | None:

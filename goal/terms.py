@@ -29,10 +29,10 @@ Potential = Callable[..., Tensor | None]
 # The relative similarities a term may declare, with the parameter each one reads from its term.
 # All are means over a batch-dependent set, 0 where the set is empty, constants for the gradient; shape of the anchors.
 STATISTICS: Mapping[str, str | None] = {
-    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)            over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out
-    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)            over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, zeros left out
-    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))   over the same k, self left out
-    "r_neg_exp": "beta",  # R⁻ = mean exp(−β(s⁻ᵢ − sᵢⱼ))   over the same j
+    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)  over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out
+    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)  over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, zeros out
+    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))  over the same k, self left out
+    "r_neg_exp": "beta",  # R⁻ = mean exp(−β(s⁻ᵢ − sᵢⱼ))  over the same j
 }
 _POSITIVE = frozenset({"tau", "alpha", "beta"})
 _NOT_NEGATIVE = frozenset({"margin", "eps"})
@@ -63,7 +63,7 @@ def check_number(owner: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{owner}: parameter {name!r} must be a number, got {type(value).__name__} ({value!r}).")
     value = float(value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # torch.compile traces this with a symbolic number
         raise ValueError(f"{owner}: parameter {name!r} must be finite, got {value}.")
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{owner}: parameter {name!r} must be > 0, got {value}.")
@@ -377,7 +377,7 @@ def _p_sig_ms(
     r_pos_exp: Tensor,
     r_neg_exp: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """1 / (e^{α(s⁺−λ)} + R⁺) and 1 / (e^{−β(s⁻−λ)} + R⁻); `self_term` adds multi-similarity's 1 to both denominators."""
+    """1 / (e^{α(s⁺−λ)} + R⁺) and 1 / (e^{−β(s⁻−λ)} + R⁻); `self_term` adds multi-similarity's 1 to both."""
     own = 1.0 if self_term else 0.0
     p_pos = 1 / (torch.exp(alpha * (s_pos - lam)) + (r_pos_exp + own))
     p_neg = 1 / (torch.exp(-beta * (s_neg - lam)) + (r_neg_exp + own))

@@ -30,8 +30,8 @@ class TrainConfig:
         ValueError, TypeError: an unknown name, a value out of range or of the wrong type, at construction.
 
     >>> config = TrainConfig(T="cir", P="sig_ms", params={"tau": 5})
-    >>> config.label, config.parameters["tau"], config.parameters["beta"]
-    ('cir × sig-ms', 5.0, 10.0)
+    >>> config.label, config.params
+    ('cir × sig-ms', {'alpha': 2.0, 'beta': 10.0, 'lam': 0.5, 'tau': 5.0})
     >>> TrainConfig.from_json(config.to_json()) == config
     True
     """
@@ -41,7 +41,7 @@ class TrainConfig:
     P: str | None = _option(None, "pair weight (default: sig-ms)")
     recipe: str | None = _option(None, "a recipe of the literature, in place of T and P")
     mining: str | None = _option(None, "which negatives T × P meets (default: hardest)")
-    params: dict[str, float] = field(default_factory=dict)  # of the terms: tau, margin, alpha, beta, lam, bias
+    params: dict[str, float] = field(default_factory=dict, hash=False)  # tau, margin, …; defaults are filled in
     # the data
     data: str = _option("emoji", "the built-in emoji, or a folder of features")
     limit: int | None = _option(None, "train on the first images only, to try things on a slice", low=1)
@@ -80,22 +80,22 @@ class TrainConfig:
             for name, registry, default in (("T", goal.T, "cir"), ("P", goal.P, "sig-ms")):
                 object.__setattr__(self, name, registry[getattr(self, name) or default].name)
             object.__setattr__(self, "mining", self.mining or "hardest")
-        params = {name: _number(f"params[{name!r}]", value) for name, value in sorted(self.params.items())}
+        own = _parameters(self._base())
+        if stray := sorted(set(self.params) - set(own)):
+            raise ValueError(f"params: {self.label} has no {stray[0]!r}; known: {', '.join(own) or 'none'}")
+        checked = {name: _number(f"params[{name!r}]", value) for name, value in self.params.items()}
+        params = {name: float(value) for name, value in {**own, **checked}.items() if value is not None}
         object.__setattr__(self, "params", params)
         self.objective()
 
     def objective(self) -> nn.Module:
         """The objective itself, with its parameters bound."""
         base = self._base()
-        if stray := sorted(set(self.params) - set(_parameters(base))):
-            known = ", ".join(_parameters(base)) or "none"
-            raise ValueError(f"params: {self.label} has no parameter {stray[0]!r}; known: {known}")
         if not isinstance(base, goal.Objective):
             return goal.recipe(str(self.recipe), **self.params)
-        terms = {"T": base.settings.T, "P": base.settings.P}
         bound: dict[str, Any] = {
             kind: term.definition(**term.params | {k: v for k, v in self.params.items() if k in term.params})
-            for kind, term in terms.items()
+            for kind, term in _terms(base).items()
         }
         if self.recipe is not None:
             return goal.recipe(self.recipe, **bound)
@@ -107,16 +107,6 @@ class TrainConfig:
         return goal.Objective(str(self.T), str(self.P), mining=str(self.mining))
 
     @property
-    def parameters(self) -> Parameters:
-        """The objective's parameters by name, the defaults included; None for a margin that is not set."""
-        return _parameters(self._base()) | self.params
-
-    @property
-    def settings(self) -> dict[str, float]:
-        """What `--tune` may change: the learning rate and the objective's parameters."""
-        return {"lr": self.lr} | {name: value for name, value in self.parameters.items() if value is not None}
-
-    @property
     def label(self) -> str:
         """How tables call the objective."""
         return self.recipe or f"{self.T} × {self.P}" + (f", {self.mining}" if self.mining != "hardest" else "")
@@ -124,9 +114,9 @@ class TrainConfig:
     @property
     def names(self) -> dict[str, str | None]:
         """T, P, recipe and label as a record carries them: `con` with its margin, "-" for a recipe's T and P."""
-        margin = self.parameters.get("margin")
-        T = "-" if self.T is None else self.T if margin is None else f"{self.T}({margin:g})"
-        return {"T": T, "P": self.P or "-", "recipe": self.recipe, "label": self.label}
+        T = f"{self.T}({self.params['margin']:g})" if "margin" in self.params else self.T
+        names = {"T": T, "P": self.P} if self.recipe is None else {"T": "-", "P": "-"}
+        return {**names, "recipe": self.recipe, "label": self.label}
 
     @property
     def digest(self) -> str:
@@ -137,7 +127,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
-        readable = self.recipe or "-".join(filter(None, (self.T, self.P, self.mining)))
+        readable = self.label.replace(" × ", "-").replace(", ", "-")
         return f"{readable}-s{self.seed}-{self.digest}"
 
     def to_json(self) -> str:
@@ -158,11 +148,16 @@ class TrainConfig:
         return cls(**values)
 
 
+def _terms(objective: goal.Objective) -> dict[str, Any]:
+    product = objective.settings.product
+    return {"T": product.T, "P": product.P}
+
+
 def _parameters(objective: nn.Module) -> Parameters:
     """The numbers that an objective takes, by name."""
     if isinstance(objective, goal.Objective):
-        terms = objective.settings.P.params | objective.settings.T.params
-        return {name: value for name, value in terms.items() if not isinstance(value, bool)}
+        params = [item for term in _terms(objective).values() for item in term.params.items()]
+        return {name: value for name, value in params if not isinstance(value, bool)}
     return {name: p.default for name, p in inspect.signature(type(objective)).parameters.items()}
 
 
@@ -180,7 +175,8 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
     number = _number(spec.name, value, whole)
     if not low <= number <= high or (spec.metadata["above"] and number == low):
         least = f"{'above' if spec.metadata['above'] else 'at least'} {low:g}"
-        raise ValueError(f"{spec.name}: must be {least}{f' and at most {high:g}' if high < math.inf else ''}, got {value}")
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise ValueError(f"{spec.name}: must be {least}{most}, got {value}")
     return number
 
 

@@ -39,7 +39,11 @@ Record = dict[str, Any]
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
-class Diverged(RuntimeError):
+class TrainingError(RuntimeError):
+    """Training could not end."""
+
+
+class Diverged(TrainingError):
     """The loss or the gradient of a run is no longer finite."""
 
 
@@ -59,9 +63,9 @@ class State:
 def train(
     config: TrainConfig,
     run_dir: Path,
+    save_every: float = 10.0,
     *,
     test: bool = True,
-    save_every: float = 10.0,
     on_evaluation: Callable[[Row], None] = lambda row: None,
 ) -> Record:
     """Train until validation RSUM stops rising, and score the best heads on the test split.
@@ -71,8 +75,8 @@ def train(
     Args:
         config: what to train, and how.
         run_dir: folder of this run alone; made if need be.
-        test: score the test split at the end. Without, as for trials of a search, it is not looked at.
         save_every: seconds between checkpoints; they are written after an evaluation.
+        test: score the test split at the end. Without, as for trials of a search, it is not looked at.
         on_evaluation: called with each new row of the curve: step, loss, lr, val_rsum, val_i2t_r1, val_t2i_r1, and
             the mean s⁺ and hardest s⁻ on the validation split.
 
@@ -209,7 +213,7 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.modules.parameters(), config.clip)
-        value = loss.item()
+        value = float(loss.item())
         for name, number in (("loss", value), ("norm of the gradient", norm.item())):
             if not math.isfinite(number):
                 raise Diverged(
@@ -285,7 +289,7 @@ class _Run:
         self.heads.eval()
         record: Record = {
             **config.names,
-            "params": config.settings,
+            "params": {"lr": config.lr} | config.params,
             "seed": config.seed,
             "best_val_rsum": state.best_val_rsum,
             "best_step": state.best_step,

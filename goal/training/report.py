@@ -73,7 +73,7 @@ class Difference(NamedTuple):
     objective: str
     mean: float  # of the metric, over seeds
     difference: float  # mean − the best objective's mean, ≤ 0
-    low: float  # 95 % interval of the difference
+    low: float  # interval of the difference, 95 % at level 0.05, not corrected
     high: float
     p: float  # of a difference this large between equal objectives, Holm-corrected over all of them
     verdict: Literal["best", "tied with best", "below best"]
@@ -131,13 +131,13 @@ def terminal_table(records: Sequence[RunRecord], *, color: bool = False) -> str:
 
     >>> test = dict.fromkeys(("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"), 10.0) | {"rsum": 60.0}
     >>> print(terminal_table([{"T": "cir", "P": "sig-ms", "seed": 0, "test": test}]))
-    RSUM       sig-ms
-    cir         60.0
+    RSUM   sig-ms
+    cir      60.0
     <BLANKLINE>
-    R@1 i→t    sig-ms
+    R@1 i→t   sig-ms
     cir         10.0
     <BLANKLINE>
-    R@1 t→i    sig-ms
+    R@1 t→i   sig-ms
     cir         10.0
     <BLANKLINE>
     1 run, 1 seed.
@@ -188,7 +188,7 @@ def significant_differences(
             ranks carry `image_of` (n_captions,), else images and captions are drawn independently.
         metric: "rsum", or "r1", the mean of R@1 of both directions.
         resamples: number of resamples; p is never smaller than 1 / (resamples + 1).
-        level: the verdict is "below best" where the corrected p is smaller.
+        level: the verdict is "below best" where the corrected p is smaller; intervals hold 1 − level.
         seed: of the random numbers.
 
     Raises:

@@ -1,28 +1,217 @@
 """Every T × P and every recipe, several seeds each: which objective wins?"""
 
-import functools
-import shlex
-import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import Any, cast
 
 import goal
 from goal.training.config import TrainConfig
-from goal.training.features import features
-from goal.training.loop import Record, train
-from goal.training.report import RunRecord, terminal_table, write_report
+from goal.training.display import Lines, display
+from goal.training.features import Sampler, features
+from goal.training.loop import Record, TrainingError, train
+from goal.training.report import RunRecord, write_report
 from goal.training.tune import search
-from goal.training.workers import Begun, Done, Event, Failed, Job, Progress, cores, work
+from goal.training.workers import Done, Failed, Job, cores, work
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-MARGIN = 0.2  # of T = con in the table
 GRID_T, GRID_P = ("con", "nca", "cir"), ("con", "lin", "sig", "lin-ms", "sig-ms")
+MARGIN = 0.2  # of T = con in the grid
 SEEDS, QUICK_SEEDS = 5, 2
-# Smaller heads learn the same order of objectives in a tenth of the time.
+# Sized so that the order of the objectives agrees with the full sweep's: runs still end when validation stops rising.
 QUICK: dict[str, Any] = {"hidden": 256, "dim": 128, "lr": 1e-3, "patience": 5, "max_steps": 1500}
+
+
+QUICK_NOTE = (
+    "QUICK: small heads and few seeds, to see the path end to end in minutes; close places may change in the full "
+    "sweep (the same command without --quick)."
+)
+
+
+class Incomplete(TrainingError):
+    """Some runs of a sweep failed; the tables hold the others."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of the grid or a recipe, by the names of a record, and what trains it."""
+
+    names: Mapping[str, str | None]  # T, P, recipe, label
+    config: TrainConfig  # of seed 0
+
+    def seeded(self, seed: int) -> TrainConfig:
+        """The configuration of another seed."""
+        return dataclasses.replace(self.config, seed=seed)
+
+
+def entries(objectives: Sequence[str] | None = None, **settings: Any) -> list[Entry]:
+    """The cells of the grid and the recipes; a recipe that is a cell of the grid shares the cell's runs.
+
+    Args:
+        objectives: some of them, such as "cir:sig-ms" and "vse++"; by default all.
+        **settings: fields of `TrainConfig`, for all of them.
+
+    Raises:
+        ValueError: an unknown objective.
+
+    >>> [entry.names["label"] for entry in entries(["cir:lin", "circle"])]
+    ['cir × lin', 'circle']
+    >>> len({entry.config for entry in entries(["cir:lin", "circle"])})
+    1
+    """
+    cells = {
+        f"{T}:{P}": TrainConfig(T=T, P=P, params={"margin": MARGIN} if T == "con" else {}, **settings)
+        for T in GRID_T
+        for P in GRID_P
+    }
+    known = {key: Entry(config.names, config) for key, config in cells.items()}
+    for name in goal.recipes():
+        config = TrainConfig(recipe=name, **settings)
+        same = [cell for cell in cells.values() if repr(cell.objective()) == repr(config.objective())]
+        known[name] = Entry(config.names, same[0] if same else config)
+    chosen = list(known) if objectives is None else [name.strip().replace("_", "-") for name in objectives]
+    if strange := [name for name in chosen if name not in known]:
+        raise ValueError(f"objectives: {strange[0]!r} is not known; known: {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(chosen)]
+
+
+class Sweep:
+    """Every objective with several seeds, into one folder, which holds the runs, the tables and the pictures.
+
+    Run again after it was killed, it continues and ends with the same table. Runs are kept by their configuration, so
+    more seeds or objectives add to a folder.
+
+    Args:
+        quick: `QUICK` heads and fewer seeds.
+        seeds: how many, from 0; by default `SEEDS`, or `QUICK_SEEDS`.
+        trials: give every objective a `search` of so many trials too, and train what it found with the same seeds.
+        objectives: as for `entries`.
+        name: of the folder; by default made of the data and of what is asked for.
+        root: the folder's parent.
+        workers: processes; by default one for each core (for each `threads` cores), or 1 on an accelerator.
+        save_every: seconds between the checkpoints of a run.
+        **settings: fields of `TrainConfig`, for all objectives.
+
+    Raises:
+        ValueError, TypeError: settings out of range, or data that cannot be read; before anything is trained.
+
+    >>> sweep = Sweep(quick=True, objectives=["cir:sig-ms", "infonce"])
+    >>> sweep.folder.name, sweep.seeds
+    ('emoji-quick', 2)
+    >>> records = sweep.run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        quick: bool = False,
+        seeds: int | None = None,
+        trials: int = 0,
+        objectives: Sequence[str] | None = None,
+        name: str | None = None,
+        root: Path = Path("runs"),
+        workers: int | None = None,
+        save_every: float = 10.0,
+        **settings: Any,
+    ) -> None:
+        self.quick, self.trials, self.save_every = quick, trials, save_every
+        self.seeds = (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds
+        checks = (("seeds", self.seeds, 1), ("trials", trials, 0), ("workers", 1 if workers is None else workers, 1))
+        for argument, number, least in checks:
+            if number < least:
+                raise ValueError(f"{argument}: must be at least {least}, got {number}")
+        self.entries = entries(objectives, **(QUICK if quick else {}) | settings)
+        self.tuned: list[Entry] = []  # what the searches found
+        self.base = self.entries[0].config
+        data = features(self.base.data, self.base.limit)
+        Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
+        self.images = len(data.train.x)
+        parts = (Path(self.base.data).name, "quick" * quick, f"tune{trials}" * bool(trials))
+        self.folder = root / (name or "-".join(filter(None, parts)))
+        by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
+        self.workers = workers or by_default
+        self.results: dict[str, Any] = {}  # by the job's key
+        self.failures: dict[str, str] = {}
+
+    def run(self, command: str = "") -> list[Record]:
+        """Train what is not yet trained and write the report; `command` goes into its note.
+
+        Returns:
+            The records of all runs, tuned ones last.
+
+        Raises:
+            Incomplete: some runs failed; the report of the others has been written.
+        """
+        with display() as shown:
+            searches = self._searches()
+            self._perform([*self._runs(self.entries), *searches.values()], shown)
+            for entry in self.entries:
+                found = self.results.get(searches[entry.config].key) if searches else None
+                if found is not None:
+                    self.tuned.append(Entry({**entry.names, "T": found.T or "-"}, found))
+            self._perform(self._runs(self.tuned), shown)
+        records = self.records()
+        if records:
+            title = f"{self.base.data}: test recall, mean ± standard deviation over {self.seeds} seeds"
+            write_report(cast(Sequence[RunRecord], records), self.folder, title=title, note=self.note(command))
+        if self.failures:
+            lines = "".join(f"\n  {key}: {message}" for key, message in self.failures.items())
+            raise Incomplete(f"{len(self.failures)} of the runs failed; the others are in {self.folder}:{lines}")
+        return records
+
+    def records(self) -> list[Record]:
+        """The records of the runs that are finished."""
+        return [
+            {**self.results[run.run_name], **entry.names, "tuned": tuned}
+            for tuned, group in ((False, self.entries), (True, self.tuned))
+            for entry in group
+            for run in map(entry.seeded, range(self.seeds))
+            if run.run_name in self.results
+        ]
+
+    def note(self, command: str = "") -> str:
+        """The conditions, in sentences."""
+        base, records = self.base, self.records()
+        sentences = [
+            f"{self.images} training images of {base.data}, heads of {base.hidden} hidden units and {base.dim} "
+            f"dimensions, batches of {base.batch}, AdamW at {base.lr:g}, {self.seeds} seeds.",
+            f"When validation RSUM has not risen for {base.patience} evaluations, {base.eval_every} steps apart, the "
+            f"rate drops to {base.drop:g} of itself and training goes on from the best weights; after {base.drops} drop "
+            "it ends. The weights that are tested are those with the best validation RSUM.",
+        ]
+        if self.quick:
+            sentences.insert(0, QUICK_NOTE)
+        if rising := sum(record["stopped"] == "max_steps" for record in records):
+            sentences.append(f"{rising} of {len(records)} runs met the limit of {base.max_steps} steps before that.")
+        if self.trials:
+            sentences.append(f"Every objective had {self.trials} trials, judged on the validation split.")
+        if command:
+            sentences.append(f"Command: {command}")
+        return " ".join(sentences)
+
+    def _runs(self, group: Sequence[Entry]) -> list[Job]:
+        """Seed by seed, so that the table fills evenly; objectives that share a configuration share the run."""
+        configs = dict.fromkeys(entry.seeded(seed) for seed in range(self.seeds) for entry in group)
+        return [
+            Job(run.run_name, train, (run, self.folder / "runs" / run.run_name, self.save_every)) for run in configs
+        ]
+
+    def _searches(self) -> dict[TrainConfig, Job]:
+        if not self.trials:
+            return {}
+        return {
+            config: Job(
+                f"search-{config.run_name}", search, (config, self.trials, self.folder / "trials", self.save_every)
+            )
+            for config in dict.fromkeys(entry.config for entry in self.entries)
+        }
+
+    def _perform(self, jobs: Sequence[Job], shown: Lines) -> None:
+        left = [job for job in jobs if job.key not in self.results]
+        shown.expect(len(left))
+        for event in work(left, self.workers):
+            if isinstance(event, Done):
+                self.results[event.key] = event.result
+            elif isinstance(event, Failed):
+                self.failures[event.key] = event.message
+            shown.show(event, self.records)

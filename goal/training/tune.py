@@ -1,4 +1,4 @@
-"""The same number of trials for every objective: learning rate and the objective's own parameters, by validation RSUM."""
+"""A search of the learning rate and of an objective's own parameters: every objective gets as many trials."""
 
 import dataclasses
 import json
@@ -31,7 +31,12 @@ RANGES = {
 
 
 def search(
-    config: TrainConfig, trials: int, folder: Path, *, on_evaluation: Callable[[Row], None] = lambda row: None
+    config: TrainConfig,
+    trials: int,
+    folder: Path,
+    save_every: float = 10.0,
+    *,
+    on_evaluation: Callable[[Row], None] = lambda row: None,
 ) -> TrainConfig:
     """The configuration with the highest validation RSUM among the given one and `trials` − 1 of a TPE sampler.
 
@@ -47,8 +52,8 @@ def search(
     if trials < 1:
         raise ValueError(f"trials: must be at least 1, got {trials}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    start = config.settings
-    space = {
+    start = {"lr": config.lr} | config.params
+    space: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(min(r.low, start[name]), max(r.high, start[name]), log=r.log)
         for name, r in RANGES.items()
         if name in start
@@ -64,6 +69,7 @@ def search(
             record = train(
                 candidate,
                 folder / candidate.run_name,
+                save_every,
                 test=False,
                 on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
             )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
+from goal.training.loop import TrainingError
+
 
 class Job(NamedTuple):
     """A call to make in a worker: `function(*arguments, on_evaluation=...)`, importable by name."""
@@ -57,11 +59,11 @@ def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
     """Run jobs in their order on a few processes and yield what they report; leaving early ends the processes.
 
     Raises:
-        RuntimeError: a process died, as it does when memory is short.
+        TrainingError: a process died, as it does when memory is short.
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(jobs)
-    busy: dict[Any, tuple[Any, Job]] = {}  # our end of the pipe: process, its job
+    busy: dict[Any, tuple[Any, Job]] = {}  # our end of a pipe: the process, its job
     processes = []
     try:
         for _ in range(min(workers, len(jobs))):
@@ -73,13 +75,14 @@ def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
             busy[ours] = process, waiting.popleft()
             ours.send(busy[ours][1])
         while busy:
-            for pipe in connection.wait(list(busy)):
+            ready: list[Any] = connection.wait(list(busy))
+            for pipe in ready:
                 process, job = busy[pipe]
                 try:
                     event: Event = pipe.recv()
                 except EOFError:
                     process.join()
-                    raise RuntimeError(
+                    raise TrainingError(
                         f"a worker died with exit code {process.exitcode} during {job.key} (is memory short?)"
                     ) from None
                 yield event

@@ -1,0 +1,237 @@
+"""The command `goal`: train one objective, compare all of them, evaluate, look at data."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import goal
+from goal import data
+from goal.evaluation import evaluate
+from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
+from goal.training.features import split
+from goal.training.loop import Row, load_heads, score
+from goal.training.report import RunRecord, terminal_table
+
+PARAMETERS = {
+    "margin": "of T = con, and of hinge recipes",
+    "tau": "sharpness of T = nca and cir, and of infonce and siglip",
+    "alpha": "sharpness of P⁺ in sig and sig-ms",
+    "beta": "sharpness of P⁻ in sig and sig-ms",
+    "lam": "the similarity where sig and sig-ms turn",
+    "bias": "first bias of siglip",
+}
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `goal` with these arguments, by default those of the process, and return the exit code.
+
+    0: done. 1: training failed, where the message says. 2: something is wrong with what was asked for. 130: Ctrl-C.
+
+    >>> main(["eval", "nowhere"])
+    2
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = shlex.join(["goal", *arguments])
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options, command)
+    except ModuleNotFoundError as error:
+        extra = "build" if options.command == "data" else "train"
+        print(f"{error}. It comes with: pip install 'goal-objectives[{extra}]'", file=sys.stderr)
+        return 2
+    except (ValueError, TypeError) as error:
+        print(f"goal {options.command}: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"goal {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on from here: {command}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+# ---- commands --------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, command: str) -> None:
+    params = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
+    config = TrainConfig(**_settings(options), params=params)
+    folder = options.root / (options.name or config.run_name)
+    with _progress(config) as show:
+        record = train(config, folder, save_every=options.save_every, on_evaluation=show)
+    test = " ".join(f"{name} {value:.1f}" for name, value in record["test"].items())
+    print(f"{record['label']}, seed {config.seed}: best validation RSUM {record['best_val_rsum']:.1f} at step ", end="")
+    print(f"{record['best_step']} of {record['steps']}\ntest: {test}\n{folder}")
+
+
+def _sweep(options: argparse.Namespace, command: str) -> None:
+    sweep = Sweep(
+        quick=options.quick,
+        seeds=options.seeds,
+        trials=options.tune,
+        objectives=options.objectives,
+        name=options.name,
+        root=options.root,
+        workers=options.workers,
+        save_every=options.save_every,
+        **_settings(options),
+    )
+    print(f"{len(sweep.entries)} objectives, {sweep.seeds} seeds each, into {sweep.folder}", flush=True)
+    print(sweep.note(), flush=True)
+    failed = None
+    try:
+        sweep.run(command)
+    except Incomplete as error:
+        failed = error
+    if records := sweep.records():
+        print(f"\n{terminal_table(cast(Sequence[RunRecord], records), color=sys.stdout.isatty())}\n")
+        print(sweep.note(command))
+        print(f"Tables and pictures: {sweep.folder / 'table.md'} and beside it")
+    if failed is not None:
+        raise failed
+
+
+def _eval(options: argparse.Namespace, command: str) -> None:
+    if (options.run_dir is None) == (options.x is None) or (options.x is None) != (options.y is None):
+        raise ValueError("give a run's folder, or both --x and --y")
+    if options.run_dir is not None:
+        config, heads = load_heads(options.run_dir)
+        metrics = score(config, heads, split(data.load(config.data, options.split)), options.folds)
+    else:
+        pairs = data.paired(options.x, options.y, options.image_of)
+        metrics = evaluate(pairs.x, pairs.y, pairs.image_of, similarity=options.similarity, folds=options.folds)
+    print("\n".join(str(metrics).split(" | ")))
+
+
+def _build(options: argparse.Namespace, command: str) -> None:
+    from goal.data.build_emoji import build
+
+    build(options.out)
+    print(options.out)
+
+
+def _info(options: argparse.Namespace, command: str) -> None:
+    for name in ("train", "val", "test"):
+        pairs = data.load(options.dataset, name)
+        captions = "no features" if pairs.y is None else f"features {pairs.y.shape}"
+        print(f"{pairs.split:5}  {len(pairs.x)} images {pairs.x.shape}  {len(pairs.image_of)} captions, {captions}")
+
+
+def _recipes(options: argparse.Namespace, command: str) -> None:
+    for name in goal.recipes():
+        print(f"{name:18} {goal.recipe(name)!r}")
+
+
+# ---- arguments -------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="goal", description="Objectives that live in gradient space: train, compare, evaluate."
+    )
+    parser.add_argument("--version", action="version", version=f"goal {goal.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, help: str, run: Callable[[argparse.Namespace, str], None], within: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = within.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", "train one objective; the same command continues a run that was stopped", _train)
+    _add_settings(sub, without=())
+    for name, help in PARAMETERS.items():
+        sub.add_argument(f"--{name}", type=float, help=f"{help}; by default the objective's own")
+    _add_folder(sub)
+
+    sub = command("sweep", "train every T × P and every recipe and tell which wins; resumes as train does", _sweep)
+    sub.add_argument("--quick", action="store_true", help="small heads and few seeds: minutes instead of an hour")
+    sub.add_argument("--seeds", type=int, help="how many seeds; by default 5, or 2 with --quick")
+    sub.add_argument("--tune", type=int, default=0, metavar="N", help="give every objective a search of N trials too")
+    sub.add_argument(
+        "--objectives", type=lambda text: text.split(","), metavar="A,B", help="only these: cir:sig-ms,vse++,infonce"
+    )
+    sub.add_argument("--workers", type=int, help="processes; by default one for each core")
+    _add_settings(sub, without=("T", "P", "recipe", "mining", "seed"))
+    _add_folder(sub)
+
+    sub = command("eval", "score a run's heads, or two files of embeddings", _eval)
+    sub.add_argument("run_dir", nargs="?", type=Path, help="folder of a run of train or sweep")
+    sub.add_argument("--split", default="test", help="split that a run is scored on")
+    sub.add_argument("--x", type=Path, help="image embeddings, .npy or .safetensors")
+    sub.add_argument("--y", type=Path, help="caption embeddings")
+    sub.add_argument("--image-of", type=Path, help="row of x for each row of y; without it equally many, in order")
+    sub.add_argument("--similarity", default="cosine", help="of the files: cosine, dot or order")
+    sub.add_argument("--folds", type=int, default=1, help="average over so many equal parts (COCO 1K: 5)")
+
+    datasets = commands.add_parser("data", help="build or describe data").add_subparsers(required=True)
+    sub = command("build", "make the built-in dataset from its packages again", _build, within=datasets)
+    sub.add_argument("dataset", choices=["emoji"])
+    sub.add_argument("--out", type=Path, default=Path("emoji"), help="folder to write")
+    sub = command("info", "what a dataset or a folder of features holds", _info, within=datasets)
+    sub.add_argument("dataset", help="emoji, or a folder")
+
+    command("recipes", "the objectives of the literature by name", _recipes)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str]) -> None:
+    """An option for each field of `TrainConfig`."""
+    group = parser.add_argument_group("settings of a run")
+    for spec in dataclasses.fields(TrainConfig):
+        if spec.name == "params" or spec.name in without:
+            continue
+        kinds = [kind for kind in (typing.get_args(spec.type) or (spec.type,)) if kind is not type(None)]
+        default = f" (default: {spec.default})" if spec.default is not None else ""
+        group.add_argument(
+            f"--{spec.name.replace('_', '-')}",
+            type=kinds[0],
+            default=argparse.SUPPRESS,
+            help=spec.metadata["help"] + default,
+        )
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    names = {spec.name for spec in dataclasses.fields(TrainConfig)}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="of the folder; by default made of what is asked for")
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="where the folder is made")
+    parser.add_argument("--save-every", type=float, default=10.0, help="seconds between checkpoints of a run")
+
+
+@contextmanager
+def _progress(config: TrainConfig) -> Iterator[Callable[[Row], None]]:
+    """What to call after each evaluation of a run: a bar on a terminal, a line elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda row: print(_line(row), flush=True)
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(config.label, total=config.max_steps)
+        yield lambda row: bar.update(task, completed=row["step"], description=f"{config.label}  {_line(row)}")
+
+
+def _line(row: Row) -> str:
+    return (
+        f"step {row['step']}  loss {row['loss']:.3f}  validation RSUM {row['val_rsum']:.1f}  "
+        f"s⁺ {row['s_pos']:.2f}  s⁻ {row['s_neg']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

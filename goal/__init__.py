@@ -1,11 +1,12 @@
 """goal: objectives that live in gradient space.
 
-A gradient is the product of a triplet weight T(s⁺, s⁻) and a pair weight P±(s); `goal.apply(x, y, T=..., P=...)` emits
-∂l/∂x and ∂l/∂y straight from the chosen terms.
+A gradient is the product of a triplet weight T(s⁺, s⁻) and a pair weight P±(s); `goal.apply(x, y, T=..., P=...)`
+emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 """
 
-from goal import mining
-from goal.autograd import apply, apply_similarity, gradients
+from goal import data, mining
+from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
+from goal.evaluation import evaluate, evaluate_similarity, map_at_all
 from goal.objective import InfoNCE, Objective, SigLIP, pairs, recipe, recipes
 from goal.stats import Stats
 from goal.terms import P, T, pair_weight, triplet_weight
@@ -13,6 +14,7 @@ from goal.terms import P, T, pair_weight, triplet_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "InfoNCE",
     "Objective",
     "P",
@@ -21,7 +23,12 @@ __all__ = [
     "T",
     "apply",
     "apply_similarity",
+    "data",
+    "evaluate",
+    "evaluate_similarity",
+    "explain",
     "gradients",
+    "map_at_all",
     "mining",
     "pair_weight",
     "pairs",

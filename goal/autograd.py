@@ -1,4 +1,4 @@
-"""The public face over the engine: `apply`, `apply_similarity`, `gradients`."""
+"""The public face over the engine: `apply`, `apply_similarity`, `gradients`, `explain`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine, validation
+from goal import engine, reference, validation
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.reference import Masks
@@ -151,6 +151,68 @@ def _no_autocast(device: str) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
+class Explanation(NamedTuple):
+    """What `goal.apply` would do with these arguments."""
+
+    impl: str  # who does the quadratic work
+    why: str
+    dtype: str  # of the mathematics
+    mined: tuple[str, ...]  # what the miner reduces from S
+    tile: tuple[int, int]  # rows and columns of S held at once
+    passes: int  # times that S is computed, forward and backward together
+    flops: int  # of the products, forward and backward together
+    held: int  # bytes beyond the inputs and their gradients, at the peak
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:6} {value}" for name, value in self._asdict().items())
+
+
+def explain(
+    x: Tensor,
+    y: Tensor,
+    T: str | Term = "cir",
+    P: str | Term = "sig-ms",
+    *,
+    mining: str | Mining = "hardest",
+    similarity: str = "dot",
+    impl: str = "auto",
+) -> Explanation:
+    """Which implementation takes these arguments, what it mines and what that costs; nothing is computed.
+
+    Example:
+        >>> import goal, torch
+        >>> print(goal.explain(torch.empty(8192, 1024), torch.empty(8192, 1024), P="sig-ms"))
+        impl   torch
+        why    the only implementation of this version; float32 products, no reduced precision anywhere
+        dtype  float32
+        mined  ('hardest', 'r_neg_exp')
+        tile   (512, 8192)
+        passes 1
+        flops  137438953472
+        held   50331648
+    """
+    chosen = engine.settings(T, P, mining, similarity, "mean", impl)
+    x, y = validation.embeddings(x, y)
+    n, m, d = x.shape[0], y.shape[0], x.shape[1]
+    request, dtype = chosen.request, engine.computing_dtype(x, y)
+    names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
+    asked = (chosen.mines, request.semi_hard is not None, request.lin, request.beta is not None)
+    rows = next(reference.tiles(n, m)).stop
+    sums = 3 * request.lin + 2 * (request.beta is not None)
+    products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[chosen.mining.dense]
+    return Explanation(
+        impl="torch",
+        why=f"the only implementation of this version; {str(dtype).removeprefix('torch.')} products, "
+        "no reduced precision anywhere",
+        dtype=str(dtype).removeprefix("torch."),
+        mined=tuple(name for name, on in zip(names, asked, strict=True) if on),
+        tile=(rows, m),
+        passes=products if chosen.mining.dense == "never" else products - 2,
+        flops=2 * n * m * d * products,
+        held=rows * m * dtype.itemsize * (1 + sums + (3 if chosen.mining.dense != "never" else 0)),
+    )
+
+
 class Run(NamedTuple):
     """One call of an objective."""
 
@@ -188,7 +250,8 @@ def _run(
         outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        loss = _Emit.apply(x, y, loss, chosen, batch.masks, outcome.entries, outcome.dense)
+        attach: Any = _Emit.apply
+        loss = attach(x, y, loss, chosen, batch.masks, outcome.entries, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -240,8 +303,9 @@ class _Emit(torch.autograd.Function):
                 dense = dense._replace(share=dense.share * incoming)
             gx, gy = _emit(x, y, chosen, batch, entries, dense, ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():  # create_graph=True: a second backward has to meet a refusal, not silence
-            gx = None if gx is None else _NoSecondDerivative.apply(gx, x, y, incoming)
-            gy = None if gy is None else _NoSecondDerivative.apply(gy, x, y, incoming)
+            refuse: Any = _NoSecondDerivative.apply
+            gx = None if gx is None else refuse(gx, x, y, incoming)
+            gy = None if gy is None else refuse(gy, x, y, incoming)
         return gx, gy, None, None, None, None, None
 
 

@@ -146,7 +146,8 @@ def _stage() -> ModuleType:
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
     s_pos = _s_pos(batch, chosen.similarity)
-    return _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
+    found: Statistics = _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
+    return found
 
 
 def _s_pos(batch: Batch, similarity: Dot) -> Tensor:

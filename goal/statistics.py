@@ -115,7 +115,9 @@ def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
     """The partials over all candidates, x→y and y→x (or one that holds both as its rows) → statistics."""
     part = directions[0]
     if len(directions) == 2:
-        columns: list[Any] = [None if a is None else torch.stack((a, b)) for a, b in zip(*directions, strict=True)]
+        columns: list[Any] = [
+            None if a is None or b is None else torch.stack((a, b)) for a, b in zip(*directions, strict=True)
+        ]
         part = Partial(*columns)
 
     def mean(total: Tensor | None, count: Tensor | None) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""What is measured, how, and the gate that comes before every number."""

@@ -145,19 +145,14 @@ def _stage() -> ModuleType:
 
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
-    s_pos = _s_pos(batch, chosen.similarity)
+    s_pos = _stage().s_pos(chosen.similarity, batch.x, batch.y, batch.masks.pairs)
     found: Statistics = _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
     return found
 
 
-def _s_pos(batch: Batch, similarity: Dot) -> Tensor:
-    k = batch.masks.pairs
-    return similarity.pairs(batch.x[:k], batch.y[:k], None, None)
-
-
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
     """pair, mine and weigh: the value and the entries of G. `weight` is (K,)."""
-    s_pos = _s_pos(batch, chosen.similarity)
+    s_pos = _stage().s_pos(chosen.similarity, batch.x, batch.y, batch.masks.pairs)
     scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
     statistics = None
     relative: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
 """The quadratic stages as `torch.library` operators, so that `torch.compile(fullgraph=True)` keeps them whole.
 
-`goal::mine`, `goal::dense_value` and `goal::dense_emit` take tensors, strings and booleans only. Numbers travel in a
-float64 tensor, NaN for None: changing τ or a margin changes data, not the graph. Outside a compiled region the engine
-calls the implementation itself: an operator's dispatch costs more than a small product.
+`goal::s_pos`, `goal::mine`, `goal::dense_value` and `goal::dense_emit` take tensors, strings, booleans and sizes only.
+Numbers travel in a float64 tensor, NaN for None: changing τ or a margin changes data, not the graph. Outside a compiled
+region the engine calls the implementation itself: an operator's dispatch costs more than a small product.
 """
 
 from __future__ import annotations
@@ -18,6 +18,22 @@ from goal.reference import Masks
 from goal.similarity import Dot, Gradients, Needs
 from goal.statistics import Request, Statistics
 from goal.terms import Parameter, Product, Term
+
+
+def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
+    """`reference.s_pos` as an operator."""
+    found: Tensor = torch.ops.goal.s_pos(x, y, similarity.name, pairs)
+    return found
+
+
+@torch.library.custom_op("goal::s_pos", mutates_args=())
+def _s_pos(x: Tensor, y: Tensor, similarity: str, pairs: int) -> Tensor:
+    return reference.s_pos(similarity_.by_name(similarity), x, y, pairs).clone()
+
+
+@_s_pos.register_fake
+def _(x: Tensor, y: Tensor, similarity: str, pairs: int) -> Tensor:
+    return x.new_empty(pairs)
 
 
 def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks) -> Statistics:

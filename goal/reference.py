@@ -88,6 +88,11 @@ def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
     return 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * longest[0] * longest[1]
 
 
+def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
+    """(K,) similarity of each pair."""
+    return similarity.pairs(x[:pairs], y[:pairs], None, None)
+
+
 def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks) -> Statistics:
     """The mining stage over a whole batch: what `finish` makes of `mine`.
 

@@ -12,6 +12,7 @@ A similarity answers six questions; whoever makes coefficients never knows which
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,6 @@ class Dot:
     """s = x·y: the inner product; on unit vectors the cosine."""
 
     name = "dot"
-    _HELD = 1 << 18  # elements of an intermediate of rows × D, or of rows × columns × D, that stay in the cache
     _SMALL = 1 << 12  # entries of a G that is quicker made whole than gathered
 
     def embed(self, x: Tensor) -> Tensor:
@@ -46,13 +46,20 @@ class Dot:
         return torch.mm(x_block, y_block.T) if out is None else torch.mm(x_block, y_block.T, out=out)
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
-        """Entries S[row, col]; None takes the rows of that side as they come."""
-        size = (x if row is None else row).shape[0]
-        step = max(1, self._HELD // x.shape[1])
-        if size <= step:
-            return (_rows(x, row) * _rows(y, col)).sum(1)
-        parts = [slice(start, start + step) for start in range(0, size, step)]
-        return torch.cat([(_rows(x, row, part) * _rows(y, col, part)).sum(1) for part in parts])
+        """Entries S[row, col]; None takes the rows of that side as they come, and one side at least is None."""
+        first, second, at = (x, y, col) if row is None else (y, x, row)
+        size = first.shape[0]
+        if at is None:
+            at = torch.arange(size, device=x.device)
+        if _SAMPLES and x.device.type == "cpu":
+            # the entries (k, at[k]) of first · secondᵀ, one each row of a CSR matrix: no gathered copies of either
+            rows = torch.arange(size + 1)
+            wanted = torch.sparse_csr_tensor(
+                rows, at, first.new_zeros(size), (size, second.shape[0]), check_invariants=False
+            )
+            entries: Tensor = torch.sparse.sampled_addmm(wanted, first, second.T, beta=0).values()
+            return entries
+        return (first * second.index_select(0, at)).sum(1)
 
     def vjp(self, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
         row, col, value = entries
@@ -92,6 +99,7 @@ class Order(Dot):
     """
 
     name = "order"
+    _HELD = 1 << 18  # elements of the rows × columns × D differences held at once: they stay in the cache
 
     def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
         rows = max(1, self._HELD // y_block.numel())
@@ -139,8 +147,8 @@ class Given(Dot):
         return g, None
 
 
-def _rows(x: Tensor, index: Tensor | None, part: slice = slice(None)) -> Tensor:
-    return x[part] if index is None else x.index_select(0, index[part])
+def _rows(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
 
 
 def _gather(at: Tensor, size: int, other: Tensor, source: Tensor, value: Tensor) -> Tensor:
@@ -175,6 +183,19 @@ def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
     return _divide(gap * value[..., None], torch.linalg.vector_norm(gap, dim=-1, keepdim=True))
 
 
+def _samples() -> bool:
+    """Whether this PyTorch computes single entries of a product on the CPU (a build with MKL does)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "CSR support is in beta": said once, here
+        try:
+            one = torch.ones(1, 1)
+            entry = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
+            return bool(torch.sparse.sampled_addmm(entry, one, one, beta=0).values().item() == 1)
+        except RuntimeError:
+            return False
+
+
+_SAMPLES = _samples()
 _BY_NAME = {similarity.name: similarity for similarity in (Dot(), Cosine(), Order())}
 GIVEN = Given()
 

@@ -305,7 +305,7 @@ def _t_nca(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
 @triplet_weight("cir")
 def _t_cir(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
     """σ(τ[(1 − s⁺)² + s⁻² − ½]): circle loss with m = ½."""
-    return torch.sigmoid(tau * ((1 - s_pos).square() + s_neg.square() - 0.5))
+    return torch.sigmoid(tau * ((s_pos - 1).square() + s_neg.square() - 0.5))
 
 
 # ------------------------------------------------------------------- potentials: the losses that some T × P are

@@ -106,7 +106,7 @@ def apply_similarity(
         >>> S = torch.tensor([[0.9, 0.1], [0.4, 0.8]], requires_grad=True)
         >>> goal.apply_similarity(S, T="con", P="con", reduction="sum").backward()
         >>> S.grad
-        tensor([[-2.,  1.],
+        tensor([[-2.,  2.],
                 [ 2., -2.]])
     """
     chosen = engine.settings(T, P, mining, "given", reduction, impl)

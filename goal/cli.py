@@ -107,6 +107,7 @@ def _eval(options: argparse.Namespace, command: str) -> None:
         metrics = score(config, heads, split(data.load(config.data, options.split)), options.folds)
     else:
         pairs = data.paired(options.x, options.y, options.image_of)
+        assert pairs.y is not None
         metrics = evaluate(pairs.x, pairs.y, pairs.image_of, similarity=options.similarity, folds=options.folds)
     print("\n".join(str(metrics).split(" | ")))
 

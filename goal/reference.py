@@ -103,9 +103,8 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
     if n != m or n * m > SMALL:
         return finish(s_pos, *mine(similarity, x, y, s_pos, request, masks))
     tile = masks.hide(similarity.tile(x, y))
-    tie = rounding(similarity, x, y) if request.compares else 0.0
     both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
-    part, _ = _reduce(both, -1, 0, s_pos, request, _threshold(s_pos, request), tie, None, Scratch())
+    part, _ = _Reduction(similarity, x, y, s_pos, request)(both, -1, 0, s_pos)
 
     def pairs(negative: Tensor) -> Tensor:
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
@@ -130,28 +129,26 @@ def mine(
     """
     n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
     n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
-    threshold = _threshold(s_pos, request)
-    tie = rounding(similarity, x, y) if request.compares else 0.0
+    reduce = _Reduction(similarity, x, y, s_pos, request)
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
-    scratch = Scratch()
     for rows in tiles(x.shape[0], y.shape[0]):
         inside = masks.rows(rows)
-        out = scratch((rows.stop - rows.start, y.shape[0]), x, 4)
+        out = reduce.memory("tile", (rows.stop - rows.start, y.shape[0]), x)
         tile = inside.hide(similarity.tile(x[rows], y, out=out))
         shared = None
         anchors = max(0, min(n_rows - rows.start, tile.shape[0]))
         here = inside.row_offset
         if anchors:
             own = s_pos[here : here + anchors]
-            part, shared = _reduce(tile[:anchors], -1, masks.col_offset, own, request, threshold, tie, None, scratch)
+            part, shared = reduce(tile[:anchors], -1, masks.col_offset, own)
             of_rows.append(part)
         if n_cols:
             own = s_pos[masks.col_offset : masks.col_offset + n_cols]
             if shared is not None and (anchors, n_cols) != tile.shape:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
-            part, _ = _reduce(tile[:, :n_cols], 0, here, own, request, threshold, tie, shared, scratch)
-            of_cols = part if of_cols is None else merge(of_cols, part, request, threshold, tie)
+            part, _ = reduce(tile[:, :n_cols], 0, here, own, shared)
+            of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.threshold, reduce.tie)
     x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
     lacking = masks.may_lack(x.shape[0], y.shape[0])
@@ -165,11 +162,6 @@ def mine(
     return _rescore(x_to_y, lacking, of_x), _rescore(y_to_x, lacking, of_y)
 
 
-def _threshold(s_pos: Tensor, request: Request) -> float:
-    """min s⁺ − 0.1: the similarity from which a negative is valid for the relative similarities."""
-    return s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
-
-
 class _Shared(NamedTuple):
     """What both directions' sums over one tile are taken of, made once."""
 
@@ -179,90 +171,91 @@ class _Shared(NamedTuple):
     shift: float
 
 
-def _share(tile: Tensor, s_neg: Tensor, request: Request, threshold: float, scratch: Scratch) -> _Shared:
-    valid = torch.ge(tile, threshold, out=scratch(tile.shape, tile, 0))
-    excess = torch.sub(tile, threshold, out=scratch(tile.shape, tile, 1)).clamp_(min=0) if request.lin else None
-    exps, shift = None, 0.0
-    if request.beta is not None:
-        shift = max(s_neg.max().item(), threshold)
-        if request.beta * (shift - threshold) < _reach(tile.dtype):
-            origin = tile.new_tensor(-request.beta * shift)
-            exps = torch.add(origin, tile, alpha=request.beta, out=scratch(tile.shape, tile, 2)).exp_().mul_(valid)
-    return _Shared(valid, excess, exps, shift)
+class _Reduction:
+    """How tiles are reduced to partials: one for all the tiles of a block, both directions.
 
+    It keeps the memory of tile-sized intermediates from one tile to the next: fresh pages cost more than the sums.
+    """
 
-class Scratch:
-    """Memory for tile-sized intermediates that one tile leaves to the next; fresh pages cost more than the sums."""
+    def __init__(self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request) -> None:
+        self.request = request
+        # the similarity from which a negative is valid for the relative similarities
+        self.threshold = s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
+        self.tie = rounding(similarity, x, y) if request.compares else 0.0
+        self._memory: dict[str, Tensor] = {}
 
-    def __init__(self) -> None:
-        self._held: dict[int, Tensor] = {}
-
-    def __call__(self, shape: Sequence[int], like: Tensor, slot: int) -> Tensor:
-        """A tensor of that shape, dtype as `like`, its content undefined; the slot's earlier one is overwritten."""
+    def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of that shape, dtype as `like`, its content undefined; what had the same use is overwritten."""
         size = math.prod(shape)
-        held = self._held.get(slot)
+        held = self._memory.get(use)
         if held is None or held.numel() < size:
-            held = self._held[slot] = torch.empty(size, dtype=like.dtype, device=like.device)
+            held = self._memory[use] = torch.empty(size, dtype=like.dtype, device=like.device)
         return held[:size].view(shape)
+
+    def __call__(
+        self, tile: Tensor, dim: int, offset: int, s_pos: Tensor, shared: _Shared | None = None
+    ) -> tuple[Partial, _Shared | None]:
+        """One direction's partial of one tile whose non-negatives are −inf.
+
+        Args:
+            tile: (n, m), or (2, K, K) with both directions' candidates last.
+            dim: that of the candidates, 0 or −1.
+            offset: global index of the tile's first candidate.
+            s_pos: of the tile's anchors.
+            shared: what the other direction made of the same tile; made here where it is None, and returned.
+        """
+        s_neg, index = _max(tile, dim)
+        part = Partial(s_neg, index + offset if offset else index)
+        if self.request.semi_hard is not None:
+            above, below = (s_pos - self.request.semi_hard).unsqueeze(dim), (s_pos - self.tie).unsqueeze(dim)
+            semi, semi_index = _max(torch.where((tile > above) & (tile < below), tile, -torch.inf), dim)
+            part = part._replace(semi=semi, semi_negative=semi_index + offset)
+        if not self.request.sums:
+            return part, None
+        shared = self._share(tile, s_neg) if shared is None else shared
+        valid = shared.valid.sum(dim)  # the hardest included, where it is valid
+        has = (s_neg >= self.threshold).to(tile.dtype)
+        if shared.excess is not None:
+            gap = torch.sub(tile, (s_neg - self.tie).unsqueeze(dim), out=self.memory("gap", tile.shape, tile))
+            ties = gap.ge_(0).sum(dim)
+            reach = (s_neg - self.threshold).clamp_(min=0)
+            part = part._replace(
+                ties=ties,
+                lin_count=(valid - ties).clamp_(min=0) * has,
+                lin_sum=(valid * reach - shared.excess.sum(dim)).clamp_(min=0),
+            )
+        if self.request.beta is not None:
+            total = self._exp_sum(tile, dim, s_neg, index.unsqueeze(dim), shared, self.request.beta)
+            part = part._replace(exp_count=valid - has, exp_sum=total)
+        return part, shared
+
+    def _share(self, tile: Tensor, s_neg: Tensor) -> _Shared:
+        valid = torch.ge(tile, self.threshold, out=self.memory("valid", tile.shape, tile))
+        excess, exps, shift, beta = None, None, 0.0, self.request.beta
+        if self.request.lin:
+            excess = torch.sub(tile, self.threshold, out=self.memory("excess", tile.shape, tile)).clamp_(min=0)
+        if beta is not None:
+            shift = max(s_neg.max().item(), self.threshold)
+            if beta * (shift - self.threshold) < _reach(tile.dtype):
+                origin, out = tile.new_tensor(-beta * shift), self.memory("exps", tile.shape, tile)
+                exps = torch.add(origin, tile, alpha=beta, out=out).exp_().mul_(valid)
+        return _Shared(valid, excess, exps, shift)
+
+    def _exp_sum(self, tile: Tensor, dim: int, s_neg: Tensor, hardest: Tensor, shared: _Shared, beta: float) -> Tensor:
+        """Σ exp(−β(s⁻ − sᵢⱼ)) over the valid negatives but the hardest, which is left out, not subtracted."""
+        top = s_neg.clamp(min=self.threshold)  # below the threshold the sum is empty
+        if shared.exps is not None:
+            outside = shared.exps.gather(dim, hardest)
+            total = shared.exps.scatter_(dim, hardest, 0).sum(dim) * torch.exp(beta * (shared.shift - top))
+            shared.exps.scatter_(dim, hardest, outside)
+            return total
+        exps = torch.sub(tile, top.unsqueeze(dim), out=self.memory("exps", tile.shape, tile)).mul_(beta).exp_()
+        return exps.mul_(shared.valid).scatter_(dim, hardest, 0).sum(dim)
 
 
 def _reach(dtype: torch.dtype) -> float:
     """The largest z for which both exp(z) and exp(−z) are well inside the dtype: 80 in float32."""
     return 0.9 * math.log(torch.finfo(dtype).max)
-
-
-def _reduce(
-    tile: Tensor,
-    dim: int,
-    offset: int,
-    s_pos: Tensor,
-    request: Request,
-    threshold: float,
-    tie: float,
-    shared: _Shared | None,
-    scratch: Scratch,
-) -> tuple[Partial, _Shared | None]:
-    """One direction's partial of one tile whose non-negatives are −inf; dim is that of the candidates, 0 or −1.
-
-    What the other direction can share is made where `shared` is None, and returned.
-    """
-    s_neg, index = _max(tile, dim)
-    result = Partial(s_neg, index + offset if offset else index)
-    if request.semi_hard is not None:
-        above, below = (s_pos - request.semi_hard).unsqueeze(dim), (s_pos - tie).unsqueeze(dim)
-        banded = torch.where((tile > above) & (tile < below), tile, -torch.inf)
-        semi, semi_index = _max(banded, dim)
-        result = result._replace(semi=semi, semi_negative=semi_index + offset)
-    if not request.sums:
-        return result, None
-    shared = _share(tile, s_neg, request, threshold, scratch) if shared is None else shared
-    valid = shared.valid.sum(dim)  # the hardest included, where it is valid
-    has = (s_neg >= threshold).to(tile.dtype)
-    if shared.excess is not None:
-        ties = torch.sub(tile, (s_neg - tie).unsqueeze(dim), out=scratch(tile.shape, tile, 3)).ge_(0).sum(dim)
-        reach = (s_neg - threshold).clamp_(min=0)
-        result = result._replace(
-            ties=ties,
-            lin_count=(valid - ties).clamp_(min=0) * has,
-            lin_sum=(valid * reach - shared.excess.sum(dim)).clamp_(min=0),
-        )
-    if request.beta is not None:
-        top = s_neg.clamp(min=threshold)  # below the threshold the sum is empty
-        hardest = index.unsqueeze(dim)
-        if shared.exps is not None:
-            outside = shared.exps.gather(dim, hardest)
-            total = shared.exps.scatter_(dim, hardest, 0).sum(dim) * torch.exp(request.beta * (shared.shift - top))
-            shared.exps.scatter_(dim, hardest, outside)
-        else:
-            exps = (
-                torch.sub(tile, top.unsqueeze(dim), out=scratch(tile.shape, tile, 2))
-                .mul_(request.beta)
-                .exp_()
-                .mul_(shared.valid)
-            )
-            total = exps.scatter_(dim, hardest, 0).sum(dim)
-        result = result._replace(exp_count=valid - has, exp_sum=total)
-    return result, shared
 
 
 def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 import goal
@@ -73,6 +74,7 @@ class TrainConfig:
                 object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype: must be float32 or bfloat16, got {self.dtype!r}")
+        _check_device(self.device)
         if self.recipe is not None:
             if given := [name for name in ("T", "P", "mining") if getattr(self, name) is not None]:
                 raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
@@ -89,7 +91,7 @@ class TrainConfig:
         self.objective()
 
     def objective(self) -> nn.Module:
-        """The objective itself, with its parameters bound."""
+        """The objective itself, its parameters bound; NaN passes into its gradient, where the loop sees it."""
         base = self._base()
         if not isinstance(base, goal.Objective):
             return goal.recipe(str(self.recipe), **self.params)
@@ -98,8 +100,8 @@ class TrainConfig:
             for kind, term in _terms(base).items()
         }
         if self.recipe is not None:
-            return goal.recipe(self.recipe, **bound)
-        return goal.Objective(**bound, mining=str(self.mining))
+            return goal.recipe(self.recipe, **bound, check_finite=False)
+        return goal.Objective(**bound, mining=str(self.mining), check_finite=False)
 
     def _base(self) -> nn.Module:
         if self.recipe is not None:
@@ -146,6 +148,13 @@ class TrainConfig:
         if not isinstance(values, dict) or not set(values) <= known:
             raise ValueError(f"a configuration is a JSON object with the fields {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; one that this torch was built without
+        raise ValueError(f"device: torch knows no {device!r} here: {str(error).splitlines()[0]}") from None
 
 
 def _terms(objective: goal.Objective) -> dict[str, Any]:

@@ -20,9 +20,10 @@ class Lines:
     def __init__(self) -> None:
         self.expected = self.ended = 0
 
-    def expect(self, jobs: int) -> None:
-        """So many more jobs will end."""
+    def expect(self, jobs: int, finished: int) -> None:
+        """There are so many more jobs, some of which need nothing any more."""
         self.expected += jobs
+        self.ended += finished
 
     def show(self, event: Event, records: Callable[[], Sequence[Record]]) -> None:
         """Something happened; `records` gives the runs that are finished."""

@@ -22,10 +22,7 @@ SEEDS, QUICK_SEEDS = 5, 2
 QUICK: dict[str, Any] = {"hidden": 256, "dim": 128, "lr": 1e-3, "patience": 5, "max_steps": 1500}
 
 
-QUICK_NOTE = (
-    "QUICK: small heads and few seeds, to see the path end to end in minutes; close places may change in the full "
-    "sweep (the same command without --quick)."
-)
+QUICK_NOTE = "QUICK: small heads, few seeds, little patience; close places may change without --quick."
 
 
 class Incomplete(TrainingError):
@@ -173,11 +170,9 @@ class Sweep:
         """The conditions, in sentences."""
         base, records = self.base, self.records()
         sentences = [
-            f"{self.images} training images of {base.data}, heads of {base.hidden} hidden units and {base.dim} "
-            f"dimensions, batches of {base.batch}, AdamW at {base.lr:g}, {self.seeds} seeds.",
-            f"When validation RSUM has not risen for {base.patience} evaluations, {base.eval_every} steps apart, the "
-            f"rate drops to {base.drop:g} of itself and training goes on from the best weights; after {base.drops} drop "
-            "it ends. The weights that are tested are those with the best validation RSUM.",
+            f"{self.images} training images of {base.data}; heads {base.hidden} → {base.dim}, batch {base.batch}, "
+            f"AdamW at {base.lr:g}, {self.seeds} seeds. A run ends when validation RSUM has stopped rising; the "
+            "weights with the best validation RSUM are the ones tested.",
         ]
         if self.quick:
             sentences.insert(0, QUICK_NOTE)
@@ -196,19 +191,27 @@ class Sweep:
             Job(run.run_name, train, (run, self.folder / "runs" / run.run_name, self.save_every)) for run in configs
         ]
 
+    def _finished(self, job: Job) -> bool:
+        """Whether a run has a record already, which then counts."""
+        if job.key not in self.results and job.function is train and (job.arguments[1] / "record.json").is_file():
+            self.results[job.key] = train(*job.arguments)
+        return job.key in self.results
+
     def _searches(self) -> dict[TrainConfig, Job]:
         if not self.trials:
             return {}
         return {
             config: Job(
-                f"search-{config.run_name}", search, (config, self.trials, self.folder / "trials", self.save_every)
+                f"search-{config.run_name}",
+                search,
+                (config, self.trials, self.folder / "trials" / config.run_name, self.save_every),
             )
             for config in dict.fromkeys(entry.config for entry in self.entries)
         }
 
     def _perform(self, jobs: Sequence[Job], shown: Lines) -> None:
-        left = [job for job in jobs if job.key not in self.results]
-        shown.expect(len(left))
+        left = [job for job in jobs if not self._finished(job)]
+        shown.expect(len(jobs), finished=len(jobs) - len(left))
         for event in work(left, self.workers):
             if isinstance(event, Done):
                 self.results[event.key] = event.result

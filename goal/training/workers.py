@@ -95,23 +95,28 @@ def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
     finally:
         for process in processes:
             process.terminate()
+            process.join()
 
 
 def _serve(pipe: Any) -> None:
     """The life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_follow_parent, daemon=True).start()
-    while True:
-        job: Job = pipe.recv()
-        pipe.send(Begun(job.key))
+    try:
+        while True:
+            pipe.send(_outcome(pipe.recv(), pipe))
+    except (EOFError, BrokenPipeError):  # the parent needs no more
+        return
 
-        def report(row: dict[str, float], key: str = job.key) -> None:
-            pipe.send(Progress(key, row))
 
-        try:
-            pipe.send(Done(job.key, job.function(*job.arguments, on_evaluation=report)))
-        except (ValueError, RuntimeError, OSError) as error:  # diverged, refused data, a full disk: the others go on
-            pipe.send(Failed(job.key, str(error)))
+def _outcome(job: Job, pipe: Any) -> Done | Failed:
+    pipe.send(Begun(job.key))
+    try:
+        return Done(job.key, job.function(*job.arguments, on_evaluation=lambda row: pipe.send(Progress(job.key, row))))
+    except BrokenPipeError:
+        raise
+    except (ValueError, RuntimeError, OSError) as error:  # diverged, refused data, a full disk: the others go on
+        return Failed(job.key, str(error))
 
 
 def _follow_parent() -> None:

@@ -1,0 +1,244 @@
+"""The command `goal` as a user runs it: in processes of their own, killed and interrupted, with output to a pipe."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import goal
+from goal import cli
+
+SLICE = ["--limit", "120", "--batch", "40", "--hidden", "16", "--dim", "8", "--eval-every", "5"]
+SWEEP = [
+    "sweep",
+    "--quick",
+    "--workers",
+    "2",
+    *SLICE,
+    "--max-steps",
+    "60",
+    "--objectives",
+    "cir:sig-ms,infonce,goal",
+    "--seeds",
+    "2",
+]
+CHECKPOINTS = ["--save-every", "0"]
+
+
+def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "goal.cli", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(goal.__file__).parents[1]), "COLUMNS": "40"},
+    )
+
+
+def run(folder: Path, *arguments: str) -> str:
+    process = start(folder, *arguments)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    return out
+
+
+def descendants(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(") ")[2][0] not in "ZX"
+
+
+def wait_until(what: str, true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".csv", ".md", ".tex")}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a small sweep that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder / "runs" / "emoji-quick", run(folder, *SWEEP)
+
+
+def test_sweep_writes_its_tables_below_the_current_directory(swept: tuple[Path, str]) -> None:
+    folder, printed = swept
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["T", "P", "metric", "mean", "std", "seeds"]
+    assert {(row["T"], row["P"]) for row in rows} == {("cir", "sig-ms"), ("infonce", "-"), ("goal", "-")}
+    assert {row["seeds"] for row in rows} == {"2"}
+    assert {"table.md", "table.tex", "heatmap.png", "curves.png"} <= {path.name for path in folder.iterdir()}
+    rsum = {row["T"]: row["mean"] for row in rows if row["metric"] == "rsum"}
+    assert rsum["cir"] == rsum["goal"] != rsum["infonce"]  # one objective by two names, and another
+    assert len(list((folder / "runs").iterdir())) == 4
+    assert f"{float(rsum['infonce']):.1f} ±" in printed
+
+
+def test_quick_says_so_and_a_pipe_gets_whole_lines(swept: tuple[Path, str]) -> None:
+    folder, printed = swept
+    assert "QUICK" in printed
+    assert "QUICK" in (folder / "table.md").read_text()
+    assert "of 6 runs met the limit of 60 steps" in printed
+    assert "[4/4] " in printed
+    assert "\x1b" not in printed
+    assert "…" not in printed
+    assert any(len(line) > 100 for line in printed.splitlines())  # 40 columns were set
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes")
+def test_a_sweep_that_is_killed_ends_with_the_same_table(swept: tuple[Path, str], tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "emoji-quick" / "runs"
+    process = start(tmp_path, *SWEEP, *CHECKPOINTS)
+    wait_until("two checkpoints", lambda: len(list(runs.glob("*/checkpoint.safetensors"))) == 2)
+    workers = descendants(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    wait_until("workers follow their parent", lambda: not any(map(alive, workers)))
+    assert len(list(runs.glob("*/record.json"))) < 4
+    for path in runs.glob("*/checkpoint.safetensors"):
+        (path.parent / ".checkpoint.safetensors.abc").write_bytes(path.read_bytes()[:100])  # a write cut short
+        with (path.parent / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "lo')
+    printed = run(tmp_path, *SWEEP)
+    whole, _ = swept
+    assert tables(tmp_path / "runs" / "emoji-quick") == tables(whole)
+    assert "infonce" in printed
+    for log in runs.glob("*/metrics.jsonl"):
+        assert log.read_bytes() == (whole / "runs" / log.parent.name / log.name).read_bytes()
+    records = [json.loads((path / "record.json").read_text()) for path in runs.iterdir()]
+    assert len(records) == 4
+
+
+def test_a_sweep_that_has_ended_is_only_reported_again(swept: tuple[Path, str]) -> None:
+    folder, printed = swept
+    before = tables(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")}
+    again = run(folder.parents[1], *SWEEP)
+    assert tables(folder) == before
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")} == times
+    assert again[again.index("\nRSUM") :] == printed[printed.index("\nRSUM") :]
+
+
+def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path) -> None:
+    arguments = ["sweep", *SLICE, "--max-steps", "10", "--objectives", "con:con,siglip", "--seeds", "1", "--tune", "2"]
+    printed = run(tmp_path, *arguments)
+    folder = tmp_path / "runs" / "emoji-tune2"
+    searches = [json.loads(path.read_text()) for path in folder.glob("trials/*/tuning.json")]
+    assert {search["objective"]: len(search["trials"]) for search in searches} == {"con × con": 2, "siglip": 2}
+    assert "found lr" in printed
+    assert "2 trials" in (folder / "table.md").read_text()
+    assert (folder / "table_tuned.csv").is_file()
+    records = [json.loads(path.read_text()) for path in folder.glob("trials/*/*/record.json")]
+    assert len(records) == 4
+    assert not any("test" in record for record in records)  # a search looks at the validation split alone
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "400", "--patience", "90", "--name", "mine"]
+    process = start(tmp_path, *arguments, *CHECKPOINTS)
+    wait_until("a checkpoint", (tmp_path / "runs" / "mine" / "checkpoint.safetensors").exists)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert f"goal train --recipe vse++ {SLICE[0]} 120" in err
+    assert "Traceback" not in err
+    printed = run(tmp_path, *arguments)
+    assert "vse++, seed 0: best validation RSUM" in printed
+    assert not printed.startswith("step 5 ")  # it went on
+    mine = tmp_path / "runs" / "mine"
+    record = json.loads((mine / "record.json").read_text())
+    for arguments, rsum in (([], record["test"]["rsum"]), (["--split", "val"], record["best_val_rsum"])):
+        assert cli.main(["eval", str(mine), *arguments]) == 0
+        assert f"RSUM {rsum:.1f}" in capsys.readouterr().out
+
+
+# ---- the rest, without a process of its own --------------------------------------------------------------
+
+
+def test_eval_scores_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", np.eye(4, dtype=np.float32))
+    np.save(tmp_path / "y.npy", 3 * np.eye(4, dtype=np.float32)[[1, 0, 2, 3]])
+    np.save(tmp_path / "image_of.npy", np.array([1, 0, 2, 3]))
+    files = ["--x", str(tmp_path / "x.npy"), "--y", str(tmp_path / "y.npy")]
+    assert cli.main(["eval", *files, "--image-of", str(tmp_path / "image_of.npy")]) == 0
+    assert "RSUM 600.0" in capsys.readouterr().out
+    assert cli.main(["eval", *files, "--folds", "2"]) == 0
+    assert "i2t R@1 50.0" in capsys.readouterr().out
+
+
+def test_data_info_and_recipes_describe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "info", "emoji"]) == 0
+    assert "test   330 images (330, 1280)  1650 captions, features (1650, 384)" in capsys.readouterr().out
+    assert cli.main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()] == list(goal.recipes())
+    assert "margin=0.2" in printed
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"goal {goal.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--T", "circ"], "goal train: T='circ' is not known. Did you mean 'cir'?"),
+        (["train", "--recipe", "infonce", "--margin", "0.1"], "infonce has no 'margin'; known: tau"),
+        (["train", "--data", "nowhere"], "'nowhere' is no folder"),
+        (["train", "--lr", "-1"], "lr: must be above 0, got -1.0"),
+        (["train", "--device", "abacus"], "device: torch knows no 'abacus' here"),
+        (["sweep", "--objectives", "cir:sig-ms,vse"], "'vse' is not known; known: con:con"),
+        (["sweep", "--seeds", "0"], "seeds: must be at least 1"),
+        (["eval"], "give a run's folder, or both --x and --y"),
+        (["eval", "somewhere", "--x", "x.npy", "--y", "y.npy"], "give a run's folder, or both"),
+        (["eval", "somewhere"], "somewhere: holds no finished run"),
+        (["eval", "--x", "x.npy", "--y", "y.npy"], "x.npy: no such file"),
+        (["data", "info", "nothing"], "'nothing' is no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_is_exit_code_1(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bad = ["train", *SLICE, "--lr", "1e38", "--warmup", "0", "--clip", "1e30", "--root", str(tmp_path)]
+    assert cli.main(bad) == 1
+    error = capsys.readouterr().err
+    assert "cir × sig-ms, seed 0" in error
+    assert "at step" in error

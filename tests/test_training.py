@@ -1,0 +1,399 @@
+"""Configuration, heads, sampler, loop, workers, sweep and search, on a small slice of the built-in data."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import goal
+from goal.training import Diverged, Incomplete, Sweep, TrainConfig, TrainingError, entries, loop, search, train
+from goal.training.features import Sampler, features
+from goal.training.heads import Head
+from goal.training.loop import load_heads, score
+from goal.training.workers import Done, Failed, Job, Progress, work
+
+SMALL: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 4, "warmup": 4}
+
+
+def small(**changes: Any) -> TrainConfig:
+    return TrainConfig(**SMALL | {"max_steps": 20} | changes)
+
+
+class Killed(BaseException):
+    """Stands in for a signal: nothing may catch it."""
+
+
+def killed_after(evaluations: int) -> Callable[[loop.Row], None]:
+    left = iter(range(evaluations))
+
+    def on_evaluation(row: loop.Row) -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return on_evaluation
+
+
+# ---- configuration ---------------------------------------------------------------------------------------
+
+
+def test_config_round_trip() -> None:
+    config = TrainConfig(T="con", P="sig_ms", params={"margin": 0.1, "beta": 20}, lr=1, limit=7)
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert config.names == {"T": "con(0.1)", "P": "sig-ms", "recipe": None, "label": "con × sig-ms"}
+    assert config.params == {"margin": 0.1, "alpha": 2.0, "beta": 20.0, "lam": 0.5}
+
+
+def test_config_shows_defaults_and_so_equals_the_same_written_out() -> None:
+    assert TrainConfig() == TrainConfig(T="cir", P="sig-ms", mining="hardest", params={"tau": 10})
+    assert TrainConfig().digest == TrainConfig(params={"tau": 10}).digest
+
+
+def test_every_field_changes_the_digest() -> None:
+    changed: dict[str, Any] = {
+        "T": "nca", "P": "con", "recipe": "vse++", "mining": "all", "params": {"tau": 3.0}, "data": "folder",
+        "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1, "batch": 3, "lr": 0.1, "weight_decay": 0.5,
+        "warmup": 3, "clip": 1.0, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3, "drop": 0.5,
+        "dtype": "bfloat16", "device": "meta", "threads": 3,
+    }  # fmt: skip
+    assert set(changed) == {spec.name for spec in dataclasses.fields(TrainConfig)}
+    digests = {TrainConfig(**{name: value}).digest for name, value in changed.items()}
+    assert len(digests | {TrainConfig().digest}) == len(changed) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"T": "circ"}, ValueError, "Did you mean 'cir'"),
+        ({"recipe": "vse"}, ValueError, "vse0"),
+        ({"recipe": "vse++", "T": "cir"}, ValueError, "stands in place of"),
+        ({"mining": "hard"}, ValueError, "mining"),
+        ({"params": {"taus": 1.0}}, ValueError, "known: .*tau"),
+        ({"params": {"tau": -1.0}}, ValueError, "tau"),
+        ({"params": {"tau": "x"}}, TypeError, r"params\['tau'\]"),
+        ({"recipe": "infonce", "params": {"margin": 0.1}}, ValueError, "known: tau"),
+        ({"lr": 0}, ValueError, "lr: must be above 0"),
+        ({"lr": math.nan}, ValueError, "lr: must be finite"),
+        ({"dropout": 1.5}, ValueError, "at most 1"),
+        ({"batch": 1}, ValueError, "batch: must be at least 2"),
+        ({"batch": 2.5}, TypeError, "batch: must be a whole number"),
+        ({"seed": True}, TypeError, "seed"),
+        ({"data": 3}, TypeError, "data: must be text"),
+        ({"dtype": "float16"}, ValueError, "float32 or bfloat16"),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TrainConfig(**changes)
+
+
+def test_config_refuses_json_of_something_else() -> None:
+    with pytest.raises(ValueError, match="fields P, T, batch"):
+        TrainConfig.from_json('{"learning_rate": 1}')
+
+
+@pytest.mark.parametrize("name", goal.recipes())
+def test_config_parameters_reach_the_objective(name: str) -> None:
+    defaults = TrainConfig(recipe=name).params
+    assert defaults
+    for parameter, value in defaults.items():
+        other = TrainConfig(recipe=name, params={parameter: value + 0.25})
+        plain, changed = TrainConfig(recipe=name).objective(), other.objective()
+        shown = [repr(o) + repr([p.tolist() for p in o.parameters()]) for o in (plain, changed)]
+        assert shown[0] != shown[1], parameter
+
+
+# ---- heads and batches -----------------------------------------------------------------------------------
+
+
+def test_head_centres_its_features_and_ends_on_the_sphere_or_in_the_positive_orthant() -> None:
+    features = torch.randn(6, 5)
+    head = Head(5, 7, 4, 0.5, unit=True).eval()
+    head.centre.copy_(torch.ones(5))
+    assert torch.allclose(head(features).norm(dim=1), torch.ones(6))
+    assert torch.allclose(head(features), head(1 + 3 * (features - 1)), atol=1e-6)
+    orders = Head(5, 7, 4, 0.5, unit=False).eval()(features)
+    assert (orders >= 0).all()
+    assert not torch.allclose(orders.norm(dim=1), torch.ones(6))
+
+
+def test_sampler_gives_different_images_with_captions_of_their_own() -> None:
+    image_of = torch.tensor([2, 0, 1, 1, 0, 3, 4, 4, 4, 3])
+    sampler = Sampler(image_of, batch=2, seed=0)
+    seen, captions = [], set()
+    for step in range(40):
+        batch = sampler(step)
+        assert image_of[batch.captions].tolist() == batch.images.tolist()
+        seen.append(batch.images.tolist())
+        captions |= set(batch.captions.tolist())
+    for first, second in zip(seen[::2], seen[1::2], strict=True):  # two batches an epoch
+        assert len({*first, *second}) == 4
+    assert captions == set(range(10))
+    again = Sampler(image_of, batch=2, seed=0)
+    assert [again(step).images.tolist() for step in (31, 2, 30)] == [seen[31], seen[2], seen[30]]
+    assert [Sampler(image_of, 2, seed=1)(step).images.tolist() for step in range(40)] != seen
+
+
+def test_sampler_refuses_a_batch_beyond_the_images() -> None:
+    with pytest.raises(ValueError, match="batch: 4 is more than the 3 training images"):
+        Sampler(torch.tensor([0, 1, 2]), batch=4, seed=0)
+
+
+def test_features_limit_keeps_the_first_images_with_their_captions() -> None:
+    whole, part = features("emoji", None), features("emoji", 30)
+    assert torch.equal(part.train.x, whole.train.x[:30])
+    assert part.train.image_of.tolist() == np.repeat(np.arange(30), 5).tolist()
+    assert torch.equal(part.val.x, whole.val.x)
+    assert part.fingerprint != whole.fingerprint
+    with pytest.raises(ValueError, match="limit: emoji has 1157 training images, got 2000"):
+        features("emoji", 2000)
+
+
+def test_features_average_regions_and_need_captions_as_features(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).normal(size=(4, 3, 6)).astype(np.float32), np.ones((8, 2), np.float32)
+    for name in ("train", "val", "test"):
+        np.save(tmp_path / f"{name}_ims.npy", x)
+        (tmp_path / f"{name}_caps.txt").write_text("a word\n" * 8)
+    with pytest.raises(ValueError, match=r"only text; put their features .*train_caps\.npy"):
+        features(str(tmp_path), None)
+    for name in ("train", "val", "test"):
+        np.save(tmp_path / f"{name}_caps.npy", y)
+    assert np.allclose(features(str(tmp_path), None).test.x, x.mean(1), atol=1e-6)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------
+
+
+def test_train_learns_and_writes_its_folder(tmp_path: Path) -> None:
+    config = small(max_steps=60, eval_every=20, lr=5e-3, recipe="infonce")
+    rows: list[loop.Row] = []
+    record = train(config, tmp_path, on_evaluation=rows.append)
+    assert record["curve"] == rows == [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert record["test"]["rsum"] > 15  # chance is about 9
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    names = {"config.json", "versions.json", "metrics.jsonl", "model.safetensors", "record.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert TrainConfig.from_json((tmp_path / "config.json").read_text()) == config
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert json.loads((tmp_path / "versions.json").read_text())["torch"] == torch.__version__
+
+
+def test_the_validation_split_alone_chooses_the_weights(tmp_path: Path) -> None:
+    record = train(small(lr=0.01, max_steps=40), tmp_path)
+    best = max(record["curve"], key=lambda row: row["val_rsum"])
+    assert (record["best_step"], record["best_val_rsum"]) == (best["step"], best["val_rsum"])
+    assert record["best_step"] < record["steps"]  # or the last weights would do
+    config, heads = load_heads(tmp_path)
+    data = features("emoji", 120)
+    assert score(config, heads, data.val).rsum == record["best_val_rsum"]
+    assert score(config, heads, data.test).rsum == record["test"]["rsum"]
+    assert score(config, heads, data.test).t2i_ranks.tolist() == record["ranks"]["t2i"]
+
+
+def test_rate_warms_up_drops_on_a_plateau_and_then_training_ends(tmp_path: Path) -> None:
+    config = small(eval_every=1, warmup=3, patience=2, lr=1e-9, drop=0.5, max_steps=500)  # nothing moves: a plateau
+    record = train(config, tmp_path)
+    rates = [row["lr"] / config.lr for row in record["curve"]]
+    assert record["stopped"] == "plateau"
+    assert record["steps"] == record["best_step"] + 4
+    assert rates[:2] == pytest.approx([2 / 3, 1])
+    assert rates[-2:] == pytest.approx([0.5, 0.5])
+    assert train(small(), tmp_path / "short")["stopped"] == "max_steps"
+
+
+def test_a_drop_goes_back_to_the_best_weights(tmp_path: Path) -> None:
+    # a rate that ruins the heads, then one that changes nothing
+    config = small(lr=0.5, drop=1e-12, eval_every=2, patience=3, warmup=20, clip=100.0, max_steps=200)
+    record = train(config, tmp_path)
+    dropped = [row for row in record["curve"] if row["lr"] < 1e-9]
+    before = [row for row in record["curve"] if row["lr"] >= 1e-9]
+    assert before[-1]["val_rsum"] < record["best_val_rsum"]
+    assert dropped[-1]["val_rsum"] == record["best_val_rsum"]
+
+
+@pytest.mark.parametrize("objective", [{"T": "cir", "P": "sig-ms"}, {"recipe": "siglip"}, {"recipe": "order0"}])
+def test_a_killed_run_ends_with_the_same_bits(objective: dict[str, Any], tmp_path: Path) -> None:
+    config = small(**objective, max_steps=24, patience=2)
+    train(config, tmp_path / "whole")
+    for evaluations in (3, 1):
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed", save_every=0, on_evaluation=killed_after(evaluations))
+    assert (tmp_path / "killed" / "checkpoint.safetensors").is_file()
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "loss": 0.1}\n{"step": 2')  # rows after the checkpoint, the last one half-written
+    (tmp_path / "killed" / ".record.json.x1y2").write_text('{"half')  # a write that never ended
+    steps: list[float] = []
+    train(config, tmp_path / "killed", on_evaluation=lambda row: steps.append(row["step"]))
+    assert steps[0] > 4  # it did not begin again
+    for name in ("record.json", "metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_a_run_that_has_ended_is_not_run_again_and_not_mixed_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = train(small(), tmp_path)
+    assert train(small(), tmp_path, on_evaluation=killed_after(0)) == record
+    with pytest.raises(ValueError, match="another configuration"):
+        train(small(seed=1), tmp_path)
+    changed = features("emoji", 120)._replace(fingerprint="other")
+    monkeypatch.setattr(loop, "features", lambda data, limit: changed)
+    with pytest.raises(ValueError, match="other features"):
+        train(small(), tmp_path)
+
+
+def test_other_versions_begin_a_half_finished_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Killed):
+        train(small(), tmp_path, save_every=0, on_evaluation=killed_after(2))
+    monkeypatch.setattr(goal, "__version__", "0.0.0")
+    steps: list[float] = []
+    train(small(), tmp_path, on_evaluation=lambda row: steps.append(row["step"]))
+    assert steps[0] == 4
+    assert json.loads((tmp_path / "versions.json").read_text())["goal"] == "0.0.0"
+
+
+@pytest.mark.parametrize("objective", [{"T": "con", "P": "lin"}, {"recipe": "infonce"}])
+def test_what_is_not_finite_stops_the_run_and_says_where(objective: dict[str, Any], tmp_path: Path) -> None:
+    config = small(**objective, lr=1e38, warmup=0, clip=1e30)
+    with pytest.raises(Diverged, match=rf"{config.label}, seed 0: .* is (nan|inf) at step \d"):
+        train(config, tmp_path)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_train_leaves_the_callers_threads_and_random_numbers_alone(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    train(small(max_steps=4, threads=threads + 1), tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_load_heads_needs_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no finished run"):
+        load_heads(tmp_path)
+
+
+# ---- workers ---------------------------------------------------------------------------------------------
+
+
+def _double(number: int, on_evaluation: Callable[[dict[str, float]], None]) -> int:
+    on_evaluation({"number": number})
+    if number == 2:
+        raise ValueError("two is refused")
+    if number == 3:
+        os._exit(7)
+    return 2 * number
+
+
+def test_workers_do_all_jobs_and_tell() -> None:
+    events = list(work([Job(str(n), _double, (n,)) for n in (1, 2, 4)], workers=2))
+    assert {event.key: event.result for event in events if isinstance(event, Done)} == {"1": 2, "4": 8}
+    assert [event for event in events if isinstance(event, Failed)] == [Failed("2", "two is refused")]
+    assert len([event for event in events if isinstance(event, Progress)]) == 3
+
+
+def test_a_worker_that_dies_is_an_error() -> None:
+    with pytest.raises(TrainingError, match="exit code 7 during job three"):
+        list(work([Job("job three", _double, (3,))], workers=1))
+
+
+# ---- sweep and search ------------------------------------------------------------------------------------
+
+
+def test_entries_are_the_grid_and_the_recipes_and_share_runs() -> None:
+    found = entries()
+    assert len(found) == 15 + len(goal.recipes())
+    by_label = {entry.names["label"]: entry for entry in found}
+    assert by_label["con × lin"].config.params["margin"] == 0.2
+    assert by_label["binomial-deviance"].config.params.get("margin") is None
+    shared = {"circle": "cir × lin", "nca": "nca × con", "goal": "cir × sig-ms"}
+    assert {recipe: by_label[recipe].config for recipe in shared} == {
+        recipe: by_label[cell].config for recipe, cell in shared.items()
+    }
+    assert len({entry.config for entry in found}) == len(found) - len(shared)
+    assert by_label["circle"].names == {"T": "-", "P": "-", "recipe": "circle", "label": "circle"}
+    with pytest.raises(ValueError, match=r"'cir:lim' is not known; known: con:con, .*siglip"):
+        entries(["cir:lin", "cir:lim"])
+
+
+def test_sweep_refuses_before_it_trains(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"seeds": 0}, "seeds: must be at least 1"),
+        ({"trials": -1}, "trials: must be at least 0"),
+        ({"workers": 0}, "workers: must be at least 1"),
+        ({"limit": 20}, "batch: 128 is more than the 20 training images"),
+        ({"data": "nowhere"}, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sweep(root=tmp_path, **changes)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_names_its_folder_by_what_is_asked() -> None:
+    assert Sweep().folder == Path("runs/emoji")
+    assert Sweep(quick=True, trials=3).folder == Path("runs/emoji-quick-tune3")
+    assert Sweep(name="mine").folder == Path("runs/mine")
+
+
+def test_a_run_that_fails_leaves_the_others_and_is_told(tmp_path: Path) -> None:
+    sweep = Sweep(objectives=["infonce", "cir:lin"], seeds=1, root=tmp_path, **SMALL | {"max_steps": 4})
+    blocked = sweep.folder / "runs" / sweep.entries[1].seeded(0).run_name
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()  # a file where the folder of cir × lin should be
+    with pytest.raises(Incomplete, match=r"1 of the runs failed.*\n.*cir-lin.*File exists"):
+        sweep.run()
+    assert [record["label"] for record in sweep.records()] == ["infonce"]
+    assert "infonce" in (sweep.folder / "table.md").read_text()
+
+
+def test_search_keeps_to_validation_counts_trials_and_resumes_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "score", None)  # the test split's: a call would fail
+    config = small(T="con", P="sig", params={"margin": 0.2}, max_steps=8)
+    found = search(config, 4, tmp_path / "whole")
+    told = json.loads((tmp_path / "whole" / "tuning.json").read_text())
+    assert len(told["trials"]) == 4
+    assert {name: told["trials"][0][name] for name in config.params} == config.params
+    assert told["trials"][0]["lr"] == config.lr
+    assert len({trial["margin"] for trial in told["trials"]}) == 4
+    best = max(told["trials"], key=lambda trial: trial["val_rsum"])
+    assert {"lr": found.lr, **found.params} == {name: best[name] for name in ("lr", *found.params)}
+    assert found == dataclasses.replace(config, lr=found.lr, params=found.params)
+
+    evaluations = 0
+
+    def kill(row: loop.Row) -> None:
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == 6:  # in the third trial
+            raise Killed
+
+    with pytest.raises(Killed):
+        search(config, 4, tmp_path / "killed", 0, on_evaluation=kill)
+    assert search(config, 4, tmp_path / "killed") == found
+    assert json.loads((tmp_path / "killed" / "tuning.json").read_text()) == told
+
+
+def test_a_diverged_trial_counts_as_nothing_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def diverge(config: TrainConfig, *_: Any, **__: Any) -> dict[str, Any]:
+        calls.append(config)
+        if len(calls) > 1:
+            raise Diverged("at step 1")
+        return {"best_val_rsum": 3.0}
+
+    monkeypatch.setattr(sys.modules["goal.training.tune"], "train", diverge)
+    assert search(small(), 3, tmp_path) == small()
+    assert [t["val_rsum"] for t in json.loads((tmp_path / "tuning.json").read_text())["trials"]] == [3.0, 0.0, 0.0]

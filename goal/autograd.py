@@ -12,7 +12,7 @@ from goal import engine, reference, validation
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.reference import Masks
-from goal.similarity import Entries, Gradients, Needs
+from goal.similarity import GIVEN, Entries, Gradients, Needs
 from goal.stats import Stats, stats
 from goal.terms import Term
 
@@ -109,7 +109,7 @@ def apply_similarity(
         tensor([[-2.,  2.],
                 [ 2., -2.]])
     """
-    chosen = engine.settings(T, P, mining, "given", reduction, impl)
+    chosen = engine.settings(T, P, mining, GIVEN, reduction, impl)
     return _run(S, None, chosen, ids, y_ids, weight, check_finite).loss
 
 
@@ -246,12 +246,12 @@ def _run(
         validation.finite(**checked)
     with torch.no_grad(), _no_autocast(x.device.type):
         masks = engine.masks(x, y, rows, cols)
-        batch = engine.prepare(x, y, chosen.similarity, masks)
+        batch = engine.prepare(x, y, chosen.similarity, masks, check_finite)
         outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
-        loss = attach(x, y, loss, chosen, batch.masks, outcome.entries, outcome.dense)
+        loss = attach(x, y, loss, chosen, batch.masks, check_finite, outcome.entries, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -284,19 +284,20 @@ class _Emit(torch.autograd.Function):
         value: Tensor,
         chosen: Settings,
         masks: Masks,
+        finite: bool,
         entries: Entries | None,
         dense: Dense | None,
     ) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, entries, dense
+        ctx.rest = chosen, masks, finite, entries, dense
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        chosen, masks, entries, dense = ctx.rest
+        chosen, masks, finite, entries, dense = ctx.rest
         with torch.no_grad(), _no_autocast(x.device.type):
-            batch = engine.prepare(x, y, chosen.similarity, masks)
+            batch = engine.prepare(x, y, chosen.similarity, masks, finite)
             if entries is not None:
                 entries = entries._replace(value=entries.value * incoming)
             if dense is not None:
@@ -306,7 +307,7 @@ class _Emit(torch.autograd.Function):
             refuse: Any = _NoSecondDerivative.apply
             gx = None if gx is None else refuse(gx, x, y, incoming)
             gy = None if gy is None else refuse(gy, x, y, incoming)
-        return gx, gy, None, None, None, None, None
+        return gx, gy, None, None, None, None, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -9,6 +9,7 @@ T, P⁺, P⁻, Entries of G weigh  O(N), plain tensor functions
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -58,14 +59,17 @@ class Settings:
 
 
 def settings(
-    T: str | Term, P: str | Term, mining: str | Mining, similarity: str, reduction: str, impl: str
+    T: str | Term, P: str | Term, mining: str | Mining, similarity: str | Dot, reduction: str, impl: str
 ) -> Settings:
     """The checked objective behind the arguments of `goal.apply`; checked once for the same arguments."""
-    make = _make if torch.compiler.is_compiling() else _make_once
-    return make(T, P, mining, similarity, reduction, impl)
+    arguments = (T, P, mining, similarity, reduction, impl)
+    known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
+    return (_make_once if known else _make)(*arguments)
 
 
-def _make(T: str | Term, P: str | Term, mining: str | Mining, similarity: str, reduction: str, impl: str) -> Settings:
+def _make(
+    T: str | Term, P: str | Term, mining: str | Mining, similarity: str | Dot, reduction: str, impl: str
+) -> Settings:
     if reduction not in REDUCTIONS:
         raise terms.unknown("reduction", reduction, REDUCTIONS)
     if impl not in IMPLEMENTATIONS:
@@ -78,7 +82,7 @@ def _make(T: str | Term, P: str | Term, mining: str | Mining, similarity: str, r
         lin="r_neg_lin" in product.statistics,
         beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
     )
-    measure = similarity_.GIVEN if similarity == "given" else similarity_.bind(similarity)
+    measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
     return Settings(product, chosen, measure, reduction, request)
 
 
@@ -91,6 +95,7 @@ class Batch(NamedTuple):
     x: Tensor  # (N, D), embedded
     y: Tensor  # (M, D)
     masks: Masks
+    finite: bool  # known to be; else a NaN has to show in the gradient, whatever the terms
 
 
 class Dense(NamedTuple):
@@ -132,10 +137,10 @@ def masks(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> Mas
     return Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(x.shape[0], y.shape[0]))
 
 
-def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks) -> Batch:
+def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks, finite: bool) -> Batch:
     """The inputs embedded, in the computing dtype."""
     dtype = computing_dtype(x, y)
-    return Batch(similarity.embed(x.detach().to(dtype)), similarity.embed(y.detach().to(dtype)), masks)
+    return Batch(similarity.embed(x.detach().to(dtype)), similarity.embed(y.detach().to(dtype)), masks, finite)
 
 
 def _stage() -> ModuleType:
@@ -208,6 +213,9 @@ def _weigh(
         share = (~fallback).to(s_pos.dtype) * share
     t, p_pos, p_neg = chosen.product.weights(s_pos, s_neg, relative)
     value = (chosen.product.value(s_pos, s_neg) * share).sum()
+    if not batch.finite:
+        seen = statistics.s_neg - s_pos  # a NaN anywhere in the anchor's similarities is in its maximum
+        share = share + torch.where(seen.isnan(), seen, 0)
     selected = t * share
     pull = _spread(-selected * p_pos, s_neg).sum(0)  # (K,), both directions
     push = _spread(selected * p_neg, s_neg)  # (2, K)
@@ -246,7 +254,9 @@ def emit(batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense |
     """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
     gx, gy = None, None
     if dense is not None:
-        gx, gy = _stage().dense_emit(chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.product, needs)
+        gx, gy = _stage().dense_emit(
+            chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.product, needs, batch.finite
+        )
     if entries is None:
         return gx, gy
     mined_x, mined_y = chosen.similarity.vjp(batch.x, batch.y, entries, needs)

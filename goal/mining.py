@@ -30,7 +30,13 @@ class Mining:
 
 
 def hardest() -> Mining:
-    """The negative with the highest similarity (Faghri et al., VSE++, eq. 6)."""
+    """The negative with the highest similarity (Faghri et al., VSE++, eq. 6).
+
+    Example:
+        >>> import goal
+        >>> goal.Objective(mining=goal.mining.hardest()).settings.mining
+        mining.hardest()
+    """
     return Mining("hardest", "hardest", "never")
 
 
@@ -38,6 +44,14 @@ def semi_hard(margin: float = 0.2) -> Mining:
     """The hardest among s⁺ − margin < s⁻ < s⁺; an anchor with none emits nothing (Schroff et al., FaceNet, §3.2).
 
     Negatives whose s⁻ equals s⁺ within the rounding of one product count as ties, and so as not below s⁺.
+
+    Args:
+        margin: how far below s⁺ a negative may lie, > 0.
+
+    Example:
+        >>> import goal
+        >>> goal.mining.semi_hard(margin=0.1)
+        mining.semi_hard(margin=0.1)
     """
     margin = check_number("goal.mining.semi_hard", "margin", margin)
     if margin == 0:
@@ -46,7 +60,13 @@ def semi_hard(margin: float = 0.2) -> Mining:
 
 
 def all_negatives(average: bool = True) -> Mining:
-    """Every negative; with `average` each weighs 1 / (number of the anchor's negatives), without it 1."""
+    """Every negative; with `average` each weighs 1 / (number of the anchor's negatives), without it 1.
+
+    Example:
+        >>> import goal
+        >>> goal.mining.all_negatives(average=False)
+        mining.all_negatives(average=False)
+    """
     if not isinstance(average, bool):
         raise TypeError(f"goal.mining.all_negatives: average must be True or False, got {average!r}.")
     return Mining("all", "none", "always", average=average)
@@ -55,7 +75,15 @@ def all_negatives(average: bool = True) -> Mining:
 def selective(eps: float = 0.01) -> Mining:
     """T-SelHN: the mean over all negatives where |s⁺ − max s⁻| < eps, else the hardest; per anchor and direction.
 
-    The hardest negative's gradient vanishes where s⁻ ≈ s⁺, which is where a collapsed start lies.
+    The hardest negative's gradient vanishes where s⁻ ≈ s⁺, which is where a collapsed start lies (Li et al., T-SelHN).
+
+    Args:
+        eps: half the width of the vanishing zone, >= 0.
+
+    Example:
+        >>> import goal
+        >>> goal.mining.selective()
+        mining.selective(eps=0.01)
     """
     eps = check_number("goal.mining.selective", "eps", eps)
     return Mining("selective", "hardest", "fallback", eps=eps)

@@ -93,6 +93,11 @@ class InfoNCE(nn.Module):
     Args:
         tau: inverse temperature, > 0.
 
+    Example:
+        >>> import goal, torch
+        >>> x = torch.eye(3, requires_grad=True)
+        >>> goal.InfoNCE(tau=20.0)(x, torch.eye(3)).backward()
+
     Source: Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
     """
 
@@ -118,6 +123,11 @@ class SigLIP(nn.Module):
     Args:
         tau: initial e^t, > 0.
         bias: initial b.
+
+    Example:
+        >>> import goal, torch
+        >>> loss = goal.SigLIP()(torch.eye(3), torch.eye(3))
+        >>> loss.backward()  # t and b are parameters: give them to the optimiser
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, algorithm 1.
     """
@@ -224,9 +234,8 @@ def pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> x.argmax(1), y.argmax(1), ids
         (tensor([1, 3, 0, 2]), tensor([3, 1, 2, 0]), tensor([3, 3, 7, 7]))
     """
-    embeddings, _ = validation.embeddings(embeddings, embeddings)
-    ids, _ = validation.identities(labels, None, len(embeddings), len(embeddings), embeddings.device)
-    assert ids is not None
+    embeddings = validation.matrix("embeddings", embeddings, "(B, D)")
+    ids = validation.identity("labels", labels, len(embeddings), "embeddings", embeddings.device)
     ordered, item = ids.sort(stable=True)
     _, group, size = ordered.unique_consecutive(return_inverse=True, return_counts=True)
     first = size.cumsum(0) - size

@@ -155,6 +155,7 @@ def dense_emit(
     masks: Masks,
     product: Product,
     needs: Needs,
+    finite: bool,
 ) -> Gradients:
     """`reference.dense_emit` as an operator."""
     gx, gy = torch.ops.goal.dense_emit(
@@ -170,6 +171,7 @@ def dense_emit(
         *_pack(product),
         needs[0],
         needs[1],
+        finite,
     )
     return gx if needs[0] else None, gy if needs[1] else None
 
@@ -191,6 +193,7 @@ def _dense_emit(
     p_numbers: Tensor,
     need_x: bool,
     need_y: bool,
+    finite: bool,
 ) -> list[Tensor]:
     gradients = reference.dense_emit(
         similarity_.by_name(similarity),
@@ -202,6 +205,7 @@ def _dense_emit(
         Masks(ids, y_ids, 0, 0, s_pos.shape[0]),
         _unpack(t, p, t_numbers, p_numbers),
         (need_x, need_y),
+        finite,
     )
     return [s_pos.new_empty(0) if one is None else one for one in gradients]
 
@@ -223,6 +227,7 @@ def _(
     p_numbers: Tensor,
     need_x: bool,
     need_y: bool,
+    finite: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(side) if needed else s_pos.new_empty(0) for side, needed in ((x, need_x), (y, need_y))]
 

@@ -327,6 +327,7 @@ def dense_emit(
     masks: Masks,
     product: Product,
     needs: Needs,
+    finite: bool,
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y of anchors that meet all their negatives: G is made tile by tile, S a second time.
 
@@ -335,6 +336,7 @@ def dense_emit(
         relative: the statistics that the terms declared, each (2, K).
         product: T × P.
         needs: whether x and y need a gradient.
+        finite: whether x and y are known to be.
     """
     gx = torch.zeros_like(x) if needs[0] else None
     gy = torch.zeros_like(y) if needs[1] else None
@@ -346,6 +348,8 @@ def dense_emit(
             own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
             t, p_pos, p_neg = product.weights(s_pos[at].unsqueeze(dim), tile[part], own)
             selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
+            if not finite:  # a NaN shows whatever the terms, as 0 · NaN
+                selected = selected + 0 * (tile[part] - s_pos[at].unsqueeze(dim))
             g[part] += selected * p_neg
             pull[at] += (selected * p_pos).sum(dim)
         _accumulate(gx, gy, rows, similarity.tile_vjp(x[rows], y, g, needs))

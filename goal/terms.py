@@ -407,7 +407,8 @@ class Product:
     def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
         """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
 
-        P is kept below finfo.max^0.9, where the exponentials of far-off similarities leave the dtype's range.
+        P is kept below √finfo.max, the largest similarity whose square is representable: far-off similarities would
+        carry its exponentials and products out of the dtype's range.
         """
         t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
         p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
@@ -428,5 +429,5 @@ class Product:
 def _saturate(weight: Any) -> Any:
     if not isinstance(weight, Tensor):
         return weight
-    limit = torch.finfo(weight.dtype).max ** 0.9
+    limit = torch.finfo(weight.dtype).max ** 0.5
     return weight.clamp(-limit, limit)

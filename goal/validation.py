@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def embeddings(x: object, y: object) -> tuple[Tensor, Tensor]:
     """x (N, D) and y (M, D) as tensors that belong together."""
-    x, y = _matrix("x", x, "(N, D)"), _matrix("y", y, "(M, D)")
+    x, y = matrix("x", x, "(N, D)"), matrix("y", y, "(M, D)")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same D, got x {tuple(x.shape)} and y {tuple(y.shape)}.")
     if x.device != y.device:
@@ -24,10 +22,11 @@ def embeddings(x: object, y: object) -> tuple[Tensor, Tensor]:
 
 def similarity_matrix(s: object) -> Tensor:
     """S (N, M)."""
-    return _matrix("S", s, "(N, M)")
+    return matrix("S", s, "(N, M)")
 
 
-def _matrix(name: str, value: object, shape: str) -> Tensor:
+def matrix(name: str, value: object, shape: str) -> Tensor:
+    """A floating-point matrix under its argument's name."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
     if value.dtype not in _DTYPES:
@@ -48,11 +47,12 @@ def identities(ids: object, y_ids: object, n: int, m: int, device: torch.device)
         return None, None
     if y_ids is None and n != m:
         raise ValueError(f"ids with N ≠ M need y_ids as well: x has {n} rows and y has {m}.")
-    rows = _identity("ids", ids, n, "x", device)
-    return rows, rows if y_ids is None else _identity("y_ids", y_ids, m, "y", device)
+    rows = identity("ids", ids, n, "x", device)
+    return rows, rows if y_ids is None else identity("y_ids", y_ids, m, "y", device)
 
 
-def _identity(name: str, value: object, length: int, side: str, device: torch.device) -> Tensor:
+def identity(name: str, value: object, length: int, side: str, device: torch.device) -> Tensor:
+    """One integer for each row, int64."""
     try:
         ids = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -74,6 +74,8 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
         w = torch.as_tensor(weight, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"weight must be numbers, one for each pair: {error}") from None
+    if w.dtype.is_complex or w.dtype == torch.bool:
+        raise TypeError(f"weight must be real numbers, got {w.dtype}.")
     if tuple(w.shape) != (k,):
         raise ValueError(f"weight must have shape ({k},), one for each pair, got {tuple(w.shape)}.")
     w = w if w.is_floating_point() else w.float()
@@ -101,9 +103,3 @@ def finite(**tensors: Tensor) -> None:
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype == torch.float64 else torch.float32
-
-
-def flag(name: str, value: object, allowed: Sequence[Any] = (True, False)) -> None:
-    """A value that must be one of a few."""
-    if not any(value is one for one in allowed):
-        raise TypeError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")

@@ -86,5 +86,5 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     names = ",".join(chosen.product.P.statistics)
     torch.library.opcheck(
         torch.ops.goal.dense_emit,
-        (x, y, s_pos, share, relative, names, masks.ids, masks.y_ids, "dot", "nca", P, *terms, True, False),
+        (x, y, s_pos, share, relative, names, masks.ids, masks.y_ids, "dot", "nca", P, *terms, True, False, False),
     )

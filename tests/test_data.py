@@ -99,9 +99,7 @@ def test_emoji_groups_do_not_straddle_a_split(images: list[dict[str, str]]) -> N
         ("kiss", ["kiss man man"]),
     ],
 )
-def test_variants_of_one_emoji_share_a_group(
-    images: list[dict[str, str]], name: str, variants: list[str]
-) -> None:
+def test_variants_of_one_emoji_share_a_group(images: list[dict[str, str]], name: str, variants: list[str]) -> None:
     group_of = {image["name"]: image["group"] for image in images}
     assert {group_of[variant] for variant in variants} == {group_of[name]}
 
@@ -274,9 +272,7 @@ def test_precomp_says_which_file_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_row_is_named_in_the_stored_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float
-) -> None:
+def test_a_bad_row_is_named_in_the_stored_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
     monkeypatch.setattr(goal.data.files, "CHUNK_BYTES", 4 * 8 * 4)  # 4 rows
     ims = features(4, 8).repeat(5, axis=0)
     ims[13, 2] = bad
@@ -375,9 +371,7 @@ def test_safetensors_with_several_tensors_are_chosen_by_name(tmp_path: Path) -> 
         (np.array([[None]], dtype=object), "no array of numbers"),
     ],
 )
-def test_features_of_the_wrong_kind_are_refused(
-    tmp_path: Path, array: NDArray[np.generic], message: str
-) -> None:
+def test_features_of_the_wrong_kind_are_refused(tmp_path: Path, array: NDArray[np.generic], message: str) -> None:
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     np.save(tmp_path / "y.npy", features(4, 6))
     with pytest.raises(ValueError, match=rf"x\.npy: .*{message}"):

@@ -250,9 +250,7 @@ def sentence_features(captions: Sequence[str]) -> NDArray[np.float32]:
     return in_batches("captions", distinct, features)[[row[caption] for caption in captions]]
 
 
-def in_batches(
-    what: str, items: Sequence[T], features: Callable[[Sequence[T]], torch.Tensor]
-) -> NDArray[np.float32]:
+def in_batches(what: str, items: Sequence[T], features: Callable[[Sequence[T]], torch.Tensor]) -> NDArray[np.float32]:
     """Features of all items, batch by batch, under a progress bar."""
     starts = bar(range(0, len(items), BATCH), f"{len(items)} {what}")
     with torch.inference_mode():

@@ -60,7 +60,7 @@ class Table(Lines):
         finished = records()
         table = Text.from_ansi(terminal_table(cast(Sequence[RunRecord], finished), color=True)) if finished else Text()
         lines = [Text(f"{key}  {text}", overflow="ellipsis", no_wrap=True) for key, text in self.running.items()]
-        self.live.update(Group(table, Text(), *lines, self.bar), refresh=True)
+        self.live.update(Group(self.bar, *lines, Text(), table), refresh=True)  # a low terminal cuts at the foot
 
 
 @contextmanager

@@ -1,0 +1,268 @@
+"""Who imports whom, what is public, and what a plain `import goal` pulls in."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import goal
+import goal.data
+import goal.evaluation
+import goal.training
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "goal"
+HEAVY = ("triton", "matplotlib", "rich", "optuna", "safetensors")
+
+
+def modules(folder: Path) -> dict[str, Path]:
+    """Dotted names of the Python files below a folder at the root; what a link leads to is not listed twice."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules(LIBRARY)
+KERNELS = {name: path for name, path in MODULES.items() if name.startswith("goal.kernels")}
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None, bool]]:
+    """(module, name imported from it or None, whether at the top level), wherever in the file they stand."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        inner
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(outer)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None, node not in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield from ((node.module or "", alias.name, node not in lazy) for alias in node.names)
+
+
+def known(path: Path) -> set[str]:
+    """The modules of the library that a file imports."""
+    found = set()
+    for module, name, _ in imports(path):
+        whole = f"{module}.{name}"
+        found.add(whole if whole in MODULES else module)
+    return {module for module in found if module.split(".")[0] == "goal"}
+
+
+def of(module: str) -> set[str]:
+    """What goal.<module> knows of the library, without the package itself."""
+    return {name.removeprefix("goal.") for name in known(MODULES[f"goal.{module}"])}
+
+
+# ── who may import whom ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_reading_of_imports_finds_them(tmp_path: Path) -> None:
+    path = tmp_path / "sample.py"
+    path.write_text("import goal.terms as t\nfrom goal import engine, T\ndef f():\n    import triton\n")
+    assert known(path) == {"goal.terms", "goal.engine", "goal"}
+    assert list(imports(path))[-1] == ("triton", None, False)
+
+
+@pytest.mark.parametrize("module", ["terms", "mining", "statistics", "similarity", "validation"])
+def test_what_is_below_the_engine_knows_nothing_of_it(module: str) -> None:
+    above = {"engine", "ops", "reference", "autograd", "objective", "stats", "training", "cli", "evaluation"}
+    assert not of(module) & above
+    assert not any(name.startswith("kernels") for name in of(module))
+
+
+def test_terms_and_statistics_know_nothing_else_of_the_library() -> None:
+    assert of("terms") == set()
+    assert of("statistics") == set()
+    assert of("validation") == set()
+    assert of("mining") <= {"terms", "statistics"}
+
+
+def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
+    assert not any("kernels" in name for name in of("reference"))
+    for name, path in KERNELS.items():
+        assert "goal.reference" not in known(path), name
+
+
+def test_only_the_engine_knows_both() -> None:
+    both = {
+        name
+        for name, path in MODULES.items()
+        if "goal.reference" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
+    }
+    assert both <= {"goal.engine"}
+
+
+def test_the_library_has_no_cycles() -> None:
+    below = {name: known(path) - {"goal", name} for name, path in MODULES.items() if name != "goal"}
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path, name))
+        if name not in done:
+            for each in below.get(name, set()):
+                walk(each, (*path, name))
+            done.add(name)
+
+    done: set[str] = set()
+    for name in below:
+        walk(name, ())
+
+
+def test_only_the_public_face_builds_on_the_engine() -> None:
+    users = {name for name, path in MODULES.items() if "goal.engine" in known(path)}
+    assert users <= {"goal.autograd", "goal.objective", "goal.stats"}
+
+
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_heavy_packages_are_imported_where_they_are_used(heavy: str) -> None:
+    for name, path in {**MODULES, **modules(ROOT / "benchmarks")}.items():
+        if name in KERNELS or "TYPE_CHECKING" in path.read_text():
+            continue
+        for module, _, at_top in imports(path):
+            assert not (at_top and module.split(".")[0] == heavy), name
+
+
+# ── public names only ───────────────────────────────────────────────────────────────────────────────────
+
+PACKAGES = ("goal.data", "goal.training", "goal.evaluation")  # public beside `goal` itself
+OUTSIDE = {
+    name: path
+    for name, path in {**MODULES, **modules(ROOT / "benchmarks")}.items()
+    if name.startswith(("goal.training", "goal.cli", "goal.integrations", "benchmarks"))
+}
+
+
+def private_uses(path: Path) -> Iterator[str]:
+    """What a file takes from the library that is not public."""
+    public = {*goal.__all__, "data", "training", "evaluation", "__version__"}
+    for module, name, _ in imports(path):
+        if module.split(".")[0] != "goal":
+            continue
+        inside = module == "goal" or any(module == each or module.startswith(f"{each}.") for each in PACKAGES)
+        if not inside or (module == "goal" and name is not None and name not in public):
+            yield f"{module}.{name}"
+        if any(part.startswith("_") for part in (*module.split("."), name or "")):
+            yield f"{module}.{name}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Attribute):
+            continue
+        chain, root = [node.attr], node.value
+        while isinstance(root, ast.Attribute):
+            chain.append(root.attr)
+            root = root.value
+        if isinstance(root, ast.Name) and root.id == "goal":
+            hidden = any(part.startswith("_") and not part.startswith("__") for part in chain)
+            if chain[-1] not in public or hidden:
+                yield f"goal.{'.'.join(reversed(chain))}"
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_public_names_only(name: str) -> None:
+    assert sorted(set(private_uses(OUTSIDE[name]))) == []
+
+
+def test_private_uses_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "sample.py"
+    path.write_text(
+        "import goal\nfrom goal import engine, Objective\nfrom goal.data import _x\nfrom goal.terms import spell\n"
+        "goal.apply(goal.T._definitions, goal.mining.hardest())\ngoal.reference.TILE\n"
+    )
+    expected = {"goal.engine", "goal.data._x", "goal.terms.spell", "goal.T._definitions", "goal.reference.TILE"}
+    assert set(private_uses(path)) == expected | {"goal.reference"}
+
+
+def test_something_is_outside() -> None:
+    assert {"goal.cli", "goal.training.loop", "benchmarks.cpu"} <= set(OUTSIDE)
+
+
+# ── importing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_import_goal_is_light() -> None:
+    code = f"""
+import sys, torch, numpy
+before = set(sys.modules)
+import goal
+new = set(sys.modules) - before
+print([name for name in {HEAVY} if name in new])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "[]"
+    assert found.stderr == ""
+
+
+def test_no_package_of_ours_is_called_kernels() -> None:
+    """transformers probes for an unrelated package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+
+
+# ── the public surface ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_all_is_what_dir_says() -> None:
+    shown = {
+        name
+        for name in dir(goal)
+        if not name.startswith("_") and (name in goal.__all__ or not isinstance(getattr(goal, name), ModuleType))
+    }
+    assert shown == set(goal.__all__)
+    assert goal.__all__ == sorted(goal.__all__)
+    assert all(hasattr(goal, name) for name in goal.__all__)
+    assert goal.__version__
+
+
+PUBLIC = {"apply", "apply_similarity", "gradients", "explain", "Objective", "recipe", "recipes", "pairs"}
+PUBLIC |= {"T", "P", "mining", "triplet_weight", "pair_weight", "Stats", "InfoNCE", "SigLIP"}
+SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
+
+
+def test_what_the_project_promises_is_public() -> None:
+    assert set(goal.__all__) >= PUBLIC
+    assert all(name in vars(goal.mining) for name in SELECTIONS)
+    expected = ["T", "P", "mining", "reduction", "ids", "y_ids", "weight", "similarity", "impl", "check_finite"]
+    assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected]
+    assert list(inspect.signature(goal.gradients).parameters) == ["x", "y", *expected]
+    given = [name for name in expected if name != "similarity"]
+    assert list(inspect.signature(goal.apply_similarity).parameters) == ["S", *given]
+
+
+def documented(owner: ModuleType, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The functions and classes among them; a NamedTuple documents itself by its fields, a constant needs nothing."""
+    for name in names:
+        value = getattr(owner, name)
+        if (inspect.isfunction(value) or inspect.isclass(value)) and not hasattr(value, "_fields"):
+            yield f"{owner.__name__}.{name}", value
+
+
+SYMBOLS = {
+    **dict(documented(goal, goal.__all__)),
+    **dict(documented(goal.mining, SELECTIONS)),
+    **dict(documented(goal.data, [name for name in vars(goal.data) if not name.startswith("_")])),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_every_public_symbol_is_documented_by_example(name: str) -> None:
+    text = inspect.getdoc(SYMBOLS[name])
+    assert text
+    assert text.splitlines()[0].rstrip().endswith((".", ":", ";")), "it begins with a sentence"
+    assert ">>>" in text
+
+
+def test_named_tuples_say_the_shapes_of_their_fields() -> None:
+    source = inspect.getsource(goal.Stats)
+    for name in goal.Stats._fields:
+        line = next(line for line in source.splitlines() if line.strip().startswith(f"{name}: "))
+        assert "#" in line, name

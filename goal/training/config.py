@@ -32,7 +32,7 @@ class TrainConfig:
 
     >>> config = TrainConfig(T="cir", P="sig_ms", params={"tau": 5})
     >>> config.label, config.params
-    ('cir × sig-ms', {'alpha': 2.0, 'beta': 10.0, 'lam': 0.5, 'tau': 5.0})
+    ('cir × sig-ms', {'tau': 5.0, 'alpha': 2.0, 'beta': 10.0, 'lam': 0.5})
     >>> TrainConfig.from_json(config.to_json()) == config
     True
     """

@@ -19,7 +19,7 @@ GRID_T, GRID_P = ("con", "nca", "cir"), ("con", "lin", "sig", "lin-ms", "sig-ms"
 MARGIN = 0.2  # of T = con in the grid
 SEEDS, QUICK_SEEDS = 5, 2
 # Sized so that the order of the objectives agrees with the full sweep's: runs still end when validation stops rising.
-QUICK: dict[str, Any] = {"hidden": 256, "dim": 256, "lr": 1e-3, "patience": 8, "max_steps": 1500}
+QUICK: dict[str, Any] = {"hidden": 256, "dim": 256, "lr": 1e-3, "patience": 6, "max_steps": 1000}
 
 
 QUICK_NOTE = "QUICK: small heads, few seeds, little patience; close places may change without --quick."

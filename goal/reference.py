@@ -216,8 +216,8 @@ class _Reduction:
         valid = shared.valid.sum(dim)  # the hardest included, where it is valid
         has = (s_neg >= self.threshold).to(tile.dtype)
         if shared.excess is not None:
-            gap = torch.sub(tile, (s_neg - self.tie).unsqueeze(dim), out=self.memory("gap", tile.shape, tile))
-            ties = gap.ge_(0).sum(dim)
+            cut, out = (s_neg - self.tie).unsqueeze(dim), self.memory("ties", tile.shape, tile)
+            ties = torch.ge(tile, cut, out=out).sum(dim)
             reach = (s_neg - self.threshold).clamp_(min=0)
             part = part._replace(
                 ties=ties,

@@ -211,7 +211,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--recipe", "infonce", "--margin", "0.1"], "infonce has no 'margin'; known: tau"),
         (["train", "--data", "nowhere"], "'nowhere' is no folder"),
         (["train", "--lr", "-1"], "lr: must be above 0, got -1.0"),
-        (["train", "--device", "abacus"], "device: torch knows no 'abacus' here"),
+        (["train", "--device", "abacus"], "device: must be cpu, cuda or cuda:1"),
         (["sweep", "--objectives", "cir:sig-ms,vse"], "'vse' is not known; known: con:con"),
         (["sweep", "--seeds", "0"], "seeds: must be at least 1"),
         (["eval"], "give a run's folder, or both --x and --y"),

@@ -60,8 +60,8 @@ def test_every_field_changes_the_digest() -> None:
     changed: dict[str, Any] = {
         "T": "nca", "P": "con", "recipe": "vse++", "mining": "all", "params": {"tau": 3.0}, "data": "folder",
         "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1, "batch": 3, "lr": 0.1, "weight_decay": 0.5,
-        "warmup": 3, "clip": 1.0, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3, "drop": 0.5,
-        "dtype": "bfloat16", "device": "meta", "threads": 3,
+        "warmup": 3, "clip": 1.0, "average": 0.5, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3,
+        "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3,
     }  # fmt: skip
     assert set(changed) == {spec.name for spec in dataclasses.fields(TrainConfig)}
     digests = {TrainConfig(**{name: value}).digest for name, value in changed.items()}
@@ -87,6 +87,7 @@ def test_every_field_changes_the_digest() -> None:
         ({"seed": True}, TypeError, "seed"),
         ({"data": 3}, TypeError, "data: must be text"),
         ({"dtype": "float16"}, ValueError, "float32 or bfloat16"),
+        ({"device": "abacus"}, ValueError, "device: must be cpu, cuda"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -95,7 +96,7 @@ def test_config_refuses(changes: dict[str, Any], error: type[Exception], message
 
 
 def test_config_refuses_json_of_something_else() -> None:
-    with pytest.raises(ValueError, match="fields P, T, batch"):
+    with pytest.raises(ValueError, match="fields P, T, average, "):
         TrainConfig.from_json('{"learning_rate": 1}')
 
 
@@ -217,6 +218,18 @@ def test_a_drop_goes_back_to_the_best_weights(tmp_path: Path) -> None:
     before = [row for row in record["curve"] if row["lr"] >= 1e-9]
     assert before[-1]["val_rsum"] < record["best_val_rsum"]
     assert dropped[-1]["val_rsum"] == record["best_val_rsum"]
+
+
+def test_the_tested_weights_are_a_running_mean(tmp_path: Path) -> None:
+    run = loop._Run(small(average=0.5, warmup=0), features("emoji", 120), tmp_path)
+    expected = run.heads.x.inner.weight.detach().clone()
+    for step in range(20):
+        run._step()
+        run.state.step += 1
+        keep = min(0.5, (step + 1) / (step + 10))
+        expected = keep * expected + (1 - keep) * run.heads.x.inner.weight.detach()
+    assert torch.allclose(run.mean.x.inner.weight, expected, atol=1e-6)
+    assert not torch.allclose(run.mean.x.inner.weight, run.heads.x.inner.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", [{"T": "cir", "P": "sig-ms"}, {"recipe": "siglip"}, {"recipe": "order0"}])

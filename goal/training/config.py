@@ -57,6 +57,7 @@ class TrainConfig:
     weight_decay: float = _option(0.01, "of AdamW, on the heads", low=0)
     warmup: int = _option(100, "steps over which the learning rate rises linearly", low=0)
     clip: float = _option(2.0, "largest norm of the gradient", low=0, above=True)
+    average: float = _option(0.98, "share that the running mean of the weights, which is tested, keeps", low=0, high=1)
     # when the rate drops and when to stop: by validation RSUM alone
     max_steps: int = _option(6000, "steps after which training ends in any case", low=1)
     eval_every: int = _option(50, "steps between two evaluations on the validation split", low=1)
@@ -151,10 +152,12 @@ class TrainConfig:
 
 
 def _check_device(device: str) -> None:
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be cpu, cuda or cuda:1 and so on, got {device!r}")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; one that this torch was built without
-        raise ValueError(f"device: torch knows no {device!r} here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without
+        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _terms(objective: goal.Objective) -> dict[str, Any]:

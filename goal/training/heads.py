@@ -1,5 +1,7 @@
 """Two small heads that carry frozen features of images and of captions into one space."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, normalize
@@ -8,7 +10,7 @@ from torch.nn.functional import dropout, gelu, normalize
 class Head(nn.Module):
     """Frozen features to embeddings: centred, scaled, one hidden layer.
 
-        z = √D (v − c) / ‖v − c‖;   e = W₂ dropout(gelu(W₁ z + b₁)) + b₂;   e / ‖e‖, or |e|
+        z = √D (v − c) / ‖v − c‖;   e = W₂ dropout(gelu(W₁ z + b₁)) + b₂;   e / ‖e‖, or |e| / √dim
 
     Pooled features have a large common part c, the mean of the training split; left in, all similarities begin near 1
     and mined objectives first spend hundreds of steps on getting away from there.
@@ -18,7 +20,8 @@ class Head(nn.Module):
         hidden: width of the hidden layer.
         dim: dimensions of the embedding.
         dropout: share of hidden units dropped in training.
-        unit: L2-normalised embeddings; else |e|, not normalised, as order embeddings are.
+        unit: L2-normalised embeddings; else |e| / √dim, not normalised, as order embeddings are; the root keeps their
+            distances, and so the meaning of a margin, the same at every width.
 
     >>> head = Head(d_in=6, hidden=8, dim=4, dropout=0.3, unit=True).eval()
     >>> head(torch.randn(5, 6)).norm(dim=1).allclose(torch.ones(5))
@@ -37,9 +40,16 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(n, d_in) features to (n, dim) embeddings, float32."""
-        z = normalize(features - self.centre, dim=1) * features.shape[1] ** 0.5
+        return self.embed(self.scale(features))
+
+    def scale(self, features: Tensor) -> Tensor:
+        """(n, d_in) features v to z; nothing in it is learned, so training does it once."""
+        return math.sqrt(features.shape[1]) * normalize(features - self.centre, dim=1)
+
+    def embed(self, z: Tensor) -> Tensor:
+        """(n, d_in) scaled features z to (n, dim) embeddings."""
         e = self.outer(dropout(gelu(self.inner(z)), self.dropout, self.training)).float()
-        return normalize(e, dim=1) if self.unit else e.abs()
+        return normalize(e, dim=1) if self.unit else e.abs() / e.shape[1] ** 0.5
 
 
 class Heads(nn.Module):

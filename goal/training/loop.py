@@ -4,13 +4,17 @@
     versions.json          versions of what computes it, and the data's fingerprint
     metrics.jsonl          one line per evaluation on the validation split
     checkpoint.safetensors where the run stands, weights, optimiser and state in one file; gone when it is done
-    model.safetensors      the heads that were best on the validation split
+    model.safetensors      the weights that were best on the validation split
     record.json            the result
 
 The batch and the dropout of a step are functions of (seed, step), so a checkpoint needs no state of a generator, and a
 run that was killed ends with the same bits as one that was not.
+
+What is validated, kept and tested is a running mean of the weights: the weights themselves jitter from step to step, by
+more than most objectives differ, and a plateau would be found by chance.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -153,20 +157,24 @@ class _Run:
         self.heads.x.centre.copy_(data.train.x.mean(0))
         self.heads.y.centre.copy_(data.train.y.mean(0))
         self.heads.to(config.device)
+        self.mean = copy.deepcopy(self.heads).eval()
+        self.best = _copied(self.mean)
         self.objective = config.objective().to(config.device)
-        self.best = {name: tensor.clone() for name, tensor in self.heads.state_dict().items()}
         self.modules = nn.ModuleDict({"heads": self.heads, "objective": self.objective})
         groups = [
             {"params": list(self.heads.parameters()), "weight_decay": config.weight_decay},
             {"params": list(self.objective.parameters()), "weight_decay": 0.0},  # SigLIP learns its scale and bias
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
-        self.train, self.val = (
-            Split(*(tensor.to(config.device) for tensor in split)) for split in (data.train, data.val)
-        )
+        self.train, self.val = (self._scaled(split) for split in (data.train, data.val))
         self.sampler = Sampler(data.train.image_of, config.batch, config.seed)
+        self.generator = _generator(self.train.x.device)
         # the first caption of each validation image: s⁺ and s⁻ of the curve
         self.first = torch.from_numpy(np.unique(data.val.image_of.numpy(), return_index=True)[1])
+
+    def _scaled(self, split: Split) -> Split:
+        x, y = split.x.to(self.config.device), split.y.to(self.config.device)
+        return Split(self.heads.x.scale(x), self.heads.y.scale(y), split.image_of)
 
     def interval(self) -> Row:
         """The steps up to the next evaluation, and the evaluation; returns its row."""
@@ -181,13 +189,14 @@ class _Run:
         state.curve.append(row)
         if row["val_rsum"] > state.best_val_rsum:
             state.best_val_rsum, state.best_step, state.stale = row["val_rsum"], state.step, 0
-            self.best = {name: tensor.clone() for name, tensor in self.heads.state_dict().items()}
+            self.best = _copied(self.mean)
         else:
             state.stale += 1
         if state.stale >= config.patience:
             if state.drops < config.drops:
                 state.drops, state.stale = state.drops + 1, 0
                 self.heads.load_state_dict(self.best)
+                self.mean.load_state_dict(self.best)
             else:
                 state.stopped = "plateau"
         if state.step >= config.max_steps and state.stopped is None:
@@ -203,12 +212,12 @@ class _Run:
 
     def _step(self) -> float:
         config, step = self.config, self.state.step
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # dropout
+        self.generator.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # of dropout
         images, captions = (rows.to(config.device) for rows in self.sampler(step))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         with torch.autocast(self.train.x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            x, y = self.heads(self.train.x[images], self.train.y[captions])
+            x, y = self.heads.x.embed(self.train.x[images]), self.heads.y.embed(self.train.y[captions])
         loss = self.objective(x, y, ids=images)
         self.optimizer.zero_grad()
         loss.backward()
@@ -221,13 +230,16 @@ class _Run:
                     f"(learning rate {self._lr():g}, {self.run_dir})"
                 )
         self.optimizer.step()
+        keep = min(config.average, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, weight in zip(self.mean.parameters(), self.heads.parameters(), strict=True):
+                mean.lerp_(weight, 1 - keep)
         return value
 
     def _validate(self) -> Row:
         """RSUM and R@1 on the validation split, and the mean s⁺ and hardest s⁻ of its images and first captions."""
-        self.heads.eval()
         with torch.inference_mode():
-            x, y = self.heads(self.val.x, self.val.y)
+            x, y = self.mean.x.embed(self.val.x), self.mean.y.embed(self.val.y)
             similarity = _similarity(self.objective)
             metrics = evaluate(x, y, self.val.image_of, similarity=similarity)
             stats = goal.gradients(x, y[self.first], T="con", P="con", similarity=similarity)[2]
@@ -244,6 +256,7 @@ class _Run:
         from safetensors.torch import save
 
         tensors = {f"model.{name}": tensor for name, tensor in self.modules.state_dict().items()}
+        tensors |= {f"mean.{name}": tensor for name, tensor in self.mean.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
@@ -262,11 +275,12 @@ class _Run:
         _check_owner(self.config, self.run_dir)
         with safe_open(path, framework="pt", device=self.config.device) as file:
             self.state = State(**json.loads(file.metadata()["state"]))
-            groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+            groups: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
             for name in file.keys():  # noqa: SIM118
                 group, _, rest = name.partition(".")
                 groups[group][rest] = file.get_tensor(name)
         self.modules.load_state_dict(groups["model"])
+        self.mean.load_state_dict(groups["mean"])
         self.best = groups["best"]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
@@ -281,12 +295,11 @@ class _Run:
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
 
     def finish(self, test: bool) -> Record:
-        """Write the best heads and the record, and remove the checkpoint."""
+        """Write the best weights and the record, and remove the checkpoint."""
         from safetensors.torch import save
 
         config, state = self.config, self.state
-        self.heads.load_state_dict(self.best)
-        self.heads.eval()
+        self.mean.load_state_dict(self.best)
         record: Record = {
             **config.names,
             "params": {"lr": config.lr} | config.params,
@@ -298,7 +311,7 @@ class _Run:
             "curve": state.curve,
         }
         if test:
-            metrics = score(config, self.heads, self.test)
+            metrics = score(config, self.mean, self.test)
             names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
             record["test"] = {name: getattr(metrics, name) for name in names}
             record["ranks"] = {
@@ -316,6 +329,17 @@ class _Run:
 def _heads(config: TrainConfig, d_x: int, d_y: int) -> Heads:
     unit = _similarity(config.objective()) != "order"
     return Heads(d_x, d_y, hidden=config.hidden, dim=config.dim, dropout=config.dropout, unit=unit)
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Where dropout takes its random numbers from; `torch.manual_seed` does far more than is needed at each step."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
 
 
 def _similarity(objective: nn.Module) -> str:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine, reference, validation
+from goal import engine, ops, validation
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
-from goal.reference import Masks
+from goal.ops import How
 from goal.similarity import GIVEN, Entries, Gradients, Needs
+from goal.statistics import Masks
 from goal.stats import Stats, stats
 from goal.terms import Term
 
@@ -30,6 +31,7 @@ def apply(
     weight: Tensor | None = None,
     similarity: str = "dot",
     impl: str = "auto",
+    precision: str = "fast",
     check_finite: bool | None = None,
 ) -> Tensor:
     """A scalar whose backward hands out the gradient that T and P± compose, without a loss behind it.
@@ -55,7 +57,11 @@ def apply(
         y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow.
         weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates).
         similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
-        impl: `auto` or `torch`; `goal.explain` tells what `auto` takes.
+        impl: `auto`, `torch` or `triton`. `auto` takes the kernels for inputs on a GPU where they can do all of it,
+            else PyTorch; `goal.explain` tells which, and why. `triton` never falls back: it raises.
+        precision: the arithmetic in which kernels look for negatives among float32 inputs: `fast` (float16 copies;
+            tf32 in small batches), `tf32` or `exact`. What they find is computed again in float32. 16-bit inputs are
+            taken as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
             shows in the gradient.
 
@@ -79,7 +85,7 @@ def apply(
 
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
-    chosen = engine.settings(T, P, mining, similarity, reduction, impl)
+    chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
     return _run(x, y, chosen, ids, y_ids, weight, check_finite).loss
 
 
@@ -126,6 +132,7 @@ def gradients(
     weight: Tensor | None = None,
     similarity: str = "dot",
     impl: str = "auto",
+    precision: str = "fast",
     check_finite: bool | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """The gradient itself, without autograd: (∂l/∂x (N, D), ∂l/∂y (M, D), `Stats`). Arguments as for `apply`.
@@ -136,7 +143,7 @@ def gradients(
         >>> stats.recall_at_1
         tensor([1., 1.])
     """
-    chosen = engine.settings(T, P, mining, similarity, reduction, impl)
+    chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
     with torch.no_grad():
         batch, outcome, _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
         gx, gy = _emit(x, y, chosen, batch, outcome.entries, outcome.dense, (True, True))
@@ -157,14 +164,16 @@ class Explanation(NamedTuple):
     impl: str  # who does the quadratic work
     why: str
     dtype: str  # of the mathematics
+    products: str  # the arithmetic of S
     mined: tuple[str, ...]  # what the miner reduces from S
-    tile: tuple[int, int]  # rows and columns of S held at once
+    tile: tuple[int, int]  # rows and columns of S made at once
     passes: int  # times that S is computed, forward and backward together
     flops: int  # of the products, forward and backward together
+    moved: int  # bytes of inputs and gradients that have to pass through the processor, at the least
     held: int  # bytes beyond the inputs and their gradients, at the peak
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:6} {value}" for name, value in self._asdict().items())
+        return "\n".join(f"{name:8} {value}" for name, value in self._asdict().items())
 
 
 def explain(
@@ -176,40 +185,45 @@ def explain(
     mining: str | Mining = "hardest",
     similarity: str = "dot",
     impl: str = "auto",
+    precision: str = "fast",
 ) -> Explanation:
     """Which implementation takes these arguments, what it mines and what that costs; nothing is computed.
 
     Example:
         >>> import goal, torch
         >>> print(goal.explain(torch.empty(8192, 1024), torch.empty(8192, 1024), P="sig-ms"))
-        impl   torch
-        why    the only implementation of this version; float32 products, no reduced precision anywhere
-        dtype  float32
-        mined  ('hardest', 'r_neg_exp')
-        tile   (512, 8192)
-        passes 1
-        flops  137438953472
-        held   50331648
+        impl     torch
+        why      the inputs are on cpu, and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)
+        dtype    float32
+        products float32, no reduced precision anywhere
+        mined    ('hardest', 'r_neg_exp')
+        tile     (512, 8192)
+        passes   1
+        flops    137438953472
+        moved    134217728
+        held     50331648
     """
-    chosen = engine.settings(T, P, mining, similarity, "mean", impl)
+    chosen = engine.settings(T, P, mining, similarity, "mean", impl, precision)
     x, y = validation.embeddings(x, y)
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    request, dtype = chosen.request, engine.computing_dtype(x, y)
+    how, why = engine.implementation(chosen, x, y)
+    request, dtype, dense = chosen.request, engine.computing_dtype(x, y), chosen.mining.dense
     names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
     asked = (chosen.mines, request.semi_hard is not None, request.lin, request.beta is not None)
-    rows = next(reference.tiles(n, m)).stop
-    sums = 3 * request.lin + 2 * (request.beta is not None)
-    products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[chosen.mining.dense]
+    products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[dense]
+    passes = products if dense == "never" else products - 2
+    plan = ops.plan(how, x, y, dtype, request, dense != "never")
     return Explanation(
-        impl="torch",
-        why=f"the only implementation of this version; {str(dtype).removeprefix('torch.')} products, "
-        "no reduced precision anywhere",
+        impl=how.impl,
+        why=why,
         dtype=str(dtype).removeprefix("torch."),
+        products=plan.arithmetic,
         mined=tuple(name for name, on in zip(names, asked, strict=True) if on),
-        tile=(rows, m),
-        passes=products if chosen.mining.dense == "never" else products - 2,
+        tile=plan.tile,
+        passes=passes,
         flops=2 * n * m * d * products,
-        held=rows * m * dtype.itemsize * (1 + sums + (3 if chosen.mining.dense != "never" else 0)),
+        moved=(passes + 1) * d * (n * x.element_size() + m * y.element_size()),
+        held=plan.held,
     )
 
 
@@ -240,18 +254,19 @@ def _run(
         checked = {"x": x, "y": y}
     if check_finite is None:
         check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    how, _ = engine.implementation(chosen, x, y)
     rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
     scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
     if check_finite:
         validation.finite(**checked)
     with torch.no_grad(), _no_autocast(x.device.type):
-        masks = engine.masks(x, y, rows, cols)
-        batch = engine.prepare(x, y, chosen.similarity, masks, check_finite)
+        masks = engine.masks(x, y, rows, cols, how)
+        batch = engine.prepare(x, y, chosen.similarity, masks, how, check_finite)
         outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
-        loss = attach(x, y, loss, chosen, batch.masks, check_finite, outcome.entries, outcome.dense)
+        loss = attach(x, y, loss, chosen, batch.masks, how, check_finite, outcome.entries, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -284,20 +299,21 @@ class _Emit(torch.autograd.Function):
         value: Tensor,
         chosen: Settings,
         masks: Masks,
+        how: How,
         finite: bool,
         entries: Entries | None,
         dense: Dense | None,
     ) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, finite, entries, dense
+        ctx.rest = chosen, masks, how, finite, entries, dense
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        chosen, masks, finite, entries, dense = ctx.rest
+        chosen, masks, how, finite, entries, dense = ctx.rest
         with torch.no_grad(), _no_autocast(x.device.type):
-            batch = engine.prepare(x, y, chosen.similarity, masks, finite)
+            batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
             if entries is not None:
                 entries = entries._replace(value=entries.value * incoming)
             if dense is not None:
@@ -307,7 +323,7 @@ class _Emit(torch.autograd.Function):
             refuse: Any = _NoSecondDerivative.apply
             gx = None if gx is None else refuse(gx, x, y, incoming)
             gy = None if gy is None else refuse(gy, x, y, incoming)
-        return gx, gy, None, None, None, None, None, None
+        return gx, gy, None, None, None, None, None, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):

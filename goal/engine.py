@@ -9,9 +9,10 @@ T, P⁺, P⁻, Entries of G weigh  O(N), plain tensor functions
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,14 @@ from goal import mining as mining_
 from goal import ops, reference, terms
 from goal import similarity as similarity_
 from goal.mining import Mining
-from goal.reference import Masks
+from goal.ops import How
 from goal.similarity import Dot, Entries, Gradients, Needs
-from goal.statistics import Request, Statistics, r_pos_exp, r_pos_lin
+from goal.statistics import Masks, Pairs, Request, Statistics, r_pos_exp, r_pos_lin
 from goal.terms import Product, Term
 
 REDUCTIONS = ("mean", "sum")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+PRECISIONS = ("fast", "tf32", "exact")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Settings:
     similarity: Dot
     reduction: str
     request: Request  # what the miner has to reduce
+    impl: str
+    precision: str
 
     @property
     def mines(self) -> bool:
@@ -59,23 +63,35 @@ class Settings:
 
 
 def settings(
-    T: str | Term, P: str | Term, mining: str | Mining, similarity: str | Dot, reduction: str, impl: str
+    T: str | Term,
+    P: str | Term,
+    mining: str | Mining,
+    similarity: str | Dot,
+    reduction: str,
+    impl: str = "auto",
+    precision: str = "fast",
 ) -> Settings:
     """The checked objective behind the arguments of `goal.apply`; checked once for the same arguments."""
-    arguments = (T, P, mining, similarity, reduction, impl)
+    arguments = (T, P, mining, similarity, reduction, impl, precision)
     known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
     return (_make_once if known else _make)(*arguments)
 
 
 def _make(
-    T: str | Term, P: str | Term, mining: str | Mining, similarity: str | Dot, reduction: str, impl: str
+    T: str | Term,
+    P: str | Term,
+    mining: str | Mining,
+    similarity: str | Dot,
+    reduction: str,
+    impl: str,
+    precision: str,
 ) -> Settings:
     if reduction not in REDUCTIONS:
         raise terms.unknown("reduction", reduction, REDUCTIONS)
     if impl not in IMPLEMENTATIONS:
         raise terms.unknown("impl", impl, IMPLEMENTATIONS)
-    if impl == "triton":
-        raise ValueError("impl='triton' is not available yet: this version has no kernels. Use 'auto' or 'torch'.")
+    if precision not in PRECISIONS:
+        raise terms.unknown("precision", precision, PRECISIONS)
     product, chosen = Product(terms.T.bind(T), terms.P.bind(P)), mining_.bind(mining)
     request = Request(
         semi_hard=chosen.margin if chosen.mined == "semi-hard" else None,
@@ -83,7 +99,7 @@ def _make(
         beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
     )
     measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
-    return Settings(product, chosen, measure, reduction, request)
+    return Settings(product, chosen, measure, reduction, request, impl, precision)
 
 
 _make_once = functools.lru_cache(maxsize=256)(_make)
@@ -94,6 +110,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # (N, D), embedded
     y: Tensor  # (M, D)
+    how: How
     masks: Masks
     finite: bool  # known to be; else a NaN has to show in the gradient, whatever the terms
 
@@ -101,7 +118,7 @@ class Batch(NamedTuple):
 class Dense(NamedTuple):
     """What emits G for anchors that meet all their negatives."""
 
-    s_pos: Tensor  # (K,)
+    pairs: Pairs
     share: Tensor  # (2, K), what each of an anchor's negatives weighs
     relative: dict[str, Tensor]  # each (2, K)
 
@@ -124,45 +141,78 @@ class Seen(NamedTuple):
     fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
 
 
+def implementation(chosen: Settings, x: Tensor, y: Tensor) -> tuple[How, str]:
+    """Who computes, and why; impl="triton" raises where it cannot, impl="auto" takes PyTorch there."""
+    if chosen.impl == "torch":
+        return How("torch", chosen.precision), "asked for"
+    obstacle = _obstacle(chosen, x, y)
+    if obstacle is None:
+        asked = "asked for" if chosen.impl == "triton" else f"the inputs are on {x.device.type}"
+        return How("triton", chosen.precision), asked
+    if chosen.impl == "triton":
+        raise ValueError(f"impl='triton' cannot be used here: {obstacle}. Use impl='torch' or 'auto'.")
+    return How("torch", chosen.precision), obstacle
+
+
+def _obstacle(chosen: Settings, x: Tensor, y: Tensor) -> str | None:
+    """What stands in the way of kernels, or None."""
+    if chosen.similarity.name not in ("dot", "cosine"):
+        return f"similarity={chosen.similarity.name!r} is no matrix product"
+    if torch.float64 in (x.dtype, y.dtype):
+        return "float64 is computed by PyTorch"
+    interpreted = _interpreted() if chosen.impl == "triton" else False
+    if x.device.type != "cuda" and not interpreted:
+        return f"the inputs are on {x.device.type}, and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if chosen.mining.dense == "never":
+        return None
+    return ops.cannot_lower(chosen.product)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:
     """float64 where either side has it, else float32."""
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
-def masks(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> Masks:
+def masks(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None, how: How) -> Masks:
     """What is no negative in the whole batch."""
-    rows, cols = None, None
-    if ids is not None and y_ids is not None:
+    rows, cols = ids, y_ids
+    if ids is not None and y_ids is not None and not how.kernels:
         rows, cols = reference.id_codes(ids, y_ids, computing_dtype(x, y))
     return Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(x.shape[0], y.shape[0]))
 
 
-def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks, finite: bool) -> Batch:
-    """The inputs embedded, in the computing dtype."""
-    dtype = computing_dtype(x, y)
-    return Batch(similarity.embed(x.detach().to(dtype)), similarity.embed(y.detach().to(dtype)), masks, finite)
-
-
-def _stage() -> ModuleType:
-    """Who does the quadratic work: the same three functions, behind operators while compiling."""
-    return ops if torch.compiler.is_compiling() else reference
+def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks, how: How, finite: bool) -> Batch:
+    """The inputs embedded, in the computing dtype; kernels take products of 16-bit numbers as they are."""
+    x, y = x.detach(), y.detach()
+    if not (how.kernels and similarity.name == "dot" and x.dtype == y.dtype):
+        dtype = computing_dtype(x, y)
+        x, y = similarity.embed(x.to(dtype)), similarity.embed(y.to(dtype))
+    return Batch(x, y, how, masks, finite)
 
 
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
-    s_pos = _stage().s_pos(chosen.similarity, batch.x, batch.y, batch.masks.pairs)
-    found: Statistics = _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, request, batch.masks)
-    return found
+    x, y, how, masks, _ = batch
+    pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs)
+    return ops.statistics(how, chosen.similarity, x, y, pairs, request, masks)
 
 
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
     """pair, mine and weigh: the value and the entries of G. `weight` is (K,)."""
-    s_pos = _stage().s_pos(chosen.similarity, batch.x, batch.y, batch.masks.pairs)
+    x, y, how, masks, _ = batch
+    pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs)
+    s_pos = pairs.s_pos
     scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
     statistics = None
     relative: dict[str, Tensor] = {}
     if chosen.mines:
-        statistics = _stage().statistics(chosen.similarity, batch.x, batch.y, s_pos, chosen.request, batch.masks)
+        statistics = ops.statistics(how, chosen.similarity, x, y, pairs, chosen.request, masks)
         relative = chosen.relative(statistics)
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
@@ -173,10 +223,9 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
         entries, weights, value = _weigh(chosen, batch, statistics, relative, scale, fallback)
     if chosen.mining.dense != "never":
         share = _shares(batch, chosen.mining, scale, fallback, s_pos)
-        dense = Dense(s_pos, share, relative)
-        value = value + _stage().dense_value(
-            chosen.similarity, batch.x, batch.y, s_pos, share, batch.masks, chosen.product
-        )
+        dense = Dense(pairs, share, relative)
+        every = chosen.mining.dense == "always"
+        value = value + ops.dense_value(how, chosen.similarity, x, y, pairs, share, masks, chosen.product, every)
     return Outcome(value, entries, dense, Seen(s_pos, statistics, weights, fallback))
 
 
@@ -253,11 +302,15 @@ def _occurrences(of: Tensor, among: Tensor) -> Tensor:
 def emit(batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense | None, needs: Needs) -> Gradients:
     """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
     gx, gy = None, None
+    x, y, how, masks, finite = batch
     if dense is not None:
-        gx, gy = _stage().dense_emit(
-            chosen.similarity, batch.x, batch.y, *dense, batch.masks, chosen.product, needs, batch.finite
-        )
+        every = chosen.mining.dense == "always"
+        gx, gy = ops.dense_emit(how, chosen.similarity, x, y, *dense, masks, chosen.product, needs, finite, every)
     if entries is None:
         return gx, gy
-    mined_x, mined_y = chosen.similarity.vjp(batch.x, batch.y, entries, needs)
-    return mined_x if gx is None else gx + mined_x, mined_y if gy is None else gy + mined_y
+    mined_x, mined_y = ops.mined_emit(how, chosen.similarity, x, y, entries, needs)
+    return _sum(gx, mined_x), _sum(gy, mined_y)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

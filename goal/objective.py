@@ -42,10 +42,11 @@ class Objective(nn.Module):
         reduction: str = "mean",
         similarity: str = "dot",
         impl: str = "auto",
+        precision: str = "fast",
         check_finite: bool | None = None,
     ) -> None:
         super().__init__()
-        self.settings = engine.settings(T, P, mining, similarity, reduction, impl)
+        self.settings = engine.settings(T, P, mining, similarity, reduction, impl, precision)
         self.check_finite = check_finite
         self._seen: tuple[Batch, Seen] | None = None
 

@@ -1,49 +1,110 @@
-"""The quadratic stages as `torch.library` operators, so that `torch.compile(fullgraph=True)` keeps them whole.
+"""The quadratic stages, whoever does them, and the same as `torch.library` operators for `torch.compile`.
 
-`goal::s_pos`, `goal::mine`, `goal::dense_value` and `goal::dense_emit` take tensors, strings, booleans and sizes only.
-Numbers travel in a float64 tensor, NaN for None: changing τ or a margin changes data, not the graph. Outside a compiled
-region the engine calls the implementation itself: an operator's dispatch costs more than a small product.
+The engine calls `pair`, `statistics`, `dense_value`, `dense_emit` and `mined_emit`. Eagerly they call whoever does it,
+since an operator's dispatch costs more than a small product; in a graph they are the operators `goal::pair`,
+`goal::mine`, `goal::dense_value`, `goal::dense_emit` and `goal::mined_emit`, which take tensors, strings, booleans and
+sizes only. Numbers travel in a float64 tensor, NaN for None: changing τ or a margin changes data, not the graph.
 """
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal import reference, terms
 from goal import similarity as similarity_
-from goal.reference import Masks
-from goal.similarity import Dot, Gradients, Needs
-from goal.statistics import Request, Statistics
+from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import Parameter, Product, Term
 
 
-def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
-    """`reference.s_pos` as an operator."""
-    found: Tensor = torch.ops.goal.s_pos(x, y, similarity.name, pairs)
-    return found
+class How(NamedTuple):
+    """Who computes, and in which arithmetic."""
+
+    impl: str  # "torch" or "triton"
+    precision: str  # "fast", "tf32" or "exact": of Triton's scans of float32 inputs
+
+    @property
+    def kernels(self) -> bool:
+        return self.impl == "triton"
 
 
-@torch.library.custom_op("goal::s_pos", mutates_args=())
-def _s_pos(x: Tensor, y: Tensor, similarity: str, pairs: int) -> Tensor:
-    return reference.s_pos(similarity_.by_name(similarity), x, y, pairs).clone()
+def _kernels() -> ModuleType:
+    from goal.kernels import stage
+
+    return stage
 
 
-@_s_pos.register_fake
-def _(x: Tensor, y: Tensor, similarity: str, pairs: int) -> Tensor:
-    return x.new_empty(pairs)
+def cannot_lower(product: Product) -> str | None:
+    """What keeps T × P from the dense kernels, or None."""
+    from goal.kernels import lower
+
+    try:
+        lower.lower(product)
+    except lower.CannotLower as error:
+        return str(error)
+    return None
 
 
-def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks) -> Statistics:
-    """`reference.statistics` as an operator."""
+def plan(how: How, x: Tensor, y: Tensor, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
+    """How the quadratic stages would go about a batch; `dtype`: of the mathematics."""
+    if how.kernels:
+        found: Plan = _kernels().plan(x, y, request, dense, how.precision)
+        return found
+    return reference.plan(x.shape[0], y.shape[0], dtype, request, dense)
+
+
+# ── pair ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Pairs:
+    """s⁺ (K,) of the first K = `pairs` rows, and what kernels want to know of the whole batch."""
+    if torch.compiler.is_compiling():
+        return Pairs(*torch.ops.goal.pair(x, y, similarity.name, pairs, *how))
+    return _pair(how, similarity, x, y, pairs)
+
+
+def _pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Pairs:
+    if how.kernels:
+        found: Pairs = _kernels().pair(x, y, pairs)
+        return found
+    s_pos = reference.s_pos(similarity, x, y, pairs)
+    return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.int32))
+
+
+@torch.library.custom_op("goal::pair", mutates_args=())
+def _pair_op(x: Tensor, y: Tensor, similarity: str, pairs: int, impl: str, precision: str) -> list[Tensor]:
+    return [one.clone() for one in _pair(How(impl, precision), similarity_.by_name(similarity), x, y, pairs)]
+
+
+@_pair_op.register_fake
+def _(x: Tensor, y: Tensor, similarity: str, pairs: int, impl: str, precision: str) -> list[Tensor]:
+    kernels = impl == "triton"
+    dtype = torch.float32 if kernels else x.dtype
+    return [x.new_empty(pairs, dtype=dtype), x.new_empty(3 if kernels else 0, dtype=torch.int32)]
+
+
+# ── mine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def statistics(
+    how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: Pairs, request: Request, masks: Masks
+) -> Statistics:
+    """What the request asks for of the whole batch."""
+    if not torch.compiler.is_compiling():
+        return _statistics(how, similarity, x, y, pairs, request, masks)
     numbers = _numbers((request.semi_hard, request.beta))
     semi, exp = request.semi_hard is not None, request.beta is not None
-    found = torch.ops.goal.mine(x, y, s_pos, masks.ids, masks.y_ids, similarity.name, numbers, semi, request.lin, exp)
+    found = torch.ops.goal.mine(
+        x, y, *pairs, masks.ids, masks.y_ids, similarity.name, numbers, semi, request.lin, exp, *how
+    )
     s_neg, negative, semi_s, semi_negative, r_lin, r_exp = found
     return Statistics(
-        s_pos=s_pos,
+        s_pos=pairs.s_pos,
         s_neg=s_neg,
         negative=negative,
         semi=semi_s if semi else None,
@@ -53,11 +114,21 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
     )
 
 
+def _statistics(
+    how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: Pairs, request: Request, masks: Masks
+) -> Statistics:
+    if how.kernels:
+        found: Statistics = _kernels().statistics(x, y, pairs, request, masks, how.precision)
+        return found
+    return reference.statistics(similarity, x, y, pairs.s_pos, request, masks)
+
+
 @torch.library.custom_op("goal::mine", mutates_args=())
-def _mine(
+def _mine_op(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     ids: Tensor | None,
     y_ids: Tensor | None,
     similarity: str,
@@ -65,19 +136,23 @@ def _mine(
     semi: bool,
     lin: bool,
     exp: bool,
+    impl: str,
+    precision: str,
 ) -> list[Tensor]:
     semi_hard, beta = numbers.tolist()
     request = Request(semi_hard if semi else None, lin, beta if exp else None)
     masks = Masks(ids, y_ids, 0, 0, s_pos.shape[0])
-    _, *found = reference.statistics(similarity_.by_name(similarity), x, y, s_pos, request, masks)
-    return [s_pos.new_empty(0) if one is None else one.contiguous() for one in found]
+    pairs = Pairs(s_pos, bounds)
+    _, *found = _statistics(How(impl, precision), similarity_.by_name(similarity), x, y, pairs, request, masks)
+    return [s_pos.new_empty(0) if one is None else one.clone() for one in found]
 
 
-@_mine.register_fake
+@_mine_op.register_fake
 def _(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     ids: Tensor | None,
     y_ids: Tensor | None,
     similarity: str,
@@ -85,6 +160,8 @@ def _(
     semi: bool,
     lin: bool,
     exp: bool,
+    impl: str,
+    precision: str,
 ) -> list[Tensor]:
     k = s_pos.shape[0]
     value, index, none = s_pos.new_empty(2, k), s_pos.new_empty(2, k, dtype=torch.int64), s_pos.new_empty(0)
@@ -98,21 +175,52 @@ def _(
     ]
 
 
+# ── dense objectives ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def dense_value(
-    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, product: Product
+    how: How,
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    pairs: Pairs,
+    share: Tensor,
+    masks: Masks,
+    product: Product,
+    every: bool,
 ) -> Tensor:
-    """`reference.dense_value` as an operator."""
+    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives, 0-d; `every`: of all anchors, not only of those with a share."""
+    if not torch.compiler.is_compiling():
+        return _dense_value(how, similarity, x, y, pairs, share, masks, product, every)
     value: Tensor = torch.ops.goal.dense_value(
-        x, y, s_pos, share, masks.ids, masks.y_ids, similarity.name, *_pack(product)
+        x, y, *pairs, share, masks.ids, masks.y_ids, similarity.name, *_pack(product), every, *how
     )
     return value
 
 
-@torch.library.custom_op("goal::dense_value", mutates_args=())
 def _dense_value(
+    how: How,
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    pairs: Pairs,
+    share: Tensor,
+    masks: Masks,
+    product: Product,
+    every: bool,
+) -> Tensor:
+    if how.kernels:
+        value: Tensor = _kernels().dense_value(x, y, pairs, share, masks, product, how.precision, every)
+        return value
+    return reference.dense_value(similarity, x, y, pairs.s_pos, share, masks, product)
+
+
+@torch.library.custom_op("goal::dense_value", mutates_args=())
+def _dense_value_op(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     share: Tensor,
     ids: Tensor | None,
     y_ids: Tensor | None,
@@ -121,18 +229,21 @@ def _dense_value(
     p: str,
     t_numbers: Tensor,
     p_numbers: Tensor,
+    every: bool,
+    impl: str,
+    precision: str,
 ) -> Tensor:
-    masks = Masks(ids, y_ids, 0, 0, s_pos.shape[0])
-    return reference.dense_value(
-        similarity_.by_name(similarity), x, y, s_pos, share, masks, _unpack(t, p, t_numbers, p_numbers)
-    )
+    masks, product = Masks(ids, y_ids, 0, 0, s_pos.shape[0]), _unpack(t, p, t_numbers, p_numbers)
+    pairs, measure = Pairs(s_pos, bounds), similarity_.by_name(similarity)
+    return _dense_value(How(impl, precision), measure, x, y, pairs, share, masks, product, every)
 
 
-@_dense_value.register_fake
+@_dense_value_op.register_fake
 def _(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     share: Tensor,
     ids: Tensor | None,
     y_ids: Tensor | None,
@@ -141,27 +252,34 @@ def _(
     p: str,
     t_numbers: Tensor,
     p_numbers: Tensor,
+    every: bool,
+    impl: str,
+    precision: str,
 ) -> Tensor:
     return s_pos.new_empty(())
 
 
 def dense_emit(
+    how: How,
     similarity: Dot,
     x: Tensor,
     y: Tensor,
-    s_pos: Tensor,
+    pairs: Pairs,
     share: Tensor,
     relative: dict[str, Tensor],
     masks: Masks,
     product: Product,
     needs: Needs,
     finite: bool,
+    every: bool,
 ) -> Gradients:
-    """`reference.dense_emit` as an operator."""
+    """∂l/∂x and ∂l/∂y of anchors that meet all their negatives; the arguments as for `reference.dense_emit`."""
+    if not torch.compiler.is_compiling():
+        return _dense_emit(how, similarity, x, y, pairs, share, relative, masks, product, needs, finite, every)
     gx, gy = torch.ops.goal.dense_emit(
         x,
         y,
-        s_pos,
+        *pairs,
         share,
         list(relative.values()),
         ",".join(relative),
@@ -169,18 +287,42 @@ def dense_emit(
         masks.y_ids,
         similarity.name,
         *_pack(product),
-        needs[0],
-        needs[1],
+        *needs,
         finite,
+        every,
+        *how,
     )
     return gx if needs[0] else None, gy if needs[1] else None
 
 
-@torch.library.custom_op("goal::dense_emit", mutates_args=())
 def _dense_emit(
+    how: How,
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    pairs: Pairs,
+    share: Tensor,
+    relative: dict[str, Tensor],
+    masks: Masks,
+    product: Product,
+    needs: Needs,
+    finite: bool,
+    every: bool,
+) -> Gradients:
+    if how.kernels:
+        found: Gradients = _kernels().dense_emit(
+            x, y, pairs, share, relative, masks, product, needs, how.precision, every
+        )
+        return found
+    return reference.dense_emit(similarity, x, y, pairs.s_pos, share, relative, masks, product, needs, finite)
+
+
+@torch.library.custom_op("goal::dense_emit", mutates_args=())
+def _dense_emit_op(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     share: Tensor,
     relative: list[Tensor],
     names: str,
@@ -194,27 +336,33 @@ def _dense_emit(
     need_x: bool,
     need_y: bool,
     finite: bool,
+    every: bool,
+    impl: str,
+    precision: str,
 ) -> list[Tensor]:
-    gradients = reference.dense_emit(
+    gradients = _dense_emit(
+        How(impl, precision),
         similarity_.by_name(similarity),
         x,
         y,
-        s_pos,
+        Pairs(s_pos, bounds),
         share,
         dict(zip(names.split(",") if names else [], relative, strict=True)),
         Masks(ids, y_ids, 0, 0, s_pos.shape[0]),
         _unpack(t, p, t_numbers, p_numbers),
         (need_x, need_y),
         finite,
+        every,
     )
     return [s_pos.new_empty(0) if one is None else one for one in gradients]
 
 
-@_dense_emit.register_fake
+@_dense_emit_op.register_fake
 def _(
     x: Tensor,
     y: Tensor,
     s_pos: Tensor,
+    bounds: Tensor,
     share: Tensor,
     relative: list[Tensor],
     names: str,
@@ -228,8 +376,41 @@ def _(
     need_x: bool,
     need_y: bool,
     finite: bool,
+    every: bool,
+    impl: str,
+    precision: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(side) if needed else s_pos.new_empty(0) for side, needed in ((x, need_x), (y, need_y))]
+    return [s_pos.new_empty(one.shape if needed else 0) for one, needed in ((x, need_x), (y, need_y))]
+
+
+# ── mined objectives ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mined_emit(how: How, similarity: Dot, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
+    """∂l/∂x and ∂l/∂y of the entries that mining leaves: those at the pairs, then x→y's, then y→x's."""
+    if not how.kernels:
+        return similarity.vjp(x, y, entries, needs)
+    if torch.compiler.is_compiling():
+        gx, gy = torch.ops.goal.mined_emit(x, y, *entries, *needs)
+        return gx if needs[0] else None, gy if needs[1] else None
+    found: Gradients = _kernels().mined_emit(x, y, entries, needs)
+    return found
+
+
+@torch.library.custom_op("goal::mined_emit", mutates_args=())
+def _mined_emit_op(
+    x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, need_x: bool, need_y: bool
+) -> list[Tensor]:
+    found = _kernels().mined_emit(x, y, Entries(row, col, value), (need_x, need_y))
+    return [side.new_empty(0) if one is None else one for one, side in zip(found, (x, y), strict=True)]
+
+
+@_mined_emit_op.register_fake
+def _(x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, need_x: bool, need_y: bool) -> list[Tensor]:
+    return [side.new_empty(side.shape if needed else 0) for side, needed in ((x, need_x), (y, need_y))]
+
+
+# ── numbers and terms as data ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _numbers(values: tuple[Parameter, ...]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from goal.similarity import Dot, Entries, Gradients, Needs
-from goal.statistics import BAND, Partial, Request, Statistics, finish, merge
+from goal.statistics import BAND, Masks, Partial, Plan, Request, Statistics, finish, merge
 from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once
@@ -26,52 +26,6 @@ def tiles(n: int, m: int) -> Iterator[slice]:
     rows = max(64, TILE // max(1, m))
     for start in range(0, n, rows):
         yield slice(start, min(start + rows, n))
-
-
-class Masks(NamedTuple):
-    """What makes S[i, j] not a negative: the pair itself, and equal ids."""
-
-    ids: Tensor | None  # (n,) float codes of the rows of this block
-    y_ids: Tensor | None  # (m,) of its columns
-    row_offset: int  # global index of the block's first row
-    col_offset: int
-    pairs: int  # K: rows and columns below it are anchors
-
-    def may_lack(self, n: int, m: int) -> bool:
-        """Whether an anchor of an (n, m) block could be left without a negative."""
-        return self.ids is not None or min(n, m) < 2
-
-    def rows(self, rows: slice) -> Masks:
-        ids = None if self.ids is None else self.ids[rows]
-        return self._replace(ids=ids, row_offset=self.row_offset + rows.start)
-
-    def diagonal(self, tile: Tensor) -> Tensor:
-        """View of the entries of a tile that are pairs."""
-        first = max(self.row_offset, self.col_offset)
-        last = min(self.row_offset + tile.shape[0], self.col_offset + tile.shape[1], self.pairs)
-        i, j = first - self.row_offset, first - self.col_offset
-        size = max(0, last - first)
-        return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
-
-    def differ(self, tile: Tensor) -> Tensor | None:
-        """The indicator of "ids differ" in the tile's shape and dtype; None without ids."""
-        if self.ids is None or self.y_ids is None:
-            return None
-        return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
-
-    def hide(self, tile: Tensor) -> Tensor:
-        """The tile with −inf wherever an entry is not a negative, in place."""
-        self.diagonal(tile).fill_(-torch.inf)
-        differ = self.differ(tile)
-        # the log of the indicator is 0 or −inf: streaming passes, several times faster than a masked fill
-        return tile if differ is None else tile.add_(differ.log_())
-
-    def live(self, tile: Tensor) -> Tensor:
-        """1 where an entry is a negative, else 0, in the tile's shape and dtype."""
-        differ = self.differ(tile)
-        live = torch.ones_like(tile) if differ is None else differ
-        self.diagonal(live).zero_()
-        return live
 
 
 def id_codes(ids: Tensor, y_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -160,6 +114,14 @@ def mine(
         return similarity.pairs(x, y[:n_cols], negative - masks.row_offset, None)
 
     return _rescore(x_to_y, lacking, of_x), _rescore(y_to_x, lacking, of_y)
+
+
+def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
+    """How S (n, m) would be walked through."""
+    rows = next(tiles(n, m)).stop
+    tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense
+    name = str(dtype).removeprefix("torch.")
+    return Plan((rows, m), f"{name}, no reduced precision anywhere", rows * m * dtype.itemsize * tiles_held)
 
 
 class _Shared(NamedTuple):

@@ -12,6 +12,59 @@ _FEW = 256  # pairs up to which the definition is quicker than sorting
 BAND = 0.1  # the reach of multi-similarity's valid sets: s ≥ min s⁺ − 0.1 and s⁺ ≤ s⁻ + 0.1
 
 
+class Pairs(NamedTuple):
+    """What leaves the pair stage."""
+
+    s_pos: Tensor  # (K,) similarity of each pair
+    bounds: Tensor  # (3,) for kernels: min s⁺, max ‖x‖ and max ‖y‖, as they write them; (0,) for the reference
+
+
+class Masks(NamedTuple):
+    """What makes S[i, j] not a negative: the pair itself, and equal ids."""
+
+    ids: Tensor | None  # (n,) ids of the rows of this block: codes in the tiles' dtype, or int64 for kernels
+    y_ids: Tensor | None  # (m,) of its columns
+    row_offset: int  # global index of the block's first row
+    col_offset: int
+    pairs: int  # K: rows and columns below it are anchors
+
+    def may_lack(self, n: int, m: int) -> bool:
+        """Whether an anchor of an (n, m) block could be left without a negative."""
+        return self.ids is not None or min(n, m) < 2
+
+    def rows(self, rows: slice) -> Masks:
+        ids = None if self.ids is None else self.ids[rows]
+        return self._replace(ids=ids, row_offset=self.row_offset + rows.start)
+
+    def diagonal(self, tile: Tensor) -> Tensor:
+        """View of the entries of a tile that are pairs."""
+        first = max(self.row_offset, self.col_offset)
+        last = min(self.row_offset + tile.shape[0], self.col_offset + tile.shape[1], self.pairs)
+        i, j = first - self.row_offset, first - self.col_offset
+        size = max(0, last - first)
+        return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
+
+    def differ(self, tile: Tensor) -> Tensor | None:
+        """The indicator of "ids differ" in the tile's shape and dtype; None without ids."""
+        if self.ids is None or self.y_ids is None:
+            return None
+        return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
+
+    def hide(self, tile: Tensor) -> Tensor:
+        """The tile with −inf wherever an entry is not a negative, in place."""
+        self.diagonal(tile).fill_(-torch.inf)
+        differ = self.differ(tile)
+        # the log of the indicator is 0 or −inf: streaming passes, several times faster than a masked fill
+        return tile if differ is None else tile.add_(differ.log_())
+
+    def live(self, tile: Tensor) -> Tensor:
+        """1 where an entry is a negative, else 0, in the tile's shape and dtype."""
+        differ = self.differ(tile)
+        live = torch.ones_like(tile) if differ is None else differ
+        self.diagonal(live).zero_()
+        return live
+
+
 class Request(NamedTuple):
     """What the chosen terms and mining need from S; the hardest negative is always found."""
 
@@ -27,6 +80,14 @@ class Request(NamedTuple):
     def compares(self) -> bool:
         """Whether equal similarities have to be told from close ones."""
         return self.lin or self.semi_hard is not None
+
+
+class Plan(NamedTuple):
+    """How an implementation would go about a batch, for `goal.explain`."""
+
+    tile: tuple[int, int]  # rows and columns of S that are made at once
+    arithmetic: str  # of the products
+    held: int  # bytes beyond the inputs and their gradients, at the peak
 
 
 class Partial(NamedTuple):

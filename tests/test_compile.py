@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 import goal
 from goal import engine
+from goal.ops import How
 
 
 def inputs(n: int = 24, m: int = 24) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,7 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     x, y = (side.detach() for side in inputs(9, 12))
     chosen = engine.settings("nca", P, mining, "dot", "mean", "auto")
     ids = (torch.arange(9) // 2, torch.arange(12) // 2) if with_ids else (None, None)
-    masks = engine.masks(x, y, *ids)
+    masks = engine.masks(x, y, *ids, How("torch", "fast"))
     s_pos = (x * y[:9]).sum(1)
     share = torch.full((2, 9), 0.1)
     numbers = torch.tensor([0.2, 10.0], dtype=torch.float64)
@@ -78,13 +79,12 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     terms = terms if P == "sig-ms" else (terms[0], terms[1][:0])
     request = chosen.request
     reduced = request.semi_hard is not None, request.lin, request.beta is not None
-    torch.library.opcheck(torch.ops.goal.s_pos, (x, y, "dot", 9))
-    torch.library.opcheck(torch.ops.goal.mine, (x, y, s_pos, masks.ids, masks.y_ids, "dot", numbers, *reduced))
-    torch.library.opcheck(
-        torch.ops.goal.dense_value, (x, y, s_pos, share, masks.ids, masks.y_ids, "dot", "nca", P, *terms)
-    )
+    how, pairs, ids = ("torch", "fast"), (s_pos, torch.empty(0, dtype=torch.int32)), (masks.ids, masks.y_ids)
+    torch.library.opcheck(torch.ops.goal.pair, (x, y, "dot", 9, *how))
+    torch.library.opcheck(torch.ops.goal.mine, (x, y, *pairs, *ids, "dot", numbers, *reduced, *how))
+    torch.library.opcheck(torch.ops.goal.dense_value, (x, y, *pairs, share, *ids, "dot", "nca", P, *terms, True, *how))
     names = ",".join(chosen.product.P.statistics)
+    flags = (True, False, False, True)  # need_x, need_y, finite, every
     torch.library.opcheck(
-        torch.ops.goal.dense_emit,
-        (x, y, s_pos, share, relative, names, masks.ids, masks.y_ids, "dot", "nca", P, *terms, True, False, False),
+        torch.ops.goal.dense_emit, (x, y, *pairs, share, relative, names, *ids, "dot", "nca", P, *terms, *flags, *how)
     )

@@ -30,8 +30,8 @@ def modules(folder: Path) -> dict[str, Path]:
     return found
 
 
-MODULES = modules(LIBRARY)
-KERNELS = {name: path for name, path in MODULES.items() if name.startswith("goal.kernels")}
+KERNELS = {f"goal.{name}": path for name, path in modules(ROOT / "kernels").items()}
+MODULES = {name: path for name, path in modules(LIBRARY).items() if not name.startswith("goal.kernels")} | KERNELS
 
 
 def imports(path: Path) -> Iterator[tuple[str, str | None, bool]]:
@@ -95,13 +95,23 @@ def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
         assert "goal.reference" not in known(path), name
 
 
-def test_only_the_engine_knows_both() -> None:
+def test_there_are_kernels() -> None:
+    assert {"goal.kernels.mine", "goal.kernels.emit", "goal.kernels.dense", "goal.kernels.stage"} <= set(KERNELS)
+
+
+def test_only_the_operators_know_both() -> None:
     both = {
         name
         for name, path in MODULES.items()
         if "goal.reference" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
     }
-    assert both <= {"goal.engine"}
+    assert both == {"goal.ops"}
+
+
+def test_kernels_are_imported_where_they_are_used() -> None:
+    for name, path in MODULES.items():
+        if name not in KERNELS:
+            assert not any(at_top and module.startswith("goal.kernels") for module, _, at_top in imports(path)), name
 
 
 def test_the_library_has_no_cycles() -> None:
@@ -231,10 +241,11 @@ SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
 def test_what_the_project_promises_is_public() -> None:
     assert set(goal.__all__) >= PUBLIC
     assert all(name in vars(goal.mining) for name in SELECTIONS)
-    expected = ["T", "P", "mining", "reduction", "ids", "y_ids", "weight", "similarity", "impl", "check_finite"]
+    expected = ["T", "P", "mining", "reduction", "ids", "y_ids", "weight", "similarity"]
+    expected += ["impl", "precision", "check_finite"]
     assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected]
     assert list(inspect.signature(goal.gradients).parameters) == ["x", "y", *expected]
-    given = [name for name in expected if name != "similarity"]
+    given = [name for name in expected if name not in ("similarity", "precision")]
     assert list(inspect.signature(goal.apply_similarity).parameters) == ["S", *given]
 
 

@@ -108,7 +108,8 @@ def test_an_unknown_recipe(came: Any) -> None:
     refused(ValueError, "name", repr(came), "vse++", "multi-similarity", by=lambda: goal.recipe(came))
 
 
-def test_impl_triton_never_falls_back() -> None:
+def test_impl_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refused(ValueError, "impl", "triton", "torch", by=lambda: goal.apply(X, Y, impl="triton"))
 
 

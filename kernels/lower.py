@@ -1,0 +1,443 @@
+"""Terms as Triton code: T, P and their potential, traced with torch.fx and written out for tiles of similarities.
+
+A term stays the one function its author wrote. It is traced once for each structure (which functions, which parameters
+are None, which booleans are set), every operation becomes one line of Triton, and the dense kernels call the result on
+whole tiles. Numbers are run-time arguments p0, …, p7: changing τ compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import itertools
+import linecache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+import triton
+import triton.language as tl
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from goal.terms import STATISTICS, Product, Term
+
+MAX_PARAMS = 8
+PARAMS = tuple(f"p{slot}" for slot in range(MAX_PARAMS))
+ARGUMENTS = ("s_pos", "s_neg", *STATISTICS, *PARAMS)  # of every lowered function
+
+_ELSE = 'or use impl="torch" or impl="auto".'
+
+
+class CannotLower(ValueError):
+    """A term holds something that no kernel can do; the message names the term, the operation and the way out."""
+
+
+class Lowered(NamedTuple):
+    """T × P as Triton device functions of (s_pos, s_neg, r_pos_lin, r_neg_lin, r_pos_exp, r_neg_exp, p0, …, p7).
+
+    The arguments are tiles or scalars that broadcast with each other; one that the terms do not read may be anything.
+    Results are float32, of the common shape of s_pos and s_neg.
+    """
+
+    weights: Any  # → (t, p_pos, p_neg), as `Product.weights`
+    value: Any  # → l(s_pos, s_neg), as `Product.value`
+
+
+def lower(product: Product) -> Lowered:
+    """The device functions of T × P, for kernels that take them as ``WEIGHTS: tl.constexpr`` and call them.
+
+    Products that differ only in numbers get the same object. A term is traced once: whatever else it reads, a global
+    number say, is fixed from then on.
+
+    Raises:
+        CannotLower: a term branches on a traced value or uses an operation that is not in the table, or the two have
+            more than `MAX_PARAMS` numbers.
+
+    Example:
+        >>> import goal
+        >>> from goal.terms import Product
+        >>> lowered = lower(Product(goal.T.nca(tau=5.0), goal.P.lin()))
+        >>> lowered is lower(Product(goal.T.nca(tau=7.0), goal.P.lin()))
+        True
+    """
+    numbers(product)
+    return _lower(_renumbered(product, itertools.repeat(0.0)))
+
+
+def numbers(product: Product) -> tuple[float, ...]:
+    """p0, …, p7: the numbers of T, then those of P, padded with 0. None and booleans take no place.
+
+    Raises:
+        CannotLower: there are more than `MAX_PARAMS`.
+
+    Example:
+        >>> import goal
+        >>> from goal.terms import Product
+        >>> numbers(Product(goal.T.con(), goal.P.sig(alpha=3.0)))
+        (3.0, 10.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+    """
+    found = [float(value) for _, value in (*product.T.values, *product.P.values) if _is_number(value)]
+    if len(found) > MAX_PARAMS:
+        raise CannotLower(
+            f"{_called(product.T)} and {_called(product.P)} have {len(found)} numbers as parameters, a kernel takes "
+            f"{MAX_PARAMS}. Write some of them into the functions, {_ELSE}"
+        )
+    return (*found, *[0.0] * (MAX_PARAMS - len(found)))
+
+
+@functools.cache
+def _lower(product: Product) -> Lowered:
+    def t(bound: Product, given: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (_evaluated(bound.T, given),)
+
+    def p(bound: Product, given: Mapping[str, Any]) -> tuple[Any, ...]:
+        p_pos, p_neg = _evaluated(bound.P, given)
+        return p_pos, p_neg
+
+    def loss(bound: Product, given: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (bound.value(given["s_pos"], given["s_neg"]),)
+
+    T, P = _called(product.T), _called(product.P)
+    t_lines, t_results = _traced(T, "t", product, t)
+    w_lines, w_results = _traced(P, "w", product, p)
+    l_lines, l_results = _traced(f"the potential of {T} × {P}", "l", product, loss)
+    return Lowered(
+        weights=_device_function("weights", [*t_lines, *w_lines], [*t_results, *map(_saturated, w_results)]),
+        value=_device_function("value", l_lines, l_results),
+    )
+
+
+def _evaluated(term: Term, given: Mapping[str, Any]) -> Any:
+    return term(given["s_pos"], given["s_neg"], **{name: given[name] for name in term.statistics})
+
+
+def _renumbered(product: Product, values: Iterable[Any]) -> Product:
+    """The product with these in place of its numbers, T's first."""
+    values = iter(values)
+
+    def renumbered(term: Term) -> Term:
+        return Term(term.definition, tuple((n, next(values) if _is_number(v) else v) for n, v in term.values))
+
+    return Product(renumbered(product.T), renumbered(product.P))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return value is not None and not isinstance(value, bool)
+
+
+def _called(term: Term) -> str:
+    return repr(term).partition("(")[0]
+
+
+# ── operands ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Value(NamedTuple):
+    """Something that an operation takes or gives. f"{x}" is a float32, f"{x:?}" a truth, f"{x:t}" never a literal."""
+
+    code: str
+    kind: str  # "real" and "truth": tensors; "number": a plain number, made of constants and parameters
+    constant: float | None = None
+
+    def __format__(self, spec: str) -> str:
+        if spec == "?" and self.kind != "truth":
+            raise TypeError("it takes the result of a comparison")
+        if spec == "t" and self.constant is not None:
+            return f"tl.full((), {self.code}, tl.float32)"
+        return f"{self.code}.to(tl.float32)" if self.kind == "truth" and spec != "?" else self.code
+
+
+def _truth(code: str) -> _Value:
+    return _Value(code, "truth")
+
+
+def _constant(number: float) -> _Value:
+    number = float(number)
+    return _Value(repr(number) if abs(number) < float("inf") else f'float("{number}")', "number", number)
+
+
+def _are_truths(*values: _Value) -> bool:
+    return all(value.kind == "truth" for value in values)
+
+
+# ── operations ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_NAN = "propagate_nan=tl.PropagateNan.ALL"
+
+
+def _maximum(input: Any, other: Any) -> str:
+    return f"tl.maximum({input}, {other}, {_NAN})"
+
+
+def _minimum(input: Any, other: Any) -> str:
+    return f"tl.minimum({input}, {other}, {_NAN})"
+
+
+def _relu(input: _Value, inplace: _Value | None = None) -> str:
+    if inplace is not None and inplace.constant != 0:
+        raise TypeError("a kernel changes nothing in place")
+    return _maximum(input, 0.0)
+
+
+def _clamp(input: _Value, min: _Value | None = None, max: _Value | None = None) -> str:
+    code = f"{input}" if min is None else _maximum(input, min)
+    return code if max is None else _minimum(code, max)
+
+
+def _scaled(alpha: _Value | None, other: _Value) -> str:
+    return f"{other}" if alpha is None else f"{alpha} * {other}"
+
+
+def _add(input: _Value, other: _Value, alpha: _Value | None = None) -> str | _Value:
+    return _truth(f"{input:?} | {other:?}") if _are_truths(input, other) else f"{input} + {_scaled(alpha, other)}"
+
+
+def _mul(input: _Value, other: _Value) -> str | _Value:
+    return _truth(f"{input:?} & {other:?}") if _are_truths(input, other) else f"{input} * {other}"
+
+
+def _pow(input: _Value, exponent: _Value) -> str:
+    n = exponent.constant
+    if n == 0:
+        return "tl.full((), 1.0, tl.float32)"
+    if n is not None and n.is_integer() and abs(n) <= 16:
+        return _power(f"{input}", int(n)) if n > 0 else f"1.0 / {_power(f'{input}', int(-n))}"
+    if n is not None and abs(n) == 0.5:
+        return f"tl.sqrt({input})" if n > 0 else f"tl.rsqrt({input})"
+    base, nan = f"{input:t}", 'float("nan")'  # what a negative base gives but for whole exponents
+    size = f"tl.exp2({exponent} * tl.log2(tl.abs({base})))"
+    if n is not None:
+        sign = nan if not n.is_integer() else "-1.0" if n % 2 else "1.0"
+        return f"tl.where({base} < 0.0, {sign}, 1.0) * {size}"
+    parity = f"{exponent} - 2.0 * tl.floor(0.5 * {exponent})"
+    sign = f"tl.where({parity} == 0.0, 1.0, tl.where({parity} == 1.0, -1.0, {nan}))"
+    power = f"tl.where({base} < 0.0, {sign}, 1.0) * {size}"
+    return f"tl.where({exponent} == 0.0, 1.0, tl.where({base} == 1.0, 1.0, {power}))"
+
+
+def _power(base: str, n: int) -> str:
+    """A product of n factors, by squaring; the compiler finds the equal halves."""
+    if n == 1:
+        return base
+    half = _power(base, n // 2)
+    return f"({half} * {half} * {base})" if n % 2 else f"({half} * {half})"
+
+
+def _soft(z: str) -> str:
+    return f"tl.maximum({z}, 0.0) + tl.log(1.0 + tl.exp(-tl.abs({z})))"
+
+
+def _softplus(input: _Value, beta: _Value | None = None, threshold: _Value | None = None) -> str:
+    z = f"{input}" if beta is None else f"({beta} * {input})"
+    soft = _soft(z) if beta is None else f"({_soft(z)}) / {beta}"
+    if threshold is None or (threshold.constant is not None and threshold.constant >= 20):  # torch's 20 is rounding
+        return soft
+    return f"tl.where({z} > {threshold}, {input}, {soft})"
+
+
+def _where(condition: _Value, input: _Value, other: _Value) -> str | _Value:
+    if _are_truths(input, other):
+        return _truth(f"tl.where({condition:?}, {input:?}, {other:?})")
+    return f"tl.where({condition:?}, {input:t}, {other:t})"
+
+
+_DTYPES = {torch.float32: "real", torch.float64: "real", torch.bool: "truth"}
+
+
+def _to(input: _Value, dtype: _Value | torch.dtype) -> _Value:
+    """Also by a tensor of that dtype. A dtype read from a tensor stands for the tensor."""
+    kind = dtype.kind if isinstance(dtype, _Value) else _DTYPES.get(dtype)
+    if kind is None:
+        raise TypeError(f"a kernel computes in float32, there is no {dtype}")
+    if kind == "truth":
+        return input if _are_truths(input) else _truth(f"{input} != 0.0")
+    return _Value(f"{input}", "real")
+
+
+def _full_like(input: _Value, fill_value: _Value, dtype: torch.dtype | None = None) -> _Value:
+    return _to(_Value(f"tl.cast({fill_value}, tl.float32)", "real"), input if dtype is None else dtype)
+
+
+# The names of an operation, as a function of torch or operator and as a method → Triton. Arguments are called as
+# torch calls them. "Tensor." marks a method that differs from the function of that name.
+_TABLE: Mapping[str, Callable[..., str | _Value]] = {
+    "add": _add,
+    "sub subtract": lambda input, other, alpha=None: f"{input} - {_scaled(alpha, other)}",
+    "mul multiply": _mul,
+    "div divide true_divide truediv": lambda input, other: f"{input} / {other}",
+    "neg negative": lambda input: f"-{input}",
+    "pow": _pow,
+    "square": lambda input: f"{input} * {input}",
+    "sqrt": lambda input: f"tl.sqrt({input})",
+    "rsqrt": lambda input: f"tl.rsqrt({input})",
+    "reciprocal": lambda input: f"1.0 / {input}",
+    "exp": lambda input: f"tl.exp({input})",
+    "log": lambda input: f"tl.log({input})",
+    "abs absolute": lambda input: f"tl.abs({input})",
+    "sigmoid": lambda input: f"1.0 / (1.0 + tl.exp(-{input}))",
+    "tanh": lambda input: f"2.0 / (1.0 + tl.exp(-2.0 * {input})) - 1.0",
+    "softplus": _softplus,
+    "logsigmoid log_sigmoid": lambda input: f"-({_soft(f'(-{input})')})",
+    "relu": _relu,
+    "clamp clip": _clamp,
+    "clamp_min": lambda input, min: _maximum(input, min),
+    "clamp_max": lambda input, max: _minimum(input, max),
+    "minimum": _minimum,
+    "maximum": _maximum,
+    "where": _where,
+    "Tensor.where": lambda input, condition, other: _where(condition, input, other),
+    "gt greater": lambda input, other: _truth(f"{input} > {other}"),
+    "ge greater_equal": lambda input, other: _truth(f"{input} >= {other}"),
+    "lt less": lambda input, other: _truth(f"{input} < {other}"),
+    "le less_equal": lambda input, other: _truth(f"{input} <= {other}"),
+    "eq": lambda input, other: _truth(f"{input} == {other}"),
+    "ne not_equal": lambda input, other: _truth(f"{input} != {other}"),
+    "logical_and and_ bitwise_and": lambda input, other: _truth(f"{input:?} & {other:?}"),
+    "logical_or or_ bitwise_or": lambda input, other: _truth(f"{input:?} | {other:?}"),
+    "logical_not invert bitwise_not": lambda input: _truth(f"~{input:?}"),
+    "ones_like": lambda input, dtype=None: _full_like(input, _constant(1), dtype),
+    "zeros_like": lambda input, dtype=None: _full_like(input, _constant(0), dtype),
+    "full_like": _full_like,
+    "to": _to,
+    "type_as": lambda input, other: _to(input, other),
+    "float": lambda input: _to(input, torch.float32),
+    "double": lambda input: _to(input, torch.float64),
+    "bool": lambda input: _to(input, torch.bool),
+    "detach": lambda input: input,
+    "clone": lambda input: input,
+    "positive pos": lambda input: input,
+}
+_OPERATIONS = {name: code for names, code in _TABLE.items() for name in names.split()}
+_KNOWN = ", ".join(names.split()[0] for names in _TABLE if "." not in names) + ", dtype"
+_LIMIT = torch.finfo(torch.float32).max ** 0.5
+
+
+def _saturated(weight: _Value) -> _Value:
+    """As `Product.weights`: tensors are kept below √finfo.max, plain numbers are not."""
+    if weight.kind == "number":
+        return weight
+    return _Value(f"tl.clamp({weight}, {-_LIMIT}, {_LIMIT}, {_NAN})", "real")
+
+
+# ── from a function to lines ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Tracer(GraphAppendingTracer):
+    def __init__(self, owner: str) -> None:
+        super().__init__(Graph())
+        self.owner = owner
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise CannotLower(
+            f"{self.owner} branches on a value that is only known in the kernel; only `is None` and booleans are known "
+            f"before. Write it with torch.where, {_ELSE}"
+        )
+
+
+def _traced(
+    owner: str, prefix: str, product: Product, function: Callable[[Product, Mapping[str, Any]], tuple[Any, ...]]
+) -> tuple[list[str], list[_Value]]:
+    """Lines of Triton that do what a function of (product, arguments) does, and what it returns."""
+    tracer = _Tracer(owner)
+    given = {name: tracer.proxy(tracer.graph.placeholder(name)) for name in ARGUMENTS}
+    try:
+        returned = function(_renumbered(product, (given[name] for name in PARAMS)), given)
+        tracer.graph.output(tracer.create_arg(returned))
+    except CannotLower:
+        raise
+    except Exception as error:
+        raise CannotLower(
+            f"{owner} cannot be traced: {error}. Write it with tensors and known operations: {_KNOWN}; {_ELSE}"
+        ) from error
+
+    lines: list[str] = []
+    values: dict[Node, _Value] = {}
+    *nodes, output = list[Any](tracer.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            value = _Value(node.target, "number" if node.target in PARAMS else "real")
+            lines += [f"{value} = tl.cast({value}, tl.float32)"] if node.users else []
+        else:
+            value = _applied(owner, node, values)
+        if not value.code.isidentifier():
+            lines.append(f"{prefix}{len(lines)} = {value.code}")
+            value = value._replace(code=f"{prefix}{len(lines) - 1}")
+        values[node] = value
+    try:
+        return lines, [_value(result, values) for result in output.args[0]]
+    except TypeError as error:
+        raise CannotLower(f"{owner} returns what no kernel can: {error}. Return tensors or numbers, {_ELSE}") from error
+
+
+def _applied(owner: str, node: Any, values: Mapping[Node, _Value]) -> _Value:
+    """What one operation makes of its operands."""
+    if node.target is getattr and node.args[1] == "dtype":
+        return values[node.args[0]]
+    if node.op == "call_method":
+        code = _OPERATIONS.get(f"Tensor.{node.target}") or _OPERATIONS.get(node.target)
+    else:
+        code = _OPERATIONS.get(node.target.__name__)
+    if code is None:
+        raise CannotLower(
+            f"{owner}: {_shown(node)} cannot be lowered to a kernel; known operations: {_KNOWN}. Write the term with "
+            f"these, {_ELSE}"
+        )
+    try:
+        args = [_operand(arg, values) for arg in node.args]
+        kwargs = {name: _operand(arg, values) for name, arg in node.kwargs.items()}
+        inspect.signature(code).bind(*args, **kwargs)
+        value = code(*args, **kwargs)
+    except TypeError as error:
+        raise CannotLower(f"{owner}: {_shown(node)} cannot be lowered here: {error}. Rewrite it, {_ELSE}") from error
+    if isinstance(value, _Value):
+        return value
+    operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Value)]
+    return _Value(value, "number" if all(operand.kind == "number" for operand in operands) else "real")
+
+
+def _shown(node: Any) -> str:
+    """An operation as its user knows it."""
+    if node.op == "call_method" or node.target is getattr:
+        return f"Tensor.{node.target if node.op == 'call_method' else node.args[1]}"
+    return torch.overrides.resolve_name(node.target) or f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"
+
+
+def _operand(arg: Any, values: Mapping[Node, _Value]) -> Any:
+    return arg if arg is None or isinstance(arg, torch.dtype) else _value(arg, values)
+
+
+def _value(arg: Any, values: Mapping[Node, _Value]) -> _Value:
+    if isinstance(arg, Node):
+        return values[arg]
+    if isinstance(arg, int | float):
+        return _constant(arg)
+    raise TypeError(f"{arg!r} is neither a number nor computed from the term's arguments")
+
+
+# ── from lines to a device function ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _device_function(name: str, lines: Sequence[str], results: Sequence[_Value]) -> Any:
+    """A Triton function of `ARGUMENTS`."""
+    body = [
+        "s_pos = tl.cast(s_pos, tl.float32)",
+        "s_neg = tl.cast(s_neg, tl.float32)",
+        *lines,
+        "like = s_pos + s_neg",  # for its shape
+        "return " + ", ".join(f"tl.broadcast_to({result:t}, like.shape)" for result in results),
+    ]
+    lines = [f"def {name}({', '.join(ARGUMENTS)}):", *(f"    {line}" for line in dict.fromkeys(body))]
+    return _jit(name, "\n".join(lines) + "\n")
+
+
+@functools.cache
+def _jit(name: str, source: str) -> Any:
+    """The source as a `triton.jit` function. Its full name is its own: Triton compiles one body for each full name."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    file = f"<goal lowered {name} {digest}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # where Triton reads it
+    namespace = {"__name__": f"{__name__}.{digest}", "tl": tl, "triton": triton}
+    exec(compile(source, file, "exec"), namespace)
+    return triton.jit(namespace[name])

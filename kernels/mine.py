@@ -1,0 +1,547 @@
+"""Mining on an accelerator: both directions' reductions of S from one pass over its tiles.
+
+    pair     s⁺, min s⁺, max ‖x‖ and max ‖y‖                                 one read of x and y
+    halve    16-bit copies of float32 inputs, if the scan is to run in them   one read, half a write
+    scan     tiles of S = x yᵀ in registers; each leaves a partial for its rows and one for its columns
+    merge    the partials of many tiles → one for each anchor, with the few best candidates kept apart
+    finish   the candidates' similarities computed as s⁺ is, exactly; the best of them; means over the valid sets
+
+What a partial is, and why merging it only ever adds: docs/mathematics.md. Partials are int32 words, floats bitcast, in
+a buffer [field, tile, anchor]; which fields there are follows from the request. Nothing here reads a value back.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
+LOWEST: tl.constexpr = tl.constexpr(-(2**31))
+_NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+_NEVER: tl.constexpr = tl.constexpr(float("nan"))  # the similarity of what is no negative: it wins and meets nothing
+_NONE: tl.constexpr = tl.constexpr(-256)  # key of no similarity; those of similarities are >= 0
+KEPT = 4  # candidates of each anchor that are scored exactly
+
+
+# ── numbers as ordered integers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _wide(number):
+    """A number, which may be one that Triton compiled in, as int64."""
+    return tl.full([], 1, tl.int64) * number
+
+
+@triton.jit
+def _bits(value):
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(word):
+    return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ordered(word):
+    """Bits of a float ↔ an integer in the floats' order; its own inverse. A positive NaN is above all."""
+    return word ^ ((word >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _visible(value):
+    """Bits of a float with every NaN positive, so that it wins a maximum of ordered integers."""
+    return tl.where(value != value, _NAN, _bits(value))
+
+
+# ── single similarities ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _similarities(x, row, x_row, x_col, y, col, y_row, y_col, on, D, BLOCK: tl.constexpr):  # fmt: skip
+    """(B,) float32 S[row, col], the same bits for equal pairs wherever they stand; 0 where not `on`."""
+    total = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x + row[:, None] * x_row + at[None, :] * x_col, mask=inside, other=0).to(tl.float32)
+        v = tl.load(y + col[:, None] * y_row + at[None, :] * y_col, mask=inside, other=0).to(tl.float32)
+        total += u * v
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _norm(x, row, x_row, x_col, on, D, BLOCK: tl.constexpr):
+    """(B,) ‖x‖ of rows, for any representable norm; NaN for a row that holds one."""
+    largest = tl.zeros([row.shape[0]], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x + row[:, None] * x_row + at[None, :] * x_col, mask=inside, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(u), 1))
+    unit = tl.where(largest > 0, largest, 1.0)
+    total = tl.zeros([row.shape[0]], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x + row[:, None] * x_row + at[None, :] * x_col, mask=inside, other=0).to(tl.float32)
+        u = u / unit[:, None]
+        total += tl.sum(u * u, 1)
+    return unit * tl.sqrt(total)
+
+
+@triton.jit
+def pair(
+    x, y, s_pos, bounds,
+    N, M, K, D, x_row, x_col, y_row, y_col,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """s⁺ (K,), and bounds (3,) int32: ordered −min s⁺, bits of max ‖x‖, bits of max ‖y‖; they begin as LOWEST."""
+    row = _wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    length_x = _norm(x, row, x_row, x_col, row < N, D, BLOCK)
+    length_y = _norm(y, row, y_row, y_col, row < M, D, BLOCK)
+    tl.atomic_max(bounds + 1, tl.max(_visible(length_x), 0))
+    tl.atomic_max(bounds + 2, tl.max(_visible(length_y), 0))
+    on = row < K
+    s = _similarities(x, row, x_row, x_col, y, row, y_row, y_col, on, D, BLOCK)
+    tl.store(s_pos + row, s, mask=on)
+    tl.atomic_max(bounds, tl.max(tl.where(on, _ordered(_visible(-s)), LOWEST), 0))
+
+
+@triton.jit
+def _threshold(bounds):
+    """min s⁺ − 0.1: the similarity from which a negative is valid."""
+    return -_float(_ordered(tl.load(bounds))) - 0.1
+
+
+@triton.jit
+def _reach(bounds):
+    """max ‖x‖ · max ‖y‖ ≥ every |s|; NaN if x or y holds one."""
+    return _float(tl.load(bounds + 1)) * _float(tl.load(bounds + 2))
+
+
+@triton.jit
+def _scale(bounds):
+    """Units of a key in 1: |s| · scale stays below 2²¹."""
+    return _power(_reach(bounds)) * 8192.0
+
+
+@triton.jit
+def _power(length):
+    """2ᵏ that brings a length into [64, 128); 1 for 0 and whatever is not finite."""
+    exponent = (_bits(length) >> 23) & 0xFF
+    shift = tl.minimum(tl.maximum(260 - exponent, 1), 254)
+    return tl.where((exponent == 0) | (exponent == 255), 1.0, _float(shift << 23))
+
+
+@triton.jit
+def halve(
+    x, out, length, N, D, x_row, x_col,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float16 copies (N, D) of rows, times the power of two that suits the longest; `length` its bits."""
+    row = _wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < N)[:, None] & (at < D)[None, :]
+    u = tl.load(x + row[:, None] * x_row + at[None, :] * x_col, mask=inside, other=0)
+    tl.store(out + row[:, None] * D + at[None, :], (u * _power(_float(tl.load(length)))).to(tl.float16), mask=inside)
+
+
+@triton.jit
+def scale_back(s, out, bounds, K, BLOCK: tl.constexpr):
+    """(K,) similarities of 16-bit copies, without the powers of two that `halve` multiplied by."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    by = 1.0 / (_power(_float(tl.load(bounds + 1))) * _power(_float(tl.load(bounds + 2))))
+    tl.store(out + at, tl.load(s + at, mask=at < K, other=0) * by, mask=at < K)
+
+
+# ── the scan ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _tile_of(program, height, width, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles at a time, so that what they load stays in the L2 cache."""
+    in_group = GROUP * width
+    first = (program // in_group) * GROUP
+    size = tl.minimum(height - first, GROUP)
+    return first + (program % in_group) % size, (program % in_group) // size
+
+
+@triton.jit
+def tile(
+    x, y, first_row, first_col, N, M, D, x_row, x_col, y_row, y_col,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(HEIGHT, WIDTH) float32 of S; 0 beyond its edges. With TMA, x and y are tensor descriptors."""
+    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    if TMA:
+        for start in range(0, D, DEPTH):
+            a = x.load([first_row, start])
+            b = y.load([first_col, start])
+            acc = tl.dot(a, b.T, acc)
+    else:
+        row = first_row + tl.arange(0, HEIGHT)
+        col = first_col + tl.arange(0, WIDTH)
+        depth = tl.arange(0, DEPTH)
+        p_x = x + row.to(tl.int64)[:, None] * x_row + depth[None, :] * x_col
+        p_y = y + col.to(tl.int64)[None, :] * y_row + depth[:, None] * y_col
+        for start in range(0, D, DEPTH):
+            inside = depth + start < D
+            a = tl.load(p_x, mask=(row < N)[:, None] & inside[None, :], other=0)
+            b = tl.load(p_y, mask=(col < M)[None, :] & inside[:, None], other=0)
+            if INTERPRET:  # its product of bfloat16 is wrong
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            p_x += DEPTH * x_col
+            p_y += DEPTH * y_col
+    return acc
+
+
+@triton.jit
+def negatives(s, row, col, ids, y_ids, N, M, K, IDS: tl.constexpr):
+    """Where entries of a tile are negatives: inside S, no pair, ids that differ."""
+    live = (row < N)[:, None] & (col < M)[None, :]
+    live = live & ((row[:, None] != col[None, :]) | (row >= K)[:, None])
+    if IDS:
+        own = tl.load(ids + row, mask=row < N, other=0)
+        other = tl.load(y_ids + col, mask=col < M, other=0)
+        live = live & (own[:, None] != other[None, :])
+    return live
+
+
+@triton.jit
+def _keys(s, scale):
+    """Similarities as integers in their order, in units of 1 / scale, in the upper 24 bits of a word.
+
+    Adding 1.5 · 2²³ leaves round(s · scale) in the lower bits of a float, of either sign; the shift drops the rest.
+    """
+    return _bits(s * scale + 12582912.0) << 8
+
+
+@triton.jit
+def _best(keys, place, DIM: tl.constexpr):
+    """The largest key along DIM, the lowest place (< 256) among equals subtracted from it: one reduction finds both."""
+    return tl.max(keys - tl.expand_dims(place, 1 - DIM), DIM)
+
+
+@triton.jit
+def _place(best):
+    return -best & 255
+
+
+@triton.jit
+def _units(best):
+    """The similarity behind a key in units; < 0 where there is none."""
+    return (best + 255) >> 8
+
+
+@triton.jit
+def _value(units, scale):
+    """Units as a similarity, to within 1 / (2 scale)."""
+    return (units - (1 << 22)).to(tl.float32) / scale
+
+
+@triton.jit
+def _exp2(z):
+    """2ᶻ in one instruction; results below the normal numbers are 0."""
+    if INTERPRET:
+        return tl.exp2(z)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _put(out, field, stride, word, on):
+    tl.store(out + field * stride, word, mask=on)
+
+
+@triton.jit
+def scan(
+    x, y, ids, y_ids, s_pos, bounds, rows, cols,
+    N, M, K, D, x_row, x_col, y_row, y_col, first, height, width, row_anchors,
+    margin, slack, beta,
+    IDS: tl.constexpr, SEMI: tl.constexpr, LIN: tl.constexpr, EXP: tl.constexpr, WIDE: tl.constexpr,
+    HALVED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """One tile of S: `rows` [field, width, row_anchors] and `cols` [field, height, K] get its partials.
+
+    first: the first row of tiles of which there are `height`, each of `width` tiles; row_anchors of their rows are
+    anchors. s_pos: of the arithmetic of the scan. margin: of semi-hard mining. slack: similarities closer than
+    slack · max ‖x‖ · max ‖y‖ are equal. WIDE: runs where the exponents' range is too large for one shift, and only
+    there. INNER: for counting instructions, a tile of negatives alone.
+    """
+    if EXP:  # noqa: SIM102
+        if (beta * (_reach(bounds) - _threshold(bounds)) >= 80.0) != WIDE:  # the other launch does it
+            return
+    i, j = _tile_of(tl.program_id(0), height, width, GROUP)
+    first_row, first_col = (first + i) * HEIGHT, j * WIDTH
+    s = tile(x, y, first_row, first_col, N, M, D, x_row, x_col, y_row, y_col, HEIGHT, WIDTH, DEPTH, PRECISION, TMA)
+    if HALVED:
+        s *= 1.0 / (_power(_float(tl.load(bounds + 1))) * _power(_float(tl.load(bounds + 2))))
+    r, c = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    row, col = first_row + r, first_col + c
+    if IDS:
+        s = tl.where(negatives(s, row, col, ids, y_ids, N, M, K, True), s, _NEVER)
+    elif not INNER:
+        edge = (first_row + HEIGHT > N) | (first_col + WIDTH > M)
+        if edge | ((first_row < first_col + WIDTH) & (first_col < first_row + HEIGHT)):
+            s = tl.where(negatives(s, row, col, ids, y_ids, N, M, K, False), s, _NEVER)
+
+    anchor = i * HEIGHT + r
+    is_row, is_col = anchor < row_anchors, col < K
+    row_field, col_field = _wide(width) * row_anchors, _wide(height) * K
+    rows += _wide(j) * row_anchors + anchor
+    cols += _wide(i) * K + col
+    scale = _scale(bounds)
+    keys = _keys(s, scale)
+    row_best, col_best = _best(keys, c, 1), _best(keys, r, 0)
+    _put(rows, 0, row_field, row_best, is_row)
+    _put(cols, 0, col_field, col_best, is_col)
+    if SEMI:
+        top = slack * _reach(bounds)
+        own = tl.load(s_pos + row, mask=row < K, other=0)
+        low, high = _keys(own - margin, scale)[:, None], _keys(own - top, scale)[:, None]
+        _put(rows, 1, row_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), c, 1), is_row)
+        own = tl.load(s_pos + col, mask=col < K, other=0)
+        low, high = _keys(own - margin, scale)[None, :], _keys(own - top, scale)[None, :]
+        _put(cols, 1, col_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), r, 0), is_col)
+    SUMS: tl.constexpr = 2 if SEMI else 1  # the field where they begin
+    if LIN:
+        least, top = _threshold(bounds), slack * _reach(bounds)
+        excess = s - least
+        valid = tl.where(excess >= 0, 1.0, 0.0)
+        _put(rows, SUMS, row_field, _bits(tl.sum(valid, 1)), is_row)
+        _put(cols, SUMS, col_field, _bits(tl.sum(valid, 0)), is_col)
+        _put(rows, SUMS + 1, row_field, _bits(tl.sum(tl.maximum(excess, 0.0), 1)), is_row)
+        _put(cols, SUMS + 1, col_field, _bits(tl.sum(tl.maximum(excess, 0.0), 0)), is_col)
+        cut = (_value(_units(row_best), scale) - least - top)[:, None]
+        _put(rows, SUMS + 2, row_field, _bits(tl.sum(tl.where(excess >= cut, 1.0, 0.0), 1)), is_row)
+        cut = (_value(_units(col_best), scale) - least - top)[None, :]
+        _put(cols, SUMS + 2, col_field, _bits(tl.sum(tl.where(excess >= cut, 1.0, 0.0), 0)), is_col)
+    if EXP:
+        # each direction leaves its own hardest out while summing
+        AT: tl.constexpr = SUMS + 3 if LIN else SUMS
+        least, rate = _threshold(bounds), beta * 1.4426950408889634
+        row_top, col_top = (
+            tl.maximum(_value(_units(row_best), scale), least),
+            tl.maximum(_value(_units(col_best), scale), least),
+        )
+        row_at, col_at = _place(row_best)[:, None], _place(col_best)[None, :]
+        if WIDE:
+            valid = tl.where(s >= least, 1.0, 0.0)
+            of_row = tl.where(c[None, :] == row_at, 0.0, valid * _exp2(rate * tl.minimum(s - row_top[:, None], 0.0)))
+            of_col = tl.where(r[:, None] == col_at, 0.0, valid * _exp2(rate * tl.minimum(s - col_top[None, :], 0.0)))
+            _put(rows, AT + 1, row_field, _bits(tl.sum(of_row, 1)), is_row)
+            _put(cols, AT + 1, col_field, _bits(tl.sum(of_col, 0)), is_col)
+        else:  # both directions share an exponential, relative to the largest similarity that there can be
+            shift = rate * _reach(bounds)
+            e = tl.where(s >= least, _exp2(rate * s - shift), 0.0)
+            valid = tl.where(e > 0, 1.0, 0.0)
+            of_row = tl.sum(tl.where(c[None, :] == row_at, 0.0, e), 1) * _exp2(shift - rate * row_top)
+            of_col = tl.sum(tl.where(r[:, None] == col_at, 0.0, e), 0) * _exp2(shift - rate * col_top)
+            _put(rows, AT + 1, row_field, _bits(of_row), is_row)
+            _put(cols, AT + 1, col_field, _bits(of_col), is_col)
+        _put(rows, AT, row_field, _bits(tl.sum(valid, 1)), is_row)
+        _put(cols, AT, col_field, _bits(tl.sum(valid, 0)), is_col)
+
+
+# ── merging and finishing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _insert(n, at, v0, v1, v2, v3, i0, i1, i2, i3):
+    """The four best of five, in order; equal ones stay in the order of their coming. Last, the one that is left out."""
+    b0, b1, b2, b3 = n > v0, n > v1, n > v2, n > v3
+    out = tl.where(b3, v3, n)
+    v3, i3 = tl.where(b2, v2, tl.where(b3, n, v3)), tl.where(b2, i2, tl.where(b3, at, i3))
+    v2, i2 = tl.where(b1, v1, tl.where(b2, n, v2)), tl.where(b1, i1, tl.where(b2, at, i2))
+    v1, i1 = tl.where(b0, v0, tl.where(b1, n, v1)), tl.where(b0, i0, tl.where(b1, at, i1))
+    v0, i0 = tl.where(b0, n, v0), tl.where(b0, at, i0)
+    return v0, v1, v2, v3, i0, i1, i2, i3, out
+
+
+@triton.jit
+def _get(buffer, field, stride, on, other):
+    return tl.load(buffer + field * stride, mask=on, other=other)
+
+
+@triton.jit
+def merge(
+    rows, cols, state, bounds, K, first, height, width, row_anchors, slack, beta,
+    SEMI: tl.constexpr, LIN: tl.constexpr, EXP: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partials of a row of tiles, or of a column of them, into `state` [field, 2, K].
+
+    Fields: units and indices of the KEPT best; the same of the semi-hard; then counts and sums over everything but
+    the KEPT. Rows are complete after their chunk of tiles; columns go on from chunk to chunk.
+    """
+    side = tl.program_id(1)
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if side == 0:
+        part, tiles, anchors, skipped, reach, begin = rows, width, row_anchors, first * HEIGHT, WIDTH, 0
+    else:
+        part, tiles, anchors, skipped, reach, begin = cols, height, K, 0, HEIGHT, first * HEIGHT
+    on = local < anchors
+    field = _wide(tiles) * anchors
+    stride = 2 * _wide(K)
+    state += _wide(side) * K + skipped + local
+    old = (local < anchors) & (begin + tl.zeros([BLOCK], tl.int32) > 0)  # columns that go on; what is first begins
+    scale, least, tie = _scale(bounds), _threshold(bounds), slack * _reach(bounds)
+    rate = beta * 1.4426950408889634
+    v0, v1 = _get(state, 0, stride, old, -1), _get(state, 1, stride, old, -1)
+    v2, v3 = _get(state, 2, stride, old, -1), _get(state, 3, stride, old, -1)
+    i0, i1 = _get(state, 4, stride, old, 0), _get(state, 5, stride, old, 0)
+    i2, i3 = _get(state, 6, stride, old, 0), _get(state, 7, stride, old, 0)
+    AT: tl.constexpr = 16 if SEMI else 8  # of the sums in the state
+    FROM: tl.constexpr = 2 if SEMI else 1  # in a partial
+    EXP_AT: tl.constexpr = AT + 3 if LIN else AT
+    EXP_FROM: tl.constexpr = FROM + 3 if LIN else FROM
+    if LIN:
+        lin_count, lin_sum = _float(_get(state, AT, stride, old, 0)), _float(_get(state, AT + 1, stride, old, 0))
+        ties = _float(_get(state, AT + 2, stride, old, 0))
+    if EXP:
+        count, total = _float(_get(state, EXP_AT, stride, old, 0)), _float(_get(state, EXP_AT + 1, stride, old, 0))
+    here = part + local
+    for t in range(0, tiles):
+        best = _get(here, 0, field, on, _NONE)
+        n = _units(best)
+        before = _value(v0, scale)
+        fresh = v0 < 0
+        v0, v1, v2, v3, i0, i1, i2, i3, out = _insert(
+            n, begin + t * reach + _place(best), v0, v1, v2, v3, i0, i1, i2, i3
+        )
+        if LIN:
+            lin_count += _float(_get(here, FROM, field, on, 0))
+            lin_sum += _float(_get(here, FROM + 1, field, on, 0))
+            gap = _value(n, scale) - before
+            more = _float(_get(here, FROM + 2, field, on, 0))
+            ties = tl.where(fresh | (gap > tie), 0.0, ties) + tl.where((n >= 0) & (fresh | (gap >= -tie)), more, 0.0)
+        if EXP:
+            count += _float(_get(here, EXP_FROM, field, on, 0))
+            top = tl.maximum(_value(v0, scale), least)
+            own = _float(_get(here, EXP_FROM + 1, field, on, 0))
+            total *= tl.exp2(rate * (tl.maximum(before, least) - top))
+            total += own * tl.exp2(rate * (tl.maximum(_value(n, scale), least) - top))
+            left = _value(out, scale)
+            joins = (out >= 0) & (left >= least)
+            total += tl.where(joins, tl.exp2(rate * tl.minimum(left - top, 0.0)), 0.0)
+        here += anchors
+    _put(state, 0, stride, v0, on)
+    _put(state, 1, stride, v1, on)
+    _put(state, 2, stride, v2, on)
+    _put(state, 3, stride, v3, on)
+    _put(state, 4, stride, i0, on)
+    _put(state, 5, stride, i1, on)
+    _put(state, 6, stride, i2, on)
+    _put(state, 7, stride, i3, on)
+    if SEMI:
+        v0, v1 = _get(state, 8, stride, old, -1), _get(state, 9, stride, old, -1)
+        v2, v3 = _get(state, 10, stride, old, -1), _get(state, 11, stride, old, -1)
+        i0, i1 = _get(state, 12, stride, old, 0), _get(state, 13, stride, old, 0)
+        i2, i3 = _get(state, 14, stride, old, 0), _get(state, 15, stride, old, 0)
+        here = part + local
+        for t in range(0, tiles):
+            best = _get(here, 1, field, on, _NONE)
+            v0, v1, v2, v3, i0, i1, i2, i3, out = _insert(
+                _units(best), begin + t * reach + _place(best), v0, v1, v2, v3, i0, i1, i2, i3
+            )
+            here += anchors
+        _put(state, 8, stride, v0, on)
+        _put(state, 9, stride, v1, on)
+        _put(state, 10, stride, v2, on)
+        _put(state, 11, stride, v3, on)
+        _put(state, 12, stride, i0, on)
+        _put(state, 13, stride, i1, on)
+        _put(state, 14, stride, i2, on)
+        _put(state, 15, stride, i3, on)
+    if LIN:
+        _put(state, AT, stride, _bits(lin_count), on)
+        _put(state, AT + 1, stride, _bits(lin_sum), on)
+        _put(state, AT + 2, stride, _bits(ties), on)
+    if EXP:
+        _put(state, EXP_AT, stride, _bits(count), on)
+        _put(state, EXP_AT + 1, stride, _bits(total), on)
+
+
+@triton.jit
+def _score(state, field, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK: tl.constexpr):
+    """The kept candidate at `field`: its units, its index, its exact similarity, and whether that was computed."""
+    units, at = _get(state, field, stride, on, -1), _get(state, field + 4, stride, on, 0).to(tl.int64)
+    close = on & (units >= 0) & (units >= cut)
+    row, col = tl.where(side == 0, anchor, at), tl.where(side == 0, at, anchor)
+    return units, at, _similarities(x, row, x_row, x_col, y, col, y_row, y_col, close, D, BLOCK), close
+
+
+@triton.jit
+def _better(s, at, close, best, index, which, RANK: tl.constexpr):
+    """The winner so far after one more candidate: the higher, the lower index among equals."""
+    wins = close & ((s > best) | ((s == best) & (at < index)))
+    return tl.where(wins, s, best), tl.where(wins, at, index), tl.where(wins, RANK, which)
+
+
+@triton.jit
+def _joins(units, s, close, which, top, least, scale, rate, RANK: tl.constexpr):
+    """exp(−β(s⁻ − s)) of a kept candidate that did not win, if it is valid."""
+    s = tl.where(close, s, _value(units, scale))
+    return tl.where((units >= 0) & (which != RANK) & (s >= least), tl.exp2(rate * tl.minimum(s - top, 0.0)), 0.0)
+
+
+@triton.jit
+def finish(
+    x, y, state, bounds, s_neg, negative, semi, semi_negative, r_lin, r_exp,
+    K, D, x_row, x_col, y_row, y_col, near, beta,
+    SEMI: tl.constexpr, LIN: tl.constexpr, EXP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The statistics, each (2, K). Exact is the best of the candidates within near · max ‖x‖ · max ‖y‖ of the best."""
+    side = tl.program_id(1)
+    anchor = _wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    on = anchor < K
+    stride = 2 * _wide(K)
+    out = _wide(side) * K + anchor
+    state += out
+    scale, least, reach = _scale(bounds), _threshold(bounds), _reach(bounds)
+    close = (near * reach * scale).to(tl.int32) + 2
+    cut = _get(state, 0, stride, on, -1) - close
+    u0, index, best, c0 = _score(state, 0, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+    u1, a1, s1, c1 = _score(state, 1, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+    u2, a2, s2, c2 = _score(state, 2, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+    u3, a3, s3, c3 = _score(state, 3, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+    s0, which = best, tl.zeros([ROWS], tl.int32)
+    best, index, which = _better(s1, a1, c1, best, index, which, 1)
+    best, index, which = _better(s2, a2, c2, best, index, which, 2)
+    best, index, which = _better(s3, a3, c3, best, index, which, 3)
+    poison = tl.where(reach - reach == 0, 0.0, float("nan"))  # a NaN or inf anywhere is in every maximum
+    tl.store(s_neg + out, tl.where(u0 >= 0, best + poison, -float("inf")), mask=on)
+    tl.store(negative + out, index, mask=on)
+    AT: tl.constexpr = 16 if SEMI else 8
+    EXP_AT: tl.constexpr = AT + 3 if LIN else AT
+    if LIN:
+        count, total = _float(_get(state, AT, stride, on, 0)), _float(_get(state, AT + 1, stride, on, 0))
+        others = tl.maximum(count - _float(_get(state, AT + 2, stride, on, 0)), 0.0)
+        gap = best - least
+        mean = tl.maximum(count * gap - total, 0.0) / tl.maximum(others, 1.0)
+        tl.store(r_lin + out, tl.where((u0 >= 0) & (gap >= 0) & (others > 0), mean, 0.0), mask=on)
+    if EXP:
+        rate = beta * 1.4426950408889634
+        top = tl.maximum(best, least)
+        total = _float(_get(state, EXP_AT + 1, stride, on, 0))
+        total *= tl.exp2(rate * (tl.maximum(_value(u0, scale), least) - top))
+        total += _joins(u0, s0, c0, which, top, least, scale, rate, 0)
+        total += _joins(u1, s1, c1, which, top, least, scale, rate, 1)
+        total += _joins(u2, s2, c2, which, top, least, scale, rate, 2)
+        total += _joins(u3, s3, c3, which, top, least, scale, rate, 3)
+        count = _float(_get(state, EXP_AT, stride, on, 0)) - tl.where(best >= least, 1.0, 0.0)
+        tl.store(r_exp + out, tl.where((u0 >= 0) & (count > 0), total / tl.maximum(count, 1.0), 0.0), mask=on)
+    if SEMI:
+        cut = _get(state, 8, stride, on, -1) - close
+        u0, index, best, c0 = _score(
+            state, 8, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK
+        )
+        u1, a1, s1, c1 = _score(state, 9, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+        u2, a2, s2, c2 = _score(state, 10, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+        u3, a3, s3, c3 = _score(state, 11, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+        best, index, which = _better(s1, a1, c1, best, index, which, 1)
+        best, index, which = _better(s2, a2, c2, best, index, which, 2)
+        best, index, which = _better(s3, a3, c3, best, index, which, 3)
+        tl.store(semi + out, tl.where(u0 >= 0, best + poison, -float("inf")), mask=on)
+        tl.store(semi_negative + out, index, mask=on)

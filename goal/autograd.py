@@ -12,7 +12,7 @@ from goal import engine, ops, validation
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.ops import How
-from goal.similarity import GIVEN, Entries, Gradients, Needs
+from goal.similarity import GIVEN, Gradients, Mined, Needs
 from goal.statistics import Masks
 from goal.stats import Stats, stats
 from goal.terms import Term
@@ -146,7 +146,7 @@ def gradients(
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
     with torch.no_grad():
         batch, outcome, _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
-        gx, gy = _emit(x, y, chosen, batch, outcome.entries, outcome.dense, (True, True))
+        gx, gy = _emit(x, y, chosen, batch, outcome.mined, outcome.dense, None, (True, True))
         assert gx is not None
         assert gy is not None
         return gx, gy, stats(batch, chosen, outcome.seen)
@@ -266,7 +266,7 @@ def _run(
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
-        loss = attach(x, y, loss, chosen, batch.masks, how, check_finite, outcome.entries, outcome.dense)
+        loss = attach(x, y, loss, chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -275,12 +275,13 @@ def _emit(
     y: Tensor,
     chosen: Settings,
     batch: Batch,
-    entries: Entries | None,
+    mined: Mined | None,
     dense: Dense | None,
+    incoming: Tensor | None,
     needs: Needs,
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y in the inputs' dtypes."""
-    gx, gy = engine.emit(batch, chosen, entries, dense, needs)
+    gx, gy = engine.emit(batch, chosen, mined, dense, incoming, needs)
     back = chosen.similarity.pull_back
     return (
         None if gx is None else back(x.detach().to(gx.dtype), batch.x, gx).to(x.dtype),
@@ -301,24 +302,20 @@ class _Emit(torch.autograd.Function):
         masks: Masks,
         how: How,
         finite: bool,
-        entries: Entries | None,
+        mined: Mined | None,
         dense: Dense | None,
     ) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, how, finite, entries, dense
+        ctx.rest = chosen, masks, how, finite, mined, dense
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        chosen, masks, how, finite, entries, dense = ctx.rest
+        chosen, masks, how, finite, mined, dense = ctx.rest
         with torch.no_grad(), _no_autocast(x.device.type):
             batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
-            if entries is not None:
-                entries = entries._replace(value=entries.value * incoming)
-            if dense is not None:
-                dense = dense._replace(share=dense.share * incoming)
-            gx, gy = _emit(x, y, chosen, batch, entries, dense, ctx.needs_input_grad[:2])
+            gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
         if torch.is_grad_enabled():  # create_graph=True: a second backward has to meet a refusal, not silence
             refuse: Any = _NoSecondDerivative.apply
             gx = None if gx is None else refuse(gx, x, y, incoming)

@@ -2,7 +2,7 @@
 
 s⁺                      pair   O(N·D)
 Statistics              mine   O(N·M·D), the only quadratic step
-T, P⁺, P⁻, Entries of G weigh  O(N), plain tensor functions
+T, P⁺, P⁻, entries of G weigh  O(N), plain tensor functions
 ∂l/∂x, ∂l/∂y            emit   O(N·D) for mined objectives
 """
 
@@ -23,7 +23,7 @@ from goal import ops, reference, terms
 from goal import similarity as similarity_
 from goal.mining import Mining
 from goal.ops import How
-from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.similarity import Dot, Gradients, Mined, Needs
 from goal.statistics import Masks, Pairs, Request, Statistics, r_pos_exp, r_pos_lin
 from goal.terms import Product, Term
 
@@ -127,7 +127,7 @@ class Outcome(NamedTuple):
     """What forward knows at its end: the value, and all that backward needs besides x and y."""
 
     value: Tensor  # 0-d
-    entries: Entries | None
+    mined: Mined | None
     dense: Dense | None
     seen: Seen
 
@@ -210,23 +210,25 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
     s_pos = pairs.s_pos
     scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
     statistics = None
-    relative: dict[str, Tensor] = {}
     if chosen.mines:
         statistics = ops.statistics(how, chosen.similarity, x, y, pairs, chosen.request, masks)
-        relative = chosen.relative(statistics)
+    if statistics is not None and ops.weighs(how, chosen.product, chosen.mining.dense == "never", masks.pairs):
+        weighed, value = ops.weigh(statistics, chosen.product, scale)
+        return Outcome(value, weighed, None, Seen(s_pos, statistics, None, None))
+    relative = {} if statistics is None else chosen.relative(statistics)
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
         fallback = (s_pos - statistics.s_neg).abs() < chosen.mining.eps
     value = s_pos.new_zeros(())
-    entries, weights, dense = None, None, None
+    mined, weights, dense = None, None, None
     if chosen.mining.mined != "none" and statistics is not None:
-        entries, weights, value = _weigh(chosen, batch, statistics, relative, scale, fallback)
+        mined, weights, value = _weigh(chosen, batch, statistics, relative, scale, fallback)
     if chosen.mining.dense != "never":
         share = _shares(batch, chosen.mining, scale, fallback, s_pos)
         dense = Dense(pairs, share, relative)
         every = chosen.mining.dense == "always"
         value = value + ops.dense_value(how, chosen.similarity, x, y, pairs, share, masks, chosen.product, every)
-    return Outcome(value, entries, dense, Seen(s_pos, statistics, weights, fallback))
+    return Outcome(value, mined, dense, Seen(s_pos, statistics, weights, fallback))
 
 
 def _scale(s_pos: Tensor, weight: Tensor | None, reduction: str) -> Any:
@@ -247,7 +249,7 @@ def _weigh(
     relative: dict[str, Tensor],
     scale: Any,
     fallback: Tensor | None,
-) -> tuple[Entries, tuple[Any, Any, Any], Tensor]:
+) -> tuple[Mined, tuple[Any, Any, Any], Tensor]:
     """The entries of G and the value of the mined triplets, one for each anchor and direction."""
     s_pos = statistics.s_pos
     s_neg, index = statistics.s_neg, statistics.negative
@@ -266,15 +268,8 @@ def _weigh(
         seen = statistics.s_neg - s_pos  # a NaN anywhere in the anchor's similarities is in its maximum
         share = share + torch.where(seen.isnan(), seen, 0)
     selected = t * share
-    pull = _spread(-selected * p_pos, s_neg).sum(0)  # (K,), both directions
-    push = _spread(selected * p_neg, s_neg)  # (2, K)
-    anchors = torch.arange(batch.masks.pairs, device=s_pos.device)
-    entries = Entries(
-        row=torch.cat((anchors, anchors, index[1])),
-        col=torch.cat((anchors, index[0], anchors)),
-        value=torch.cat((pull, push.flatten())),
-    )
-    return entries, (t, p_pos, p_neg), value
+    mined = Mined(index, _spread(-selected * p_pos, s_neg), _spread(selected * p_neg, s_neg))
+    return mined, (t, p_pos, p_neg), value
 
 
 def _spread(weight: Any, like: Tensor) -> Tensor:
@@ -299,16 +294,20 @@ def _occurrences(of: Tensor, among: Tensor) -> Tensor:
     return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 
-def emit(batch: Batch, chosen: Settings, entries: Entries | None, dense: Dense | None, needs: Needs) -> Gradients:
-    """∂l/∂x and ∂l/∂y at the embedded rows; None for a side that needs none."""
+def emit(
+    batch: Batch, chosen: Settings, mined: Mined | None, dense: Dense | None, incoming: Tensor | None, needs: Needs
+) -> Gradients:
+    """∂l/∂x and ∂l/∂y at the embedded rows, times the incoming gradient; None for a side that needs none."""
     gx, gy = None, None
     x, y, how, masks, finite = batch
     if dense is not None:
         every = chosen.mining.dense == "always"
+        if incoming is not None:
+            dense = dense._replace(share=dense.share * incoming)
         gx, gy = ops.dense_emit(how, chosen.similarity, x, y, *dense, masks, chosen.product, needs, finite, every)
-    if entries is None:
+    if mined is None:
         return gx, gy
-    mined_x, mined_y = ops.mined_emit(how, chosen.similarity, x, y, entries, needs)
+    mined_x, mined_y = ops.mined_emit(how, chosen.similarity, x, y, mined, incoming, needs)
     return _sum(gx, mined_x), _sum(gy, mined_y)
 
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal import reference, terms
 from goal import similarity as similarity_
-from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.similarity import Dot, Gradients, Mined, Needs
 from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import Parameter, Product, Term
+
+WEIGHED = 256  # pairs up to which kernels weigh in one launch
 
 
 class How(NamedTuple):
@@ -386,27 +388,62 @@ def _(
 # ── mined objectives ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mined_emit(how: How, similarity: Dot, x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
-    """∂l/∂x and ∂l/∂y of the entries that mining leaves: those at the pairs, then x→y's, then y→x's."""
+def weighs(how: How, product: Product, mined: bool, pairs: int) -> bool:
+    """Whether `weigh` takes an objective: a small mined one whose terms lower, on kernels, outside a graph."""
+    if not (how.kernels and mined and pairs <= WEIGHED) or torch.compiler.is_compiling():
+        return False
+    return cannot_lower(product) is None
+
+
+def weigh(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined, Tensor]:
+    """The entries of G and the value of a mined objective in one launch; `scale`: (K,) or a number."""
+    found: tuple[Mined, Tensor] = _kernels().weighed(statistics, product, scale)
+    return found
+
+
+def mined_emit(
+    how: How, similarity: Dot, x: Tensor, y: Tensor, mined: Mined, incoming: Tensor | None, needs: Needs
+) -> Gradients:
+    """∂l/∂x and ∂l/∂y of the entries that weighing leaves, times the incoming gradient (0-d)."""
     if not how.kernels:
+        entries = mined.entries()
+        if incoming is not None:
+            entries = entries._replace(value=entries.value * incoming)
         return similarity.vjp(x, y, entries, needs)
+    incoming = mined.pull.new_ones(()) if incoming is None else incoming
     if torch.compiler.is_compiling():
-        gx, gy = torch.ops.goal.mined_emit(x, y, *entries, *needs)
+        gx, gy = torch.ops.goal.mined_emit(x, y, *mined, incoming, *needs)
         return gx if needs[0] else None, gy if needs[1] else None
-    found: Gradients = _kernels().mined_emit(x, y, entries, needs)
+    found: Gradients = _kernels().mined_emit(x, y, mined, incoming, needs)
     return found
 
 
 @torch.library.custom_op("goal::mined_emit", mutates_args=())
 def _mined_emit_op(
-    x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, need_x: bool, need_y: bool
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    pull: Tensor,
+    push: Tensor,
+    incoming: Tensor,
+    need_x: bool,
+    need_y: bool,
 ) -> list[Tensor]:
-    found = _kernels().mined_emit(x, y, Entries(row, col, value), (need_x, need_y))
+    found = _kernels().mined_emit(x, y, Mined(index, pull, push), incoming, (need_x, need_y))
     return [side.new_empty(0) if one is None else one for one, side in zip(found, (x, y), strict=True)]
 
 
 @_mined_emit_op.register_fake
-def _(x: Tensor, y: Tensor, row: Tensor, col: Tensor, value: Tensor, need_x: bool, need_y: bool) -> list[Tensor]:
+def _(
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    pull: Tensor,
+    push: Tensor,
+    incoming: Tensor,
+    need_x: bool,
+    need_y: bool,
+) -> list[Tensor]:
     return [side.new_empty(side.shape if needed else 0) for side, needed in ((x, need_x), (y, need_y))]
 
 

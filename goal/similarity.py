@@ -32,6 +32,23 @@ class Entries(NamedTuple):
     value: Tensor  # (E,)
 
 
+class Mined(NamedTuple):
+    """What weighing leaves of mined objectives: entries of G, row 0 of anchors x→y, row 1 of anchors y→x."""
+
+    negative: Tensor  # (2, K) int64: its row in y, or in x
+    pull: Tensor  # (2, K) entries at the pairs; both rows add
+    push: Tensor  # (2, K) entries at the negatives
+
+    def entries(self) -> Entries:
+        """The same, one by one: those at the pairs, then x→y's, then y→x's."""
+        anchors = torch.arange(self.negative.shape[1], device=self.negative.device)
+        return Entries(
+            row=torch.cat((anchors, anchors, self.negative[1])),
+            col=torch.cat((anchors, self.negative[0], anchors)),
+            value=torch.cat((self.pull.sum(0), self.push.flatten())),
+        )
+
+
 class Dot:
     """s = x·y: the inner product; on unit vectors the cosine."""
 

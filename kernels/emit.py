@@ -33,13 +33,13 @@ def _rows(x, at, x_row, x_col, on, column, D):
 
 @triton.jit
 def emit(
-    x, y, gx, gy, pull, push, index, targets, order,
+    x, y, gx, gy, pull, push, index, targets, order, incoming,
     N, M, K, D, x_row, x_col, y_row, y_col, blocks,
     SORTED: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of ∂l/∂x (the first `blocks` programs) or of ∂l/∂y, BLOCK of their columns.
 
-    pull (K,), push (2, K) and index (2, K): the values of G at the pairs and at the negatives, and where those are.
+    pull, push, index (2, K): as in `similarity.Mined`, whose `negative` is the index. incoming (1,): what everything is multiplied by.
     targets, order (2, K): index sorted, stably; not SORTED: index itself, and every anchor is looked at.
     """
     program = tl.program_id(0)
@@ -52,7 +52,7 @@ def emit(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     anchor = target < K
     own, away = _wide(side) * K, _wide(1 - side) * K
-    value = tl.load(pull + target, mask=anchor, other=0)
+    value = tl.load(pull + target, mask=anchor, other=0) + tl.load(pull + _wide(K) + target, mask=anchor, other=0)
     total = value[:, None] * _rows(other, target, row, col, anchor, column, D)
     value = tl.load(push + own + target, mask=anchor, other=0)
     at = tl.load(index + own + target, mask=anchor, other=0)
@@ -72,5 +72,6 @@ def emit(
         value = tl.load(push + away + source, mask=on, other=0)
         g = tl.where(goal[None, :] == target[:, None], value[None, :], 0.0)  # (ROWS, SOURCES)
         total += tl.dot(g, _rows(other, source, row, col, on, column, D), input_precision="ieee")
+    total *= tl.load(incoming).to(tl.float32)
     inside = (target < size)[:, None] & (column < D)[None, :]
     tl.store(out + target[:, None] * D + column[None, :], total.to(out.dtype.element_ty), mask=inside)

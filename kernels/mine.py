@@ -94,7 +94,7 @@ def pair(
     N, M, K, D, x_row, x_col, y_row, y_col,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """s⁺ (K,), and bounds (3,) int32: ordered −min s⁺, bits of max ‖x‖, bits of max ‖y‖; they begin as LOWEST."""
+    """s⁺ (K,), and bounds (3,) int32, which begin as 0: −min s⁺ as an ordered unsigned word, max ‖x‖, max ‖y‖."""
     row = _wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     length_x = _norm(x, row, x_row, x_col, row < N, D, BLOCK)
     length_y = _norm(y, row, y_row, y_col, row < M, D, BLOCK)
@@ -103,13 +103,14 @@ def pair(
     on = row < K
     s = _similarities(x, row, x_row, x_col, y, row, y_row, y_col, on, D, BLOCK)
     tl.store(s_pos + row, s, mask=on)
-    tl.atomic_max(bounds, tl.max(tl.where(on, _ordered(_visible(-s)), LOWEST), 0))
+    most = tl.max(tl.where(on, _ordered(_visible(-s)), LOWEST), 0) ^ LOWEST
+    tl.atomic_max(bounds.to(tl.pointer_type(tl.uint32)), most.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def _threshold(bounds):
     """min s⁺ − 0.1: the similarity from which a negative is valid."""
-    return -_float(_ordered(tl.load(bounds))) - 0.1
+    return -_float(_ordered(tl.load(bounds) ^ LOWEST)) - 0.1
 
 
 @triton.jit
@@ -266,12 +267,12 @@ def scan(
 
     first: the first row of tiles of which there are `height`, each of `width` tiles; row_anchors of their rows are
     anchors. s_pos: of the arithmetic of the scan. margin: of semi-hard mining. slack: similarities closer than
-    slack · max ‖x‖ · max ‖y‖ are equal. WIDE: runs where the exponents' range is too large for one shift, and only
-    there. INNER: for counting instructions, a tile of negatives alone.
+    slack · max ‖x‖ · max ‖y‖ are equal. WIDE: 0 runs where one shift serves all exponents, 1 runs elsewhere,
+    2 runs always. INNER: for counting instructions, a tile of negatives alone.
     """
     if EXP:  # noqa: SIM102
-        if (beta * (_reach(bounds) - _threshold(bounds)) >= 80.0) != WIDE:  # the other launch does it
-            return
+        if WIDE < 2 and (beta * (_reach(bounds) - _threshold(bounds)) >= 80.0) != (WIDE == 1):
+            return  # the other launch does it
     i, j = _tile_of(tl.program_id(0), height, width, GROUP)
     first_row, first_col = (first + i) * HEIGHT, j * WIDTH
     s = tile(x, y, first_row, first_col, N, M, D, x_row, x_col, y_row, y_col, HEIGHT, WIDTH, DEPTH, PRECISION, TMA)
@@ -326,7 +327,7 @@ def scan(
             tl.maximum(_value(_units(col_best), scale), least),
         )
         row_at, col_at = _place(row_best)[:, None], _place(col_best)[None, :]
-        if WIDE:
+        if WIDE > 0:
             valid = tl.where(s >= least, 1.0, 0.0)
             of_row = tl.where(c[None, :] == row_at, 0.0, valid * _exp2(rate * tl.minimum(s - row_top[:, None], 0.0)))
             of_col = tl.where(r[:, None] == col_at, 0.0, valid * _exp2(rate * tl.minimum(s - col_top[None, :], 0.0)))

@@ -12,9 +12,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from goal.kernels import dense, emit, mine
+from goal.kernels import dense, emit, mine, weigh
 from goal.kernels.lower import lower, numbers
-from goal.similarity import Entries, Gradients, Needs
+from goal.similarity import Gradients, Mined, Needs
 from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import STATISTICS, Product
 
@@ -73,7 +73,7 @@ def _chunk(n: int, m: int, k: int, cut: Tiling, fields: int) -> int:
     """Rows of tiles whose partials are held at once."""
     height, width = triton.cdiv(n, cut.height), triton.cdiv(m, cut.width)
     fitting: int = HELD // (4 * fields * (width * cut.height + k))
-    return max(1, min(height, fitting))
+    return int(max(1, min(height, fitting)))
 
 
 def _bulk(x: Tensor) -> bool:
@@ -91,7 +91,7 @@ def _bulk(x: Tensor) -> bool:
 def pair(x: Tensor, y: Tensor, pairs: int) -> Pairs:
     """s⁺ (K,), and bounds (3,): min s⁺, max ‖x‖, max ‖y‖ as `mine.pair` writes them."""
     s_pos = x.new_empty(pairs, dtype=torch.float32)
-    bounds = torch.full((3,), -(2**31), dtype=torch.int32, device=x.device)
+    bounds = torch.zeros(3, dtype=torch.int32, device=x.device)
     n, m = x.shape[0], y.shape[0]
     mine.pair[(triton.cdiv(max(n, m), ROWS),)](
         x, y, s_pos, bounds, n, m, pairs, x.shape[1], *x.stride(), *y.stride(), ROWS=ROWS, BLOCK=BLOCK
@@ -148,7 +148,9 @@ def statistics(
     for first in range(0, height, step):
         high = min(step, height - first)
         anchors = max(0, min(k - first * cut.height, high * cut.height))
-        for wide in (False, True) if exp else (False,):
+        # one of the two launches does the work, whichever the range asks for; a small batch takes the general one alone
+        wides = (0,) if not exp else (2,) if n * m <= SMALL else (0, 1)
+        for wide in wides:
             mine.scan[(high * width,)](
                 p_x, p_y, ids, y_ids, scanned, bounds, rows, cols, n, m, k, d, *a.stride(), *b.stride(),
                 first, high, width, anchors, margin, slack, beta,
@@ -185,18 +187,34 @@ def _ids(masks: Masks, like: Tensor) -> tuple[Tensor, Tensor]:
 _NEAR = {"half": 2**-20, "ieee": 2**-20, "tf32": 2**-9, "halved": 2**-9}
 
 
-def mined_emit(x: Tensor, y: Tensor, entries: Entries, needs: Needs) -> Gradients:
-    """∂l/∂x and ∂l/∂y of a mined objective's entries: the pairs, then what x→y has mined, then y→x."""
-    (n, d), m = x.shape, y.shape[0]
-    k = entries.value.shape[0] // 3
-    index = torch.stack((entries.col[k : 2 * k], entries.row[2 * k :]))
+def weighed(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined, Tensor]:
+    """The entries of G and the value (0-d) of a mined objective; `scale`: what anchors weigh, (K,) or a number."""
+    s_pos, hardest, negative, semi, semi_negative, r_lin, r_exp = statistics
+    k = s_pos.shape[0]
+    selected, index = (hardest, negative) if semi is None or semi_negative is None else (semi, semi_negative)
+    pull, push, value = torch.empty_like(hardest), torch.empty_like(hardest), torch.empty_like(s_pos[0])
+    lowered, declared = lower(product), product.statistics
+    weights = isinstance(scale, Tensor)
+    weigh.weigh[(1,)](
+        s_pos, hardest, selected, hardest if r_lin is None else r_lin, hardest if r_exp is None else r_exp,
+        scale if weights else s_pos, pull, push, value, k, 0.0 if weights else scale,
+        product.read_by("r_pos_exp") if "r_pos_exp" in declared else 0.0, *numbers(product),
+        WEIGHTS=lowered.weights, VALUE=lowered.value, WEIGHTED=weights,
+        **{name.upper(): name in declared for name in STATISTICS}, ANCHORS=64, BLOCK=64,
+    )  # fmt: skip
+    return Mined(index, pull, push), value
+
+
+def mined_emit(x: Tensor, y: Tensor, mined: Mined, incoming: Tensor, needs: Needs) -> Gradients:
+    """∂l/∂x and ∂l/∂y of a mined objective, in the dtypes of x and y."""
+    (n, d), m, k = x.shape, y.shape[0], mined.negative.shape[1]
+    index, pull, push = (one.contiguous() for one in mined)
     few = k <= FEW
     targets, order = (index, index) if few else index.sort(dim=1, stable=True)
     gx, gy = x.new_empty(n if needs[0] else 0, d), y.new_empty(m if needs[1] else 0, d)
     blocks = triton.cdiv(gx.shape[0], ROWS)
-    value = entries.value.contiguous()
     emit.emit[(blocks + triton.cdiv(gy.shape[0], ROWS), triton.cdiv(d, BLOCK))](
-        x, y, gx, gy, value, value[k:], index, targets, order,
+        x, y, gx, gy, pull, push, index, targets, order, incoming,
         n, m, k, d, *x.stride(), *y.stride(), blocks, SORTED=not few, ROWS=ROWS, SOURCES=32, BLOCK=BLOCK,
     )  # fmt: skip
     return gx if needs[0] else None, gy if needs[1] else None

@@ -1,0 +1,77 @@
+"""T · P± of a small batch in one launch: there, the many small launches of plain tensor functions are what costs.
+
+The terms are lowered (lower.py), R⁺ is taken from its definition, and one program walks over all anchors, so that the
+value is summed in a fixed order. Larger batches, and terms that do not lower, are weighed by `goal.engine`.
+"""
+
+import triton
+import triton.language as tl
+
+from goal.kernels.mine import _wide
+
+
+@triton.jit
+def _positives(
+    s_pos, own, anchor, reach, alpha, K,
+    LIN: tl.constexpr, EXP: tl.constexpr, ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(A,) mean s⁺ᵢ − s⁺ₖ and mean exp(α(s⁺ᵢ − s⁺ₖ)) over the k ≠ i with s⁺ₖ ≤ reach."""
+    lin, lin_count = tl.zeros([ANCHORS], tl.float32), tl.zeros([ANCHORS], tl.float32)
+    exp, exp_count = tl.zeros([ANCHORS], tl.float32), tl.zeros([ANCHORS], tl.float32)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        other = tl.load(s_pos + k, mask=k < K, other=float("inf"))[None, :]
+        gap = own[:, None] - other
+        valid = (other <= reach[:, None]) & (k < K)[None, :]
+        if LIN:
+            some = valid & (gap != 0)
+            lin += tl.sum(tl.where(some, gap, 0.0), 1)
+            lin_count += tl.sum(tl.where(some, 1.0, 0.0), 1)
+        if EXP:  # beyond −745 an entry is 0 in float64, and left out
+            some = valid & (k[None, :] != anchor[:, None]) & (alpha * gap > -745.13)
+            exp += tl.sum(tl.where(some, tl.exp(alpha * gap), 0.0), 1)
+            exp_count += tl.sum(tl.where(some, 1.0, 0.0), 1)
+    return lin / tl.maximum(lin_count, 1.0), exp / tl.maximum(exp_count, 1.0)
+
+
+@triton.jit
+def weigh(
+    s_pos, s_neg, selected, r_neg_lin, r_neg_exp, weight, pull, push, value,
+    K, scale, alpha, p0, p1, p2, p3, p4, p5, p6, p7,
+    WEIGHTS: tl.constexpr, VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
+    R_POS_LIN: tl.constexpr, R_POS_EXP: tl.constexpr, R_NEG_LIN: tl.constexpr, R_NEG_EXP: tl.constexpr,
+    ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pull and push (2, K): the entries of G at the pairs and at the selected negatives; value (1,): their loss.
+
+    s_neg (2, K): of the hardest negatives; selected (2, K): of those that are met. weight (K,), if WEIGHTED, or scale:
+    what an anchor weighs.
+    """
+    loss = tl.zeros([ANCHORS], tl.float32)
+    for start in range(0, 2 * K, ANCHORS):
+        place = start + tl.arange(0, ANCHORS)
+        on = place < 2 * K
+        anchor = tl.where(place < K, place, place - K)
+        at = _wide(0) + place
+        own = tl.load(s_pos + anchor, mask=on, other=0)
+        hardest = tl.load(s_neg + at, mask=on, other=-float("inf"))
+        found = tl.load(selected + at, mask=on, other=-float("inf"))
+        has = found != -float("inf")
+        met = tl.where(has, found, own)  # a stand-in where there is no negative: its share is 0
+        share = tl.zeros([ANCHORS], tl.float32) + scale
+        if WEIGHTED:
+            share = tl.load(weight + anchor, mask=on, other=0)
+        gap = hardest - own
+        share = tl.where(has, share, 0.0) + tl.where(on & (gap != gap), gap, 0.0)  # a NaN shows
+        r0, r2 = _positives(s_pos, own, anchor, hardest + 0.1, alpha, K, R_POS_LIN, R_POS_EXP, ANCHORS, BLOCK)
+        r1, r3 = r0, r2
+        if R_NEG_LIN:
+            r1 = tl.load(r_neg_lin + at, mask=on, other=0)
+        if R_NEG_EXP:
+            r3 = tl.load(r_neg_exp + at, mask=on, other=0)
+        t, p_pos, p_neg = WEIGHTS(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
+        tl.store(pull + at, -t * share * p_pos, mask=on)
+        tl.store(push + at, t * share * p_neg, mask=on)
+        share = tl.where(has, share, 0.0)
+        loss += tl.where(on, share * VALUE(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7), 0.0)
+    tl.store(value, tl.sum(loss, 0))

@@ -39,7 +39,7 @@ def emit(
 ):  # fmt: skip
     """ROWS rows of ∂l/∂x (the first `blocks` programs) or of ∂l/∂y, BLOCK of their columns.
 
-    pull, push, index (2, K): as in `similarity.Mined`, whose `negative` is the index. incoming (1,): what everything is multiplied by.
+    pull, push, index (2, K): as in `similarity.Mined`. incoming (1,): what everything is multiplied by.
     targets, order (2, K): index sorted, stably; not SORTED: index itself, and every anchor is looked at.
     """
     program = tl.program_id(0)
@@ -69,8 +69,8 @@ def emit(
         source = place.to(tl.int64)
         if SORTED:
             source = tl.load(order + away + place, mask=on, other=0)
-        value = tl.load(push + away + source, mask=on, other=0)
-        g = tl.where(goal[None, :] == target[:, None], value[None, :], 0.0)  # (ROWS, SOURCES)
+        each = tl.load(push + away + source, mask=on, other=0)
+        g = tl.where(goal[None, :] == target[:, None], each[None, :], 0.0)  # (ROWS, SOURCES)
         total += tl.dot(g, _rows(other, source, row, col, on, column, D), input_precision="ieee")
     total *= tl.load(incoming).to(tl.float32)
     inside = (target < size)[:, None] & (column < D)[None, :]

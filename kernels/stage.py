@@ -34,12 +34,23 @@ class Tiling(NamedTuple):
     stages: int
 
 
-def tiling(request: Request, arithmetic: str) -> Tiling:
-    """Wide tiles where only maxima are sought; narrower ones leave registers for the sums."""
+def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 0)) -> Tiling:
+    """Wide tiles where only maxima are sought; narrower ones leave registers for the sums. No variant spills."""
     if arithmetic == "ieee":
         return Tiling(64, 64, 32, 4, 2)
     depth = 32 if arithmetic == "tf32" else 64
-    return Tiling(128, 64 if request.sums or request.semi_hard is not None else 128, depth, 4, 3)
+    if not request.sums and request.semi_hard is None:
+        return Tiling(128, 128, depth, 4, 3)
+    return Tiling(128, 64, depth, 8 if capability >= (10, 0) else 4, 3)
+
+
+def dense_tiling(arithmetic: str) -> Tiling:
+    """Tiles of G hold both directions' weights at once: few elements for each thread."""
+    return Tiling(64, 64, 32 if arithmetic in ("ieee", "tf32") else 64, 8, 2)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
 def arithmetic(x: Tensor, y: Tensor, precision: str) -> str:
@@ -55,7 +66,7 @@ def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) ->
     """How S would be walked through."""
     (n, d), m, k = x.shape, y.shape[0], min(x.shape[0], y.shape[0])
     how, said = arithmetic(x, y, precision), {"halved": "scanned in float16", "half": "16-bit inputs as they are"}
-    cut = tiling(request, how)
+    cut = tiling(request, how, _capability(x))
     fields = _fields(request)
     partials = _chunk(n, m, k, cut, fields) * 4 * fields * (triton.cdiv(m, cut.width) * cut.height + k)
     copies = 2 * (n + m) * d if how == "halved" else 0
@@ -79,8 +90,7 @@ def _chunk(n: int, m: int, k: int, cut: Tiling, fields: int) -> int:
 def _bulk(x: Tensor) -> bool:
     """Whether the tensor memory accelerator (sm_90 on) can load tiles of it: aligned rows, one after another."""
     return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        _capability(x) >= (9, 0)
         and x.element_size() == 2
         and x.stride(1) == 1
         and x.stride(0) % 8 == 0
@@ -124,7 +134,7 @@ def statistics(
     s_pos, bounds = pairs
     how = arithmetic(x, y, precision)
     (n, d), m, k = x.shape, y.shape[0], masks.pairs
-    cut = tiling(request, how) if cut is None else cut
+    cut = cut or tiling(request, how, _capability(x))
     a, b, scanned = x, y, s_pos
     if how == "halved":
         a, b = _halved(x, bounds[1:]), _halved(y, bounds[2:])
@@ -279,7 +289,7 @@ def _dense(
     how = arithmetic(x, y, precision)
     if how == "halved":
         x, y = _halved(x, pairs.bounds[1:]), _halved(y, pairs.bounds[2:])
-    cut = cut or Tiling(64 if how == "ieee" else 128, 64, 32 if x.dtype == torch.float32 else 64, 4, 2)
+    cut = cut or dense_tiling(how)
     return _Dense(x, y, how, pairs, share.contiguous(), masks, cut)
 
 
@@ -343,14 +353,14 @@ def dense_emit(
                     w, scales, walk.y, into_x, pairs.bounds, walk.listed, walk.size, rows, walk.y.shape[0], d,
                     line, 1, *walk.y.stride(), width, 1, begin, 0, 2 - walk.side,
                     LISTED="none" if walk.both else "targets", **options,
-                    TARGETS=cut.height, SOURCES=cut.width, BLOCK=BLOCK,
+                    TARGETS=cut.height, SOURCES=cut.width, BLOCK=BLOCK, num_warps=cut.warps,
                 )  # fmt: skip
             if need_y:
                 dense.product[(width, columns)](
                     w, scales, walk.x, into_y, pairs.bounds, walk.listed, walk.size, walk.y.shape[0], rows, d,
                     1, line, *walk.x.stride(), 1, width, 0, begin, 1 + walk.side,
                     LISTED="none" if walk.both else "sources", **options,
-                    TARGETS=cut.width, SOURCES=cut.height, BLOCK=BLOCK,
+                    TARGETS=cut.width, SOURCES=cut.height, BLOCK=BLOCK, num_warps=cut.warps,
                 )  # fmt: skip
         taken = pull_rows.sum(0)
         pull = pull + taken if walk.both else pull + torch.zeros_like(pull).scatter(0, walk.listed, taken)

@@ -19,6 +19,7 @@ from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import STATISTICS, Product
 
 HELD = 1 << 26  # bytes of partials, or of coefficients, held at once
+FUSED = {"enable_fp_fusion": True}  # of every launch: Triton's default changes with 3.10, and the bits with it
 ROWS, BLOCK = 16, 128  # of the kernels that compute single similarities; the same in all, so that equal pairs are equal
 FEW = 1024  # pairs up to which the emission looks at every anchor instead of sorting them
 SMALL = 1 << 20  # elements of S up to which float32 inputs are scanned in tf32: copying them costs more than it saves
@@ -104,7 +105,7 @@ def pair(x: Tensor, y: Tensor, pairs: int) -> Pairs:
     bounds = torch.zeros(3, dtype=torch.int32, device=x.device)
     n, m = x.shape[0], y.shape[0]
     mine.pair[(triton.cdiv(max(n, m), ROWS),)](
-        x, y, s_pos, bounds, n, m, pairs, x.shape[1], *x.stride(), *y.stride(), ROWS=ROWS, BLOCK=BLOCK
+        x, y, s_pos, bounds, n, m, pairs, x.shape[1], *x.stride(), *y.stride(), ROWS=ROWS, BLOCK=BLOCK, **FUSED
     )
     return Pairs(s_pos, bounds)
 
@@ -116,14 +117,16 @@ def _descriptor(x: Tensor, rows: int, depth: int) -> Any:
 def _halved(x: Tensor, length: Tensor) -> Tensor:
     n, d = x.shape
     out = torch.empty(n, d, dtype=torch.float16, device=x.device)
-    mine.halve[(triton.cdiv(n, ROWS), triton.cdiv(d, BLOCK))](x, out, length, n, d, *x.stride(), ROWS=ROWS, BLOCK=BLOCK)
+    mine.halve[(triton.cdiv(n, ROWS), triton.cdiv(d, BLOCK))](
+        x, out, length, n, d, *x.stride(), ROWS=ROWS, BLOCK=BLOCK, **FUSED
+    )
     return out
 
 
 def _scaled_back(s: Tensor, bounds: Tensor) -> Tensor:
     """Similarities of 16-bit copies as those of what they are copies of."""
     out = torch.empty_like(s)
-    mine.scale_back[(triton.cdiv(s.shape[0], 1024),)](s, out, bounds, s.shape[0], BLOCK=1024)
+    mine.scale_back[(triton.cdiv(s.shape[0], 1024),)](s, out, bounds, s.shape[0], BLOCK=1024, **FUSED)
     return out
 
 
@@ -166,16 +169,16 @@ def statistics(
                 first, high, width, anchors, margin, slack, beta,
                 IDS=masks.ids is not None, **asked, WIDE=wide, HALVED=how == "halved",
                 PRECISION="ieee" if how == "ieee" else "tf32", TMA=bulk,
-                **shape, DEPTH=cut.depth, GROUP=8, INNER=False, num_warps=cut.warps, num_stages=cut.stages,
+                **shape, DEPTH=cut.depth, GROUP=8, INNER=False, num_warps=cut.warps, num_stages=cut.stages, **FUSED,
             )  # fmt: skip
         mine.merge[(triton.cdiv(max(anchors, k), 64), 2)](
             rows, cols, state, bounds, k, first, high, width, anchors, slack, beta,
-            **asked, **shape, BLOCK=64,
+            **asked, **shape, BLOCK=64, **FUSED,
         )  # fmt: skip
     value, index = x.new_empty(4, 2, k, dtype=torch.float32), torch.empty(2, 2, k, dtype=torch.int64, device=x.device)
     mine.finish[(triton.cdiv(k, ROWS), 2)](
         x, y, state, bounds, value[0], index[0], value[1], index[1], value[2], value[3],
-        k, d, *x.stride(), *y.stride(), _NEAR[how], beta, **asked, ROWS=ROWS, BLOCK=BLOCK,
+        k, d, *x.stride(), *y.stride(), _NEAR[how], beta, **asked, ROWS=ROWS, BLOCK=BLOCK, **FUSED,
     )  # fmt: skip
     return Statistics(
         s_pos=s_pos,
@@ -210,7 +213,7 @@ def weighed(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined
         scale if weights else s_pos, pull, push, value, k, 0.0 if weights else scale,
         product.read_by("r_pos_exp") if "r_pos_exp" in declared else 0.0, *numbers(product),
         WEIGHTS=lowered.weights, VALUE=lowered.value, WEIGHTED=weights,
-        **{name.upper(): name in declared for name in STATISTICS}, ANCHORS=64, BLOCK=64,
+        **{name.upper(): name in declared for name in STATISTICS}, ANCHORS=64, BLOCK=64, **FUSED,
     )  # fmt: skip
     return Mined(index, pull, push), value
 
@@ -225,7 +228,7 @@ def mined_emit(x: Tensor, y: Tensor, mined: Mined, incoming: Tensor, needs: Need
     blocks = triton.cdiv(gx.shape[0], ROWS)
     emit.emit[(blocks + triton.cdiv(gy.shape[0], ROWS), triton.cdiv(d, BLOCK))](
         x, y, gx, gy, pull, push, index, targets, order, incoming,
-        n, m, k, d, *x.stride(), *y.stride(), blocks, SORTED=not few, ROWS=ROWS, SOURCES=32, BLOCK=BLOCK,
+        n, m, k, d, *x.stride(), *y.stride(), blocks, SORTED=not few, ROWS=ROWS, SOURCES=32, BLOCK=BLOCK, **FUSED,
     )  # fmt: skip
     return gx if needs[0] else None, gy if needs[1] else None
 
@@ -279,7 +282,7 @@ class _Dense(NamedTuple):
         return {
             "BOTH": walk.both, "IDS": self.masks.ids is not None, "HALVED": self.how == "halved",
             "PRECISION": self.precision, "HEIGHT": self.cut.height, "WIDTH": self.cut.width, "DEPTH": self.cut.depth,
-            "GROUP": 8, "num_warps": self.cut.warps, "num_stages": self.cut.stages,
+            "GROUP": 8, "num_warps": self.cut.warps, "num_stages": self.cut.stages, **FUSED,
         }  # fmt: skip
 
 
@@ -334,7 +337,7 @@ def dense_emit(
         into_x, into_y = (out[0], out[1]) if walk.side == 0 else (out[1], out[0])
         need_x, need_y = needs if walk.side == 0 else needs[::-1]
         pull_rows = torch.zeros(width, k, **new)
-        options = {"SCALED": scaled, "HALVED": run.how == "halved", "PRECISION": run.precision}
+        options = {"SCALED": scaled, "HALVED": run.how == "halved", "PRECISION": run.precision, **FUSED}
         for first in range(0, height, step):
             high = min(step, height - first)
             pull_cols = torch.zeros(high if walk.both else 0, k, **new)

@@ -12,7 +12,7 @@ that nobody waits for the count.
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import INTERPRET, _float, _power, _reach, _tile_of, _wide, negatives
+from goal.kernels.mine import INTERPRET, _float, _poison, _power, _tile_of, _wide, negatives
 
 
 @triton.jit
@@ -47,10 +47,8 @@ def _relative(relative, field, side, at, on, K):
 
 @triton.jit
 def _share(share, side, at, on, K, bounds):
-    """(A,) what each negative of these anchors weighs; NaN where x or y holds a NaN or inf, which has to show."""
-    reach = _reach(bounds)
-    poison = tl.where(reach - reach == 0, 0.0, float("nan"))
-    return tl.load(share + side * _wide(K) + at, mask=on, other=0) + tl.where(on, poison, 0.0)
+    """(A,) what each negative of these anchors weighs; NaN where x or y holds a NaN or inf."""
+    return tl.load(share + side * _wide(K) + at, mask=on, other=0) + tl.where(on, _poison(bounds), 0.0)
 
 
 @triton.jit

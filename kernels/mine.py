@@ -115,8 +115,15 @@ def _threshold(bounds):
 
 @triton.jit
 def _reach(bounds):
-    """max ‖x‖ · max ‖y‖ ≥ every |s|; NaN if x or y holds one."""
-    return _float(tl.load(bounds + 1)) * _float(tl.load(bounds + 2))
+    """max ‖x‖ · max ‖y‖ ≥ every |s|, no larger than float32 holds."""
+    return tl.minimum(_float(tl.load(bounds + 1)) * _float(tl.load(bounds + 2)), 3.4028234663852886e38)
+
+
+@triton.jit
+def _poison(bounds):
+    """0, or NaN where x or y holds a NaN or inf, which has to show."""
+    x, y = _float(tl.load(bounds + 1)), _float(tl.load(bounds + 2))
+    return (x - x) + (y - y)
 
 
 @triton.jit
@@ -481,9 +488,8 @@ def _better(s, at, close, best, index, which, RANK: tl.constexpr):
 
 
 @triton.jit
-def _joins(units, s, close, which, top, least, scale, rate, RANK: tl.constexpr):
+def _joins(units, s, which, top, least, rate, RANK: tl.constexpr):
     """exp(−β(s⁻ − s)) of a kept candidate that did not win, if it is valid."""
-    s = tl.where(close, s, _value(units, scale))
     return tl.where((units >= 0) & (which != RANK) & (s >= least), tl.exp2(rate * tl.minimum(s - top, 0.0)), 0.0)
 
 
@@ -500,10 +506,12 @@ def finish(
     stride = 2 * _wide(K)
     out = _wide(side) * K + anchor
     state += out
-    scale, least, reach = _scale(bounds), _threshold(bounds), _reach(bounds)
-    close = (near * reach * scale).to(tl.int32) + 2
+    scale, least = _scale(bounds), _threshold(bounds)
+    close = (near * _reach(bounds) * scale).to(tl.int32) + 2
     cut = _get(state, 0, stride, on, -1) - close
-    u0, index, best, c0 = _score(state, 0, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
+    if EXP:  # all of them: those that do not win join the sum
+        cut = cut * 0
+    u0, index, best, _ = _score(state, 0, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
     u1, a1, s1, c1 = _score(state, 1, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
     u2, a2, s2, c2 = _score(state, 2, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
     u3, a3, s3, c3 = _score(state, 3, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
@@ -511,7 +519,7 @@ def finish(
     best, index, which = _better(s1, a1, c1, best, index, which, 1)
     best, index, which = _better(s2, a2, c2, best, index, which, 2)
     best, index, which = _better(s3, a3, c3, best, index, which, 3)
-    poison = tl.where(reach - reach == 0, 0.0, float("nan"))  # a NaN or inf anywhere is in every maximum
+    poison = _poison(bounds)  # a NaN or inf anywhere is in every maximum
     tl.store(s_neg + out, tl.where(u0 >= 0, best + poison, -float("inf")), mask=on)
     tl.store(negative + out, index, mask=on)
     AT: tl.constexpr = 16 if SEMI else 8
@@ -527,15 +535,15 @@ def finish(
         top = tl.maximum(best, least)
         total = _float(_get(state, EXP_AT + 1, stride, on, 0))
         total *= tl.exp2(rate * (tl.maximum(_value(u0, scale), least) - top))
-        total += _joins(u0, s0, c0, which, top, least, scale, rate, 0)
-        total += _joins(u1, s1, c1, which, top, least, scale, rate, 1)
-        total += _joins(u2, s2, c2, which, top, least, scale, rate, 2)
-        total += _joins(u3, s3, c3, which, top, least, scale, rate, 3)
+        total += _joins(u0, s0, which, top, least, rate, 0)
+        total += _joins(u1, s1, which, top, least, rate, 1)
+        total += _joins(u2, s2, which, top, least, rate, 2)
+        total += _joins(u3, s3, which, top, least, rate, 3)
         count = _float(_get(state, EXP_AT, stride, on, 0)) - tl.where(best >= least, 1.0, 0.0)
         tl.store(r_exp + out, tl.where((u0 >= 0) & (count > 0), total / tl.maximum(count, 1.0), 0.0), mask=on)
     if SEMI:
         cut = _get(state, 8, stride, on, -1) - close
-        u0, index, best, c0 = _score(
+        u0, index, best, _ = _score(
             state, 8, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK
         )
         u1, a1, s1, c1 = _score(state, 9, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)

@@ -152,7 +152,7 @@ def statistics(
     cols = torch.empty(fields * step * k, **new)
     state = torch.empty(8 * (1 + semi) + 3 * lin + 2 * exp, 2, k, **new)
     margin, beta = request.semi_hard or 0.0, request.beta or 0.0
-    slack = 2 * d**0.5 * torch.finfo(torch.float32).eps
+    slack = max(2 * d**0.5, 16) * torch.finfo(torch.float32).eps  # at least a unit of a key
     bulk = _bulk(a) and _bulk(b)
     p_x, p_y = (_descriptor(a, cut.height, cut.depth), _descriptor(b, cut.width, cut.depth)) if bulk else (a, b)
     asked = {"SEMI": semi, "LIN": lin, "EXP": exp}

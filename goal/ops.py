@@ -8,6 +8,7 @@ sizes only. Numbers travel in a float64 tensor, NaN for None: changing τ or a m
 
 from __future__ import annotations
 
+import functools
 import math
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -42,7 +43,29 @@ def _kernels() -> ModuleType:
 
 
 def cannot_lower(product: Product) -> str | None:
-    """What keeps T × P from the dense kernels, or None."""
+    """What keeps T × P from the dense kernels, or None. Numbers do not matter; in a graph the answer is a constant."""
+    T, P = product.T, product.P
+    found: str | None = _constant(T.name, _structure(T), P.name, _structure(P))
+    return found
+
+
+def _structure(term: Term) -> tuple[Parameter, ...]:
+    """A term's parameters, any number in place of its numbers."""
+    return tuple(value if value is None or isinstance(value, bool) else 0.5 for _, value in term.values)
+
+
+def _obstacle(t: str, t_values: tuple[Parameter, ...], p: str, p_values: tuple[Parameter, ...]) -> str | None:
+    def term(definition: terms.Definition, values: tuple[Parameter, ...]) -> Term:
+        return Term(definition, tuple(zip(definition.defaults, values, strict=True)))
+
+    return _refusal(Product(term(terms.T[t], t_values), term(terms.P[p], p_values)))
+
+
+_constant: Any = torch.compiler.assume_constant_result(_obstacle)
+
+
+@functools.cache
+def _refusal(product: Product) -> str | None:
     from goal.kernels import lower
 
     try:

@@ -534,18 +534,22 @@ def finish(
         rate = beta * 1.4426950408889634
         top = tl.maximum(best, least)
         total = _float(_get(state, EXP_AT + 1, stride, on, 0))
-        total *= tl.exp2(rate * (tl.maximum(_value(u0, scale), least) - top))
+        # the best is known to within a unit only now; in units of long rows that may be far
+        shift = rate * (tl.maximum(_value(u0, scale), least) - top)
+        total = tl.where(total > 0, total * tl.exp2(tl.minimum(shift, 126.0)), 0.0)
         total += _joins(u0, s0, which, top, least, rate, 0)
         total += _joins(u1, s1, which, top, least, rate, 1)
         total += _joins(u2, s2, which, top, least, rate, 2)
         total += _joins(u3, s3, which, top, least, rate, 3)
         count = _float(_get(state, EXP_AT, stride, on, 0)) - tl.where(best >= least, 1.0, 0.0)
-        tl.store(r_exp + out, tl.where((u0 >= 0) & (count > 0), total / tl.maximum(count, 1.0), 0.0), mask=on)
+        tl.store(
+            r_exp + out,
+            tl.where((u0 >= 0) & (count > 0), tl.minimum(total / tl.maximum(count, 1.0), 1.0), 0.0),
+            mask=on,
+        )
     if SEMI:
         cut = _get(state, 8, stride, on, -1) - close
-        u0, index, best, _ = _score(
-            state, 8, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK
-        )
+        u0, index, best, _ = _score(state, 8, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
         u1, a1, s1, c1 = _score(state, 9, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
         u2, a2, s2, c2 = _score(state, 10, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)
         u3, a3, s3, c3 = _score(state, 11, stride, anchor, side, on, cut, x, x_row, x_col, y, y_row, y_col, D, BLOCK)

@@ -45,8 +45,7 @@ def _kernels() -> ModuleType:
 def cannot_lower(product: Product) -> str | None:
     """What keeps T × P from the dense kernels, or None. Numbers do not matter; in a graph the answer is a constant."""
     T, P = product.T, product.P
-    found: str | None = _constant(T.name, _structure(T), P.name, _structure(P))
-    return found
+    return _obstacle(T.name, _structure(T), P.name, _structure(P))
 
 
 def _structure(term: Term) -> tuple[Parameter, ...]:
@@ -61,7 +60,8 @@ def _obstacle(t: str, t_values: tuple[Parameter, ...], p: str, p_values: tuple[P
     return _refusal(Product(term(terms.T[t], t_values), term(terms.P[p], p_values)))
 
 
-_constant: Any = torch.compiler.assume_constant_result(_obstacle)
+# what torch.compiler.assume_constant_result does; but calling that here would import Dynamo, and Triton with it
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,5 +1,9 @@
 """What several test files share: a deterministic hypothesis, and registries left as they were found."""
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, which is made for one or the other
+
 from collections.abc import Iterator
 
 import pytest

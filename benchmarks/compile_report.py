@@ -192,7 +192,8 @@ def _argument(value: Any) -> tuple[str, bool]:
 def _variant(fn: Any, args: Sequence[Any], options: dict[str, Any], label: str) -> Variant:
     """A launch as what it has compiled; its name is made of what tells it from the other launches of the kernel."""
     given = {**dict(zip(fn.arg_names, args, strict=False)), **options}
-    warps, stages = given.pop("num_warps", 4), given.pop("num_stages", 3)
+    warps, stages = given.get("num_warps", 4), given.get("num_stages", 3)
+    given = {key: value for key, value in given.items() if key in fn.arg_names}
     compiled_in = {fn.arg_names[parameter.num] for parameter in fn.params if parameter.is_constexpr}
     types = {key: ("constexpr", False) if key in compiled_in else _argument(value) for key, value in given.items()}
     signature = {key: types[key][0] for key in fn.arg_names}

@@ -156,7 +156,7 @@ def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path) -> None:
 def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "400", "--patience", "90", "--name", "mine"]
+    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "2000", "--patience", "400", "--name", "mine"]
     process = start(tmp_path, *arguments, *CHECKPOINTS)
     wait_until("a checkpoint", (tmp_path / "runs" / "mine" / "checkpoint.safetensors").exists)
     process.send_signal(signal.SIGINT)

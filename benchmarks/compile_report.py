@@ -96,18 +96,19 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _recording(bulk: bool) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches of stage.py are listed and not made; `bulk`: as if 16-bit inputs were on an sm_90."""
+def _recording(arch: int, bulk: bool) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches of stage.py are listed and not made, as on a device of `arch`; without `bulk`, with pointers alone."""
     stage: Any = importlib.import_module("goal.kernels.stage")
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    replaced: list[tuple[Any, str, Any]] = [(stage, "_bulk", stage._bulk)]
+    replaced: list[tuple[Any, str, Any]] = [(stage, key, getattr(stage, key)) for key in ("_capability", "_bulk")]
     for name in MODULES:
         module = importlib.import_module(f"goal.kernels.{name}")
         kernels = [key for key, value in vars(module).items() if hasattr(value, "arg_names") and key[0] != "_"]
         replaced += [(module, key, getattr(module, key)) for key in kernels]
     try:
-        stage._bulk = lambda x: bulk and x.element_size() == 2 and x.stride(0) % 8 == 0
-        for module, key, value in replaced[1:]:
+        stage._capability = lambda x: divmod(arch, 10)
+        stage._bulk = stage._bulk if bulk else lambda x: False
+        for module, key, value in replaced[2:]:
             setattr(module, key, _Recorder(value, launches))
         yield launches
     finally:
@@ -230,7 +231,7 @@ def variants(arch: int) -> dict[str, Variant]:
     found: dict[str, Variant] = {}
     for bulk in (True, False) if arch >= 90 else (False,):
         for label, run in _runs(bulk):
-            with _recording(bulk) as launches:
+            with _recording(arch, bulk) as launches:
                 run()
             for fn, args, options in launches:
                 variant = _variant(fn, args, options, label)

@@ -64,6 +64,8 @@ import json, sys
 from benchmarks import compile_report as report
 report.prepare(sys.argv[1])
 import planted
+from goal.kernels import stage
+from goal.statistics import Request
 
 def variant(name, out, block, warps, elements=None, product=False):
     fn = getattr(planted, name)
@@ -91,6 +93,8 @@ print(json.dumps({
     "names": {arch: list(found) for arch, found in launched.items()},
     "kernels": sorted({f"{each.fn.fn.__module__}.{each.fn.__name__}" for each in launched[90].values()}),
     "scan": launched[90]["scan argmax tma bf16"][2:],
+    "warps": [launched[90]["scan lin tma bf16"].warps, launched[100]["scan lin tma bf16"].warps],
+    "asked": [stage.tiling(Request(lin=True), "half", capability).warps for capability in ((9, 0), (10, 0))],
 }))
 """
 
@@ -214,6 +218,10 @@ def test_a_variant_is_what_a_launch_would_compile(found: dict[str, Any]) -> None
     assert not {"margin", "x_col"} & set(divisible)
     assert elements == height * width / (32 * warps)
     assert product
+
+
+def test_a_variant_is_cut_for_its_architecture(found: dict[str, Any]) -> None:
+    assert found["warps"] == found["asked"]
 
 
 def test_the_subset_is_small_and_exists(found: dict[str, Any]) -> None:

@@ -305,12 +305,12 @@ def scan(
     _put(rows, 0, row_field, row_best, is_row)
     _put(cols, 0, col_field, col_best, is_col)
     if SEMI:
-        top = slack * _reach(bounds)
+        top, floor = slack * _reach(bounds), -2 * _reach(bounds)  # below all similarities, and inside a key's range
         own = tl.load(s_pos + row, mask=row < K, other=0)
-        low, high = _keys(own - margin, scale)[:, None], _keys(own - top, scale)[:, None]
+        low, high = _keys(tl.maximum(own - margin, floor), scale)[:, None], _keys(own - top, scale)[:, None]
         _put(rows, 1, row_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), c, 1), is_row)
         own = tl.load(s_pos + col, mask=col < K, other=0)
-        low, high = _keys(own - margin, scale)[None, :], _keys(own - top, scale)[None, :]
+        low, high = _keys(tl.maximum(own - margin, floor), scale)[None, :], _keys(own - top, scale)[None, :]
         _put(cols, 1, col_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), r, 0), is_col)
     SUMS: tl.constexpr = 2 if SEMI else 1  # the field where they begin
     if LIN:

@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 0)) -> Tiling:
-    """Wide tiles where only maxima are sought; narrower ones leave registers for the sums. No variant spills."""
+    """Wide tiles where only maxima are sought; narrower ones leave registers for the sums."""
     if arithmetic == "ieee":
         return Tiling(64, 64, 32, 4, 2)
     depth = 32 if arithmetic == "tf32" else 64

@@ -800,3 +800,21 @@ def test_a_batch_of_thousands_in_tiles_as_they_come() -> None:
             goal.apply(x, y, P="con", similarity=similarity).backward()
         assert largest.bytes < 6000 * 6000  # a quarter of S
     assert x.grad.any()
+
+
+# ── kernels ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("quarters", [0, 14, 16, 22, 30, 42])
+def test_kernels_take_a_margin_beyond_all_similarities(quarters: int) -> None:
+    """s⁺ − margin may lie far outside what a key of the scan can hold; the lengths straddle powers of two."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator))
+    y = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator) + 2 * x)
+    x, y = x * 2 ** (-quarters / 4), y * 2 ** (-quarters / 4)
+    options: dict[str, Any] = {"T": "con", "P": "con", "mining": goal.mining.semi_hard(margin=0.2)}
+    *expected, true = goal.gradients(x.double(), y.double(), **options)
+    *found, stats = goal.gradients(x, y, impl="triton", precision="exact", **options)
+    assert torch.equal(stats.index < 0, true.index < 0)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-6 * other.abs().max()

@@ -4,6 +4,8 @@ A gradient is the product of a triplet weight T(s⁺, s⁻) and a pair weight P�
 emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 """
 
+from types import ModuleType
+
 from goal import data, mining
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
@@ -36,3 +38,12 @@ __all__ = [
     "recipes",
     "triplet_weight",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`goal.lab`, which brings SymPy, when it is first asked for."""
+    if name == "lab":
+        import goal.lab
+
+        return goal.lab
+    raise AttributeError(f"module 'goal' has no attribute {name!r}")

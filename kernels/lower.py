@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import itertools
 import linecache
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import triton
 import triton.language as tl
-from torch.fx import Graph, Node, Proxy
-from torch.fx.proxy import GraphAppendingTracer
 
 from goal.terms import STATISTICS, Product, Term
+from goal.tracing import CannotTrace, Language, trace, translate
 
 MAX_PARAMS = 8
 PARAMS = tuple(f"p{slot}" for slot in range(MAX_PARAMS))
@@ -30,7 +28,7 @@ ARGUMENTS = ("s_pos", "s_neg", *STATISTICS, *PARAMS)  # of every lowered functio
 _ELSE = 'or use impl="torch" or impl="auto".'
 
 
-class CannotLower(ValueError):
+class CannotLower(CannotTrace):
     """A term holds something that no kernel can do; the message names the term, the operation and the way out."""
 
 
@@ -309,8 +307,7 @@ _TABLE: Mapping[str, Callable[..., str | _Value]] = {
     "clone": lambda input: input,
     "positive pos": lambda input: input,
 }
-_OPERATIONS = {name: code for names, code in _TABLE.items() for name in names.split()}
-_KNOWN = ", ".join(names.split()[0] for names in _TABLE if "." not in names) + ", dtype"
+_TRITON = Language(_TABLE, _constant, "a kernel", CannotLower, _ELSE)
 _LIMIT = torch.finfo(torch.float32).max ** 0.5
 
 
@@ -324,96 +321,28 @@ def _saturated(weight: _Value) -> _Value:
 # ── from a function to lines ────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Tracer(GraphAppendingTracer):
-    def __init__(self, owner: str) -> None:
-        super().__init__(Graph())
-        self.owner = owner
-
-    def to_bool(self, obj: Proxy) -> bool:
-        raise CannotLower(
-            f"{self.owner} branches on a value that is only known in the kernel; only `is None` and booleans are known "
-            f"before. Write it with torch.where, {_ELSE}"
-        )
-
-
 def _traced(
     owner: str, prefix: str, product: Product, function: Callable[[Product, Mapping[str, Any]], tuple[Any, ...]]
 ) -> tuple[list[str], list[_Value]]:
     """Lines of Triton that do what a function of (product, arguments) does, and what it returns."""
-    tracer = _Tracer(owner)
-    given = {name: tracer.proxy(tracer.graph.placeholder(name)) for name in ARGUMENTS}
-    try:
-        returned = function(_renumbered(product, (given[name] for name in PARAMS)), given)
-        tracer.graph.output(tracer.create_arg(returned))
-    except CannotLower:
-        raise
-    except Exception as error:
-        raise CannotLower(
-            f"{owner} cannot be traced: {error}. Write it with tensors and known operations: {_KNOWN}; {_ELSE}"
-        ) from error
 
-    lines: list[str] = []
-    values: dict[Node, _Value] = {}
-    *nodes, output = list[Any](tracer.graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder":
-            value = _Value(node.target, "number" if node.target in PARAMS else "real")
-            lines += [f"{value} = tl.cast({value}, tl.float32)"] if node.users else []
-        else:
-            value = _applied(owner, node, values)
-        if not value.code.isidentifier():
-            lines.append(f"{prefix}{len(lines)} = {value.code}")
-            value = value._replace(code=f"{prefix}{len(lines) - 1}")
-        values[node] = value
-    try:
-        return lines, [_value(result, values) for result in output.args[0]]
-    except TypeError as error:
-        raise CannotLower(f"{owner} returns what no kernel can: {error}. Return tensors or numbers, {_ELSE}") from error
+    def of(given: Mapping[str, Any]) -> tuple[Any, ...]:
+        return function(_renumbered(product, (given[name] for name in PARAMS)), given)
 
+    def line(result: str | _Value, operands: list[Any]) -> _Value:
+        if not isinstance(result, _Value):
+            numbers = all(each.kind == "number" for each in operands if isinstance(each, _Value))
+            result = _Value(result, "number" if numbers else "real")
+        if result.code.isidentifier():
+            return result
+        lines.append(f"{prefix}{len(lines)} = {result.code}")
+        return result._replace(code=f"{prefix}{len(lines) - 1}")
 
-def _applied(owner: str, node: Any, values: Mapping[Node, _Value]) -> _Value:
-    """What one operation makes of its operands."""
-    if node.target is getattr and node.args[1] == "dtype":
-        return values[node.args[0]]
-    if node.op == "call_method":
-        code = _OPERATIONS.get(f"Tensor.{node.target}") or _OPERATIONS.get(node.target)
-    else:
-        code = _OPERATIONS.get(node.target.__name__)
-    if code is None:
-        raise CannotLower(
-            f"{owner}: {_shown(node)} cannot be lowered to a kernel; known operations: {_KNOWN}. Write the term with "
-            f"these, {_ELSE}"
-        )
-    try:
-        args = [_operand(arg, values) for arg in node.args]
-        kwargs = {name: _operand(arg, values) for name, arg in node.kwargs.items()}
-        inspect.signature(code).bind(*args, **kwargs)
-        value = code(*args, **kwargs)
-    except TypeError as error:
-        raise CannotLower(f"{owner}: {_shown(node)} cannot be lowered here: {error}. Rewrite it, {_ELSE}") from error
-    if isinstance(value, _Value):
-        return value
-    operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, _Value)]
-    return _Value(value, "number" if all(operand.kind == "number" for operand in operands) else "real")
-
-
-def _shown(node: Any) -> str:
-    """An operation as its user knows it."""
-    if node.op == "call_method" or node.target is getattr:
-        return f"Tensor.{node.target if node.op == 'call_method' else node.args[1]}"
-    return torch.overrides.resolve_name(node.target) or f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"
-
-
-def _operand(arg: Any, values: Mapping[Node, _Value]) -> Any:
-    return arg if arg is None or isinstance(arg, torch.dtype) else _value(arg, values)
-
-
-def _value(arg: Any, values: Mapping[Node, _Value]) -> _Value:
-    if isinstance(arg, Node):
-        return values[arg]
-    if isinstance(arg, int | float):
-        return _constant(arg)
-    raise TypeError(f"{arg!r} is neither a number nor computed from the term's arguments")
+    graph = trace(owner, ARGUMENTS, of, _TRITON)
+    used = [node.target for node in graph.nodes if node.op == "placeholder" and node.users]
+    lines = [f"{name} = tl.cast({name}, tl.float32)" for name in used]
+    given = {name: _Value(name, "number" if name in PARAMS else "real") for name in ARGUMENTS}
+    return lines, list(translate(owner, graph, given, _TRITON, keep=line))
 
 
 # ── from lines to a device function ─────────────────────────────────────────────────────────────────────────────────

@@ -339,9 +339,9 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "integers": (lambda s_pos, s_neg: s_neg.to(torch.int64), r"T\.mine: Tensor\.to cannot .*no torch\.int64"),
     "logic of numbers": (lambda s_pos, s_neg: ~s_neg, r"T\.mine: operator\.invert cannot .*comparison"),
     "tensor of its own": (lambda s_pos, s_neg: torch.maximum(s_neg, torch.zeros(())), r"maximum cannot .*tensor\(0"),
-    "nothing returned": (lambda s_pos, s_neg: None, r"T\.mine returns what no kernel can: None"),
-    "a tensor returned": (lambda s_pos, s_neg: torch.ones(()), r"T\.mine returns what no kernel can: tensor\(1"),
-    "two returned": (lambda s_pos, s_neg: (s_pos, s_neg), r"T\.mine returns what no kernel can: "),
+    "nothing returned": (lambda s_pos, s_neg: None, r"T\.mine returns what a kernel cannot have: \(None,\)"),
+    "a tensor returned": (lambda s_pos, s_neg: torch.ones(()), r"T\.mine returns what a kernel cannot have: tensor\(1"),
+    "two returned": (lambda s_pos, s_neg: (s_pos, s_neg), r"T\.mine returns what a kernel cannot have: "),
 }
 
 

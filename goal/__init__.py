@@ -4,7 +4,7 @@ A gradient is the product of a triplet weight T(s⁺, s⁻) and a pair weight P�
 emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 """
 
-from types import ModuleType
+import importlib
 
 from goal import data, mining
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
@@ -40,10 +40,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> object:
     """`goal.lab`, which brings SymPy, when it is first asked for."""
     if name == "lab":
-        import goal.lab
-
-        return goal.lab
+        return importlib.import_module("goal.lab")
     raise AttributeError(f"module 'goal' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,9 +186,13 @@ class Registry:
         return term
 
     def register(
-        self, name: str, statistics: Sequence[str] = (), potential: Mapping[str, Potential] | None = None
+        self,
+        name: str,
+        statistics: Sequence[str] = (),
+        potential: Mapping[str, Potential] | None = None,
+        check: Callable[[Term], None] = lambda term: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """The decorator behind `goal.triplet_weight` and `goal.pair_weight`."""
+        """The decorator behind `goal.triplet_weight` and `goal.pair_weight`, which `check` the term by its defaults."""
         if not isinstance(name, str) or not spell(name).replace("-", "").isalnum():
             raise ValueError(f"name={name!r} must consist of letters, digits, '-' and '_'.")
         for statistic in statistics:
@@ -200,7 +205,7 @@ class Registry:
             defaults = _defaults(function, statistics)
             potentials = {spell(other): (f, _asked(f)) for other, f in (potential or {}).items()}
             definition = Definition(self._kind, spell(name), function, defaults, tuple(statistics), potentials)
-            definition()  # the defaults must be valid parameters
+            check(definition())  # the defaults must be valid parameters
             self._definitions[spell(name)] = definition
             return function
 
@@ -234,6 +239,63 @@ def _asked(potential: Potential) -> tuple[str, ...]:
     return tuple(inspect.signature(potential).parameters)[2:]
 
 
+def _probe(term: Term) -> None:
+    """Run a term on [−1, 1]², relative similarities at 0 and ½, and refuse what is no weight.
+
+    Raises:
+        ValueError: it fails there, is not elementwise, not finite, or a negative T.
+    """
+    at = torch.arange(-20, 21).double() / 20
+    tile, few = (at[:, None].expand(41, 41), at.expand(41, 41)), (at[:30], at[:30])
+    for r in (0.0, 0.5):
+        try:
+            whole, anchors = (
+                term(s_pos, s_neg, **dict.fromkeys(term.statistics, torch.full_like(s_pos, r)))
+                for s_pos, s_neg in (tile, few)
+            )
+        except Exception as error:
+            raise ValueError(f"{term!r} fails on similarities in [−1, 1]: {type(error).__name__}: {error}") from error
+        if term.definition.registry == "T":
+            weights = {"T": (whole, anchors)}
+        elif isinstance(whole, tuple) and len(whole) == 2:
+            weights = {"P⁺": (whole[0], anchors[0]), "P⁻": (whole[1], anchors[1])}
+        else:
+            raise ValueError(f"{term!r} must return two weights, `return p_pos, p_neg`; it returns {_kind(whole)}.")
+        for name, (on_tile, on_anchors) in weights.items():
+            _probe_weight(term, name, on_tile, on_anchors, tile)
+
+
+def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tensor, Tensor]) -> None:
+    """One of a term's weights, on a (41, 41) tile of similarities and on the first 30 of its diagonal."""
+
+    def where(bad: Tensor) -> str:
+        i, j = (int(k) for k in bad.nonzero()[0])
+        return f"{name} = {weight[i, j]:.4g} at s⁺ = {at[0][i, j]:.4g}, s⁻ = {at[1][i, j]:.4g}"
+
+    for found, shape in ((tile, (41, 41)), (anchors, (30,))):
+        if not isinstance(found, Tensor | int | float):
+            raise ValueError(f"{term!r} must return tensors or numbers; {name} is {_kind(found)}.")
+        if isinstance(found, Tensor) and found.shape not in (shape, ()):
+            raise ValueError(
+                f"{term!r} must be elementwise: of similarities of shape {shape}, {name} has {tuple(found.shape)}."
+            )
+    weight, along = torch.as_tensor(tile).double().expand(41, 41), torch.as_tensor(anchors).double().expand(30)
+    if not weight.isfinite().all():
+        raise ValueError(f"{term!r} must be finite on [−1, 1]²: {where(~weight.isfinite())}.")
+    if not torch.allclose(weight.diagonal()[:30], along, rtol=1e-6, atol=1e-9):
+        raise ValueError(f"{term!r} must be elementwise: {name} of a pair changes with the other similarities.")
+    if (weight < 0).any():
+        if name == "T":
+            raise ValueError(f"{term!r} must be >= 0: {where(weight < 0)}.")
+        warnings.warn(f"{term!r} is negative somewhere, so it pushes the other way: {where(weight < 0)}.", stacklevel=4)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"one tensor of shape {tuple(value.shape)}"
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else repr(value)
+
+
 T = Registry("T", "triplet weight")
 P = Registry("P", "pair weight")
 
@@ -255,7 +317,9 @@ def triplet_weight(
             and returns None where its parameters leave no potential.
 
     Raises:
-        ValueError: the name is taken or malformed, or a statistic is unknown.
+        ValueError: the name is taken or malformed, or a statistic is unknown; or, with its default parameters on
+            [−1, 1]², the term fails, is not elementwise, is not finite, or is a negative T, where the message says
+            at which point. A negative P is a warning: it pulls where others push.
         TypeError: the signature is not that of a term.
 
     Example:
@@ -266,7 +330,7 @@ def triplet_weight(
         >>> goal.T.soft_hinge(tau=5.0)
         T.soft_hinge(tau=5.0, margin=0.2)
     """
-    return T.register(name, statistics, potential)
+    return T.register(name, statistics, potential, _probe)
 
 
 def pair_weight(
@@ -284,25 +348,25 @@ def pair_weight(
         >>> x = torch.eye(4, requires_grad=True)
         >>> loss = goal.apply(x, torch.eye(4), T="nca", P="square")
     """
-    return P.register(name, statistics, potential)
+    return P.register(name, statistics, potential, _probe)
 
 
 # ---------------------------------------------------------------------------------------------- triplet weights
 
 
-@triplet_weight("con")
+@T.register("con")
 def _t_con(s_pos: Tensor, s_neg: Tensor, *, margin: float | None = None) -> Any:
     """1, or with a margin the hinge 1[s⁻ − s⁺ + m > 0] of the triplet loss."""
     return 1.0 if margin is None else (s_neg - s_pos + margin > 0).to(s_neg.dtype)
 
 
-@triplet_weight("nca")
+@T.register("nca")
 def _t_nca(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
     """σ(τ(s⁻ − s⁺)): NCA, or InfoNCE with one negative."""
     return torch.sigmoid(tau * (s_neg - s_pos))
 
 
-@triplet_weight("cir")
+@T.register("cir")
 def _t_cir(s_pos: Tensor, s_neg: Tensor, *, tau: float = 10.0) -> Tensor:
     """σ(τ[(1 − s⁺)² + s⁻² − ½]): circle loss with m = ½."""
     return torch.sigmoid(tau * ((s_pos - 1).square() + s_neg.square() - 0.5))
@@ -339,19 +403,19 @@ def _binomial_deviance(
 # -------------------------------------------------------------------------------------------------- pair weights
 
 
-@pair_weight("con", potential={"con": _triplet, "nca": _softplus_triplet})
+@P.register("con", potential={"con": _triplet, "nca": _softplus_triplet})
 def _p_con(s_pos: Tensor, s_neg: Tensor) -> tuple[float, float]:
     """1 and 1."""
     return 1.0, 1.0
 
 
-@pair_weight("lin", potential={"con": _quadratic, "cir": _circle})
+@P.register("lin", potential={"con": _quadratic, "cir": _circle})
 def _p_lin(s_pos: Tensor, s_neg: Tensor) -> tuple[Tensor, Tensor]:
     """1 − s⁺ and s⁻."""
     return 1 - s_pos, s_neg
 
 
-@pair_weight("sig", potential={"con": _binomial_deviance})
+@P.register("sig", potential={"con": _binomial_deviance})
 def _p_sig(
     s_pos: Tensor, s_neg: Tensor, *, alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5
 ) -> tuple[Tensor, Tensor]:
@@ -359,13 +423,13 @@ def _p_sig(
     return torch.sigmoid(-alpha * (s_pos - lam)), torch.sigmoid(beta * (s_neg - lam))
 
 
-@pair_weight("lin-ms", statistics=("r_pos_lin", "r_neg_lin"))
+@P.register("lin-ms", statistics=("r_pos_lin", "r_neg_lin"))
 def _p_lin_ms(s_pos: Tensor, s_neg: Tensor, *, r_pos_lin: Tensor, r_neg_lin: Tensor) -> tuple[Tensor, Tensor]:
     """(1 − R⁺)(1 − s⁺) and (1 + R⁻) s⁻."""
     return (1 - r_pos_lin) * (1 - s_pos), (1 + r_neg_lin) * s_neg
 
 
-@pair_weight("sig-ms", statistics=("r_pos_exp", "r_neg_exp"))
+@P.register("sig-ms", statistics=("r_pos_exp", "r_neg_exp"))
 def _p_sig_ms(
     s_pos: Tensor,
     s_neg: Tensor,

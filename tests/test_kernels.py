@@ -836,7 +836,7 @@ def test_terms_of_users(mining: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     @goal.triplet_weight("ramp", statistics=("r_neg_exp", "r_pos_lin"))
     def ramp(s_pos, s_neg, *, width=0.5, beta=8.0, hard=False, r_neg_exp, r_pos_lin):  # type: ignore[no-untyped-def]
-        ramped = torch.clamp((s_neg - s_pos) / width + 0.5, 0, 1) + 0.1 * r_neg_exp
+        ramped = torch.clamp((s_neg - s_pos) / width + 0.5, 0, 1) + 0.1 * (1 + r_neg_exp)
         return torch.where(ramped > 0.5, 1.0, ramped) if hard else ramped - 0.2 * r_pos_lin.tanh()
 
     @goal.pair_weight("powers", statistics=("r_neg_lin", "r_pos_exp"))
@@ -969,7 +969,7 @@ def test_a_term_that_cannot_be_lowered_is_refused_by_dense_objectives_alone() ->
     inputs = on_a_grid(0, 20, 20, 6)
     x, y = inputs[:2]
     for mining in ("all", "selective"):
-        with pytest.raises(ValueError, match=r"impl='triton' cannot .* T\.bell: torch\.erf cannot be lowered"):
+        with pytest.raises(ValueError, match=r"impl='triton' cannot .* T\.bell: torch\.erf cannot be translated"):
             goal.gradients(x, y, "bell", "con", mining=mining, impl="triton")
     for mining in ("hardest", "semi-hard"):
         found = goal.gradients(x, y, "bell", "con", mining=mining, impl="triton", precision="exact")

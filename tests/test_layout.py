@@ -212,6 +212,12 @@ print([name for name in {HEAVY} if name in new])
     assert found.stderr == ""
 
 
+def test_the_laboratory_comes_when_it_is_asked_for() -> None:
+    code = "import sys, goal; assert 'goal.lab' not in sys.modules; goal.lab; print('goal.lab' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() == "True"
+
+
 def test_no_package_of_ours_is_called_kernels() -> None:
     """transformers probes for an unrelated package of that name."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

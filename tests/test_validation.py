@@ -1,5 +1,6 @@
 """Bad arguments: the type of the error, and that it names the argument, what came and what is allowed."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -333,12 +334,14 @@ class TestRegistration:
         refused(ValueError, "my-own-1", by=lambda: goal.apply(X, Y, T="unheard-of"))  # listed among the known
 
     def test_a_pair_weight_with_statistics(self) -> None:
+        seen: list[Any] = []
+
         @goal.pair_weight("mine", statistics=("r_neg_exp", "r_pos_lin"))
         def mine(s_pos: Tensor, s_neg: Tensor, *, beta: float = 3.0, r_neg_exp: Tensor, r_pos_lin: Tensor) -> Any:
             seen.append((beta, tuple(r_neg_exp.shape), tuple(r_pos_lin.shape)))
             return 1 + r_pos_lin, 1 + r_neg_exp
 
-        seen: list[Any] = []
+        seen.clear()  # what registering tried it on
         goal.apply(X, Y, P=goal.P.mine(beta=4.0))
         assert seen == [(4.0, (2, 4), (2, 4))]
 
@@ -357,6 +360,9 @@ class TestRegistration:
     @pytest.mark.parametrize("register", [goal.triplet_weight, goal.pair_weight])
     @pytest.mark.parametrize("name", ["con", "mine", "mi-ne", "mi_ne"])
     def test_a_duplicate_name(self, register: Callable[..., Any], name: str) -> None:
+        def weight(s_pos: Tensor, s_neg: Tensor) -> Any:
+            return 1.0 if register is goal.triplet_weight else (1.0, 1.0)
+
         if name != "con":
             register(name.replace("-", "_"))(weight)
         refused(ValueError, f"'{name.replace('_', '-')}'", "already", by=lambda: register(name)(weight))
@@ -383,6 +389,52 @@ class TestRegistration:
         before = list(goal.T)
         refused(TypeError, "<lambda>", by=lambda: goal.triplet_weight("mine")(function))
         assert list(goal.T) == before
+
+    @pytest.mark.parametrize(
+        ("register", "function", "parts"),
+        [
+            (goal.triplet_weight, lambda s_pos, s_neg: s_neg - s_pos, ["T = -0.05 at s⁺ = -0.95, s⁻ = -1", ">= 0"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: -1, ["T = -1 at s⁺ = -1, s⁻ = -1"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: 1 / s_neg.abs(), ["finite", "T = inf at s⁺ = -1, s⁻ = 0"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: torch.log(s_pos + 0.5), ["finite", "T = nan at s⁺ = -1"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: s_neg.sum(-1), ["elementwise", "(41, 41)"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: (s_neg + 1) / (s_neg + 1).max(), ["elementwise"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: 1 + s_neg.mean(), ["elementwise", "other similarities"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: torch.softmax(s_neg, -1), ["elementwise"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: None, ["tensors or numbers", "None"]),
+            (goal.triplet_weight, lambda s_pos, s_neg: s_neg if s_neg > 0 else s_pos, ["fails", "ambiguous"]),
+            (goal.pair_weight, lambda s_pos, s_neg: s_pos, ["two weights", "one tensor of shape (41, 41)"]),
+            (goal.pair_weight, lambda s_pos, s_neg: (1.0, 1.0, 1.0), ["two weights", "a tuple of 3"]),
+            (goal.pair_weight, lambda s_pos, s_neg: (1.0, 1 / s_neg), ["finite", "P⁻ = inf at s⁺ = -1, s⁻ = 0"]),
+            (goal.pair_weight, lambda s_pos, s_neg: (s_pos[0], 1.0), ["elementwise", "P⁺"]),
+        ],
+    )
+    def test_what_is_no_weight(self, register: Callable[..., Any], function: Any, parts: list[str]) -> None:
+        before = list(goal.T), list(goal.P)
+        refused(ValueError, "mine", *parts, by=lambda: register("mine")(function))
+        assert (list(goal.T), list(goal.P)) == before
+
+    def test_a_weight_that_fails_with_a_relative_similarity_alone(self) -> None:
+        @goal.triplet_weight("fine", statistics=("r_pos_lin",))
+        def fine(s_pos: Tensor, s_neg: Tensor, *, r_pos_lin: Tensor) -> Tensor:
+            return 1 + r_pos_lin
+
+        with pytest.raises(ValueError, match=r"must be >= 0: T = -0.5"):
+            goal.triplet_weight("mine", statistics=("r_pos_lin",))(lambda s_pos, s_neg, *, r_pos_lin: -r_pos_lin)
+
+    def test_a_negative_pair_weight_is_told_and_kept(self) -> None:
+        with pytest.warns(UserWarning, match=r"P\.mine\(\) is negative .* P⁻ = -1 at s⁺ = -1, s⁻ = -1") as told:
+            goal.pair_weight("mine")(lambda s_pos, s_neg: (1 - s_pos, s_neg))
+        assert told[0].filename == __file__
+        assert "mine" in goal.P
+
+    def test_the_built_in_terms_are_weights(self) -> None:
+        from goal import terms
+
+        for definition in (*goal.T._definitions.values(), *goal.P._definitions.values()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore" if definition.name in ("lin", "lin-ms") else "error")
+                terms._probe(definition())
 
     def test_an_unknown_statistic(self) -> None:
         refused(

@@ -357,7 +357,7 @@ def test_refusal(case: str) -> None:
 @pytest.mark.usefixtures("registries")
 def test_the_term_that_is_refused_is_named() -> None:
     product = _register(lambda s_pos, s_neg: s_neg, lambda s_pos, s_neg: (s_pos, torch.erf(s_neg)))
-    with pytest.raises(CannotLower, match=r"^P\.ours: torch\.erf .* in `product = .*erf\(s_neg\)\)\)` \(line \d+\); known"):
+    with pytest.raises(CannotLower, match=r"^P\.ours: torch\.erf .* in `product = .*` \(line \d+\); known"):
         lower(product)
     goal.T.register("hers", potential={"con": lambda s_pos, s_neg: s_neg.erf()})(lambda s_pos, s_neg: s_neg)
     with pytest.raises(CannotLower, match=r"^the potential of T\.hers × P\.con: Tensor\.erf "):

@@ -339,7 +339,7 @@ def _on_line(u: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[float, flo
 
 def _potential(reading: Reading | None, field: Field) -> Potential:
     """The loss in closed form where one is found and its gradient is the field; else by integrating along a line."""
-    for find in (_of_one_argument, _of_two_halves):
+    for find in (_of_polynomials, _of_one_argument, _of_two_halves):
         expression = find(reading) if reading is not None else None
         if expression is not None and reading is not None:
             closed = torch_function(expression, reading.values)
@@ -358,6 +358,15 @@ def _is_gradient(loss: Callable[[Tensor, Tensor], Tensor], field: Field) -> bool
     points = torch.quasirandom.SobolEngine(2, scramble=True, seed=1).draw(200, dtype=torch.float64) * 2 - 1
     pairs = zip(gradient_of(loss)(*points.T), field(*points.T), strict=True)
     return all(bool(torch.allclose(found, true, rtol=1e-9, atol=1e-9)) for found, true in pairs)
+
+
+def _of_polynomials(reading: Reading) -> sp.Expr | None:
+    """l = ∫ F⁻ ds⁻ + ∫ F⁺(s⁺, 0) ds⁺."""
+    f_pos, f_neg = map(sp.expand, _field(reading))
+    if not (f_pos.is_polynomial(S_POS, S_NEG) and f_neg.is_polynomial(S_POS, S_NEG)) or reading.switches:
+        return None
+    found = sp.integrate(f_neg, S_NEG) + sp.integrate(f_pos.subs(S_NEG, 0), S_POS)
+    return min(found, sp.factor(found), key=sp.count_ops) if found.count_ops() <= _SIMPLE else found
 
 
 def _of_one_argument(reading: Reading) -> sp.Expr | None:

@@ -244,7 +244,7 @@ def _tidy(expression: sp.Expr) -> sp.Expr:
 def _regions(reading: Reading) -> dict[tuple[int, ...], list[tuple[float, float]]]:
     """Points of the square by what the switches are there: the smooth pieces that it consists of."""
     points = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(_POINTS, dtype=torch.float64) * 2 - 1
-    states = [(torch_function(u, reading.values)(*points.T) > 0).int() for _, u in reading.switches]
+    states = [(torch_function(reading.shown(u), reading.values)(*points.T) > 0).int() for _, u in reading.switches]
     found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
     for k, (a, b) in enumerate((points * REACH).tolist()):
         found.setdefault(tuple(int(state[k]) for state in states), []).append((a, b))
@@ -299,17 +299,17 @@ def _vanishes_on(reading: Reading, h: sp.Symbol, u: sp.Expr, expression: sp.Expr
     """Whether it is zero along the line u = 0 inside the square, and whether that is proven."""
     if expression == 0:
         return True, True
-    bound, line = reading.bound(u), list(_on_line(torch_function(u, reading.values)))
+    line = list(_on_line(torch_function(reading.shown(u), reading.values)))
     if not line:
         return True, True  # the line passes the square by
-    solutions = sp.solve(bound, S_NEG if bound.has(S_NEG) else S_POS, dict=True)
-    others = [(other, each) for other, each in reading.switches if other != h]
+    others = [(other, reading.bound(reading.shown(each))) for other, each in reading.switches if other != h]
     proven = True
     for a, b in line[:: max(1, len(line) // 5)]:
-        state = {other: int(reading.bound(each).subs({S_POS: a, S_NEG: b}) > 0) for other, each in others}
-        piece = reading.bound(expression.subs(state))
+        state = {other: int(bool(each.subs({S_POS: a, S_NEG: b}) > 0)) for other, each in others}
+        piece, at = reading.bound(expression.subs(state)), reading.bound(u.subs(state))
         if abs(float(piece.subs({S_POS: a, S_NEG: b, **dict.fromkeys(RELATIVE.values(), 0.375)}))) > _ZERO:
             return False, True
+        solutions = sp.solve(at, S_NEG if at.has(S_NEG) else S_POS, dict=True)
         proven = proven and any(_is_zero(piece.subs(solution)) for solution in solutions)
     return True, proven
 

@@ -76,22 +76,26 @@ class Reading:
 
     Attributes:
         results: what the function returns.
-        switches: (h, u): the symbol that is 1 where u > 0 and 0 elsewhere.
+        switches: (h, u): the symbol that is 1 where u > 0 and 0 elsewhere; u may hold earlier ones.
         values: the numbers that the parameters are bound to, exactly.
+        decided: the parameters whose numbers decided a comparison; with others the expressions might not hold.
     """
 
     results: tuple[sp.Expr, ...]
     switches: tuple[tuple[sp.Symbol, sp.Expr], ...]
     values: Mapping[sp.Symbol, sp.Expr]
+    decided: frozenset[sp.Symbol] = frozenset()
 
     def shown(self, expression: sp.Expr) -> sp.Expr:
         """An expression with its switches written as Heaviside's function, or as a maximum where they form one."""
         on = [h for h, _ in self.switches]
         expression = expression.replace(lambda e: e.is_Pow and e.base in on and e.exp.is_positive, lambda e: e.base)
-        for h, u in self.switches:
-            slope = sp.expand(expression).coeff(h, 1)
-            if slope != 0 and not slope.has(h) and not (ratio := sp.cancel(slope / u)).has(S_POS, S_NEG):
-                expression = sp.expand(expression).coeff(h, 0) + ratio * sp.Max(0, u)
+        for h, u in reversed(self.switches):  # a line may be made of earlier switches
+            whole = sp.expand(expression)
+            slope, rest = whole.coeff(h, 1), whole.coeff(h, 0)
+            linear = slope != 0 and not slope.has(h) and sp.expand(rest + h * slope) == whole
+            if linear and not (ratio := sp.cancel(slope / u)).has(S_POS, S_NEG):
+                expression = rest + ratio * sp.Max(0, u)
             else:
                 expression = expression.subs(h, sp.Heaviside(u))
         return expression
@@ -152,24 +156,26 @@ def _read(owner: str, function: Callable[[Mapping[str, Any]], Any], values: Mapp
     numbers = {symbols[name]: _exactly(value) for name, value in values.items()}
     given = {"s_pos": S_POS, "s_neg": S_NEG, **RELATIVE, **symbols}
     switches: dict[sp.Expr, sp.Symbol] = {}
+    decided: set[sp.Symbol] = set()
 
     def switch(u: sp.Expr) -> sp.Expr:
         """1 where u > 0; the same symbol for all comparisons that share their line."""
         u = sp.expand(u)
         known = u.subs(numbers)
         if known.is_number:
+            decided.update(u.free_symbols & numbers.keys())
             return sp.Integer(bool(known > 0))
         if not u.has(S_POS, S_NEG):
             raise TypeError("it compares with a relative similarity, which the plane of (s⁺, s⁻) does not show")
         _, u = u.as_content_primitive()
         if -u in switches:
             return 1 - switches[-u]
-        return switches.setdefault(u, sp.Symbol(f"h{len(switches)}", real=True))
+        return switches.setdefault(u, sp.Symbol(f"h.{len(switches)}", real=True))  # no parameter has such a name
 
     language = Language(_table(switch), _exactly, "SymPy", CannotRead, _ELSE)
     graph = trace(owner, tuple(given), function, language)
     results = translate(owner, graph, given, language, keep=lambda value, operands: sp.sympify(value))
-    return Reading(results, tuple((h, u) for u, h in switches.items()), numbers)
+    return Reading(results, tuple((h, u) for u, h in switches.items()), numbers, frozenset(decided))
 
 
 _ELSE = "or ask for its numerical verdict alone: it is still run, and its field is integrated round loops."

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import goal
 from goal import data
+from goal.data.files import write_atomically
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
 from goal.training.features import split
@@ -126,6 +127,42 @@ def _info(options: argparse.Namespace, command: str) -> None:
         print(f"{pairs.split:5}  {len(pairs.x)} images {pairs.x.shape}  {len(pairs.image_of)} captions, {captions}")
 
 
+def _lab_table(options: argparse.Namespace, command: str) -> None:
+    from goal import lab
+
+    table = lab.table()
+    print(table)
+    if options.out is not None:
+        lab.gallery(table, options.out)
+        print(options.out)
+
+
+def _lab_show(options: argparse.Namespace, command: str) -> None:
+    from goal import lab
+
+    T, P = _terms(options)
+    found = lab.integrability(T, P)
+    print(found)
+    out = options.out or Path(f"{T.name}-{P.name}.png")
+    lab.show(found, out)
+    print(out)
+    if options.html:
+        page = out.with_suffix(".html")
+        write_atomically(page, lab.page(T, P).encode())
+        print(page)
+
+
+def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The terms that --T and --P name, with the parameters that were given."""
+    given = {name: value for name in PARAMETERS if (value := getattr(options, name, None)) is not None}
+    parts = goal.T[options.T], goal.P[options.P]
+    if stray := [name for name in given if not any(name in part.defaults for part in parts)]:
+        known = ", ".join(dict.fromkeys(name for part in parts for name in part.defaults)) or "none"
+        raise ValueError(f"{options.T} × {options.P} has no parameter --{stray[0]}; its parameters: {known}")
+    T, P = (part(**{name: value for name, value in given.items() if name in part.defaults}) for part in parts)
+    return T, P
+
+
 def _recipes(options: argparse.Namespace, command: str) -> None:
     for name in goal.recipes():
         print(f"{name:18} {goal.recipe(name)!r}")
@@ -184,6 +221,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dataset", help="emoji, or a folder")
 
     command("recipes", "the objectives of the literature by name", _recipes)
+
+    labs = commands.add_parser("lab", help="see and prove what an objective is").add_subparsers(required=True)
+    sub = command("table", "which loss each T × P is, or that it is none", _lab_table, within=labs)
+    sub.add_argument("--out", type=Path, help="draw all of them into this file too (.png, .svg, .pdf)")
+    sub = command("show", "draw one T × P: its weights, field, curl, loss, trajectories", _lab_show, within=labs)
+    sub.add_argument("--T", required=True, help=f"triplet weight: {', '.join(goal.T)}")
+    sub.add_argument("--P", required=True, help=f"pair weight: {', '.join(goal.P)}")
+    for name, help in PARAMETERS.items():
+        if name != "bias":
+            sub.add_argument(f"--{name}", type=float, help=help)
+    sub.add_argument("--out", type=Path, help="file to draw into (.png, .svg, .pdf); by default T-P.png")
+    sub.add_argument("--html", action="store_true", help="write an interactive page beside it, too")
     return parser
 
 

@@ -2,7 +2,9 @@
 
 from goal.lab import compose
 from goal.lab.dissect import Dissection, dissect
+from goal.lab.draw import gallery, show
 from goal.lab.integrability import Integrability, Potential, integrability
+from goal.lab.page import page
 from goal.lab.table import Table, known_loss, table
 
 __all__ = [
@@ -12,7 +14,10 @@ __all__ = [
     "Table",
     "compose",
     "dissect",
+    "gallery",
     "integrability",
     "known_loss",
+    "page",
+    "show",
     "table",
 ]

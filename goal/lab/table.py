@@ -64,8 +64,8 @@ def known_loss(product: Product) -> str | None:
 class Table(NamedTuple):
     """T × P with a verdict in each cell; prints as Markdown."""
 
-    T: list[Term]  # rows
-    P: list[Term]  # columns
+    rows: list[str]  # triplet weights
+    columns: list[str]  # pair weights
     cells: list[list[Integrability]]
 
     def text(self, row: int, column: int) -> str:
@@ -78,8 +78,8 @@ class Table(NamedTuple):
         return f"new: not integrable, {100 * found.rotational_share:.2g} % rotational"
 
     def __str__(self) -> str:
-        head = ["T \\ P", *map(_short, self.P)]
-        rows = [[_short(T), *(self.text(i, j) for j in range(len(self.P)))] for i, T in enumerate(self.T)]
+        head = ["T \\ P", *self.columns]
+        rows = [[row, *(self.text(i, j) for j in range(len(self.columns)))] for i, row in enumerate(self.rows)]
         return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -100,7 +100,8 @@ def table(T: Sequence[str | Term | Definition] = (), P: Sequence[str | Term | De
     """
     rows = [TRIPLETS.bind(each) for each in T or [*TRIPLETS, TRIPLETS["con"](margin=0.2)]]
     columns = [PAIRS.bind(each) for each in P or list(PAIRS)]
-    return Table(rows, columns, [[integrability(row, column) for column in columns] for row in rows])
+    cells = [[integrability(row, column) for column in columns] for row in rows]
+    return Table([_short(row) for row in rows], [_short(column) for column in columns], cells)
 
 
 def _short(term: Term) -> str:

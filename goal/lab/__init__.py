@@ -1,0 +1,1 @@
+"""The gradient laboratory: what a field of gradients is, when it is the gradient of a loss, and where it leads."""

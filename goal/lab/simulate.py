@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal.lab.batch import Loop, Loss, count, emitted, loop_work
+from goal.lab.batch import Loop, Loss, count, emitted, loop_work, number
 from goal.mining import Mining
 from goal.terms import Term, unknown
 
@@ -189,11 +189,10 @@ def simulate(
     for name, chosen, known in (("start", start, _STARTS), ("model", model, _MODELS)):
         if chosen not in known:
             raise unknown(name, chosen, known)
-    for name, number, least in (("n", n, 2), ("d", d, 2), ("steps", steps, 1), ("seed", seed, 0)):
-        count(name, number, least)
-    lr = _LR[model] if lr is None else _positive("lr", lr)
-    if noise != 0:
-        _positive("noise", noise)
+    for name, size, least in (("n", n, 2), ("d", d, 2), ("steps", steps, 1), ("seed", seed, 0)):
+        count(name, size, least)
+    lr = _LR[model] if lr is None else number("lr", lr)
+    noise = number("noise", noise, or_zero=True)
     if objective is None:
         reduction = "sum" if model == "points" else "mean"
         objective = goal.Objective(T=T, P=P, mining=mining, reduction=reduction, check_finite=False)
@@ -376,10 +375,10 @@ def triplet_trajectory(
     if space not in ("plane", "sphere"):
         raise unknown("space", space, ("plane", "sphere"))
     count("steps", steps, 1)
-    lr = _positive("lr", lr)
+    lr = number("lr", lr)
     for name, s in (("s_pos", s_pos), ("s_neg", s_neg)):
-        number = isinstance(s, int | float) and not isinstance(s, bool)
-        if not number or not math.isfinite(s) or (space == "sphere" and abs(s) > 1):
+        real = isinstance(s, int | float) and not isinstance(s, bool)
+        if not real or not math.isfinite(s) or (space == "sphere" and abs(s) > 1):
             raise ValueError(f"{name} must be a finite number, within [-1, 1] on the sphere, got {s!r}.")
 
     def weights(at_pos: Tensor, at_neg: Tensor) -> tuple[Tensor, Tensor]:
@@ -528,12 +527,6 @@ def _apart(x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> Array:
     """Root mean square distances of the points of two series of states, (k, N, D) each: (k,)."""
     squares = (x - other_x).square().sum(2) + (y - other_y).square().sum(2)
     return np.asarray((squares.mean(1) / 2).sqrt().numpy())
-
-
-def _positive(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
-    return float(value)
 
 
 @contextmanager

@@ -94,6 +94,12 @@ def dissect(loss: Callable[[Tensor, Tensor], Tensor]) -> Dissection:
     Source: the converse of Xuan and Chen (2023), who read T and P off known losses.
     """
     field = gradient_of(loss)
+    a, b = _points()
+    with torch.no_grad():
+        value = loss(a, b)
+    if not value.isfinite().all():
+        bad = int((~value.isfinite()).nonzero()[0])
+        raise ValueError(f"loss: it is {value[bad]:g} at (s⁺, s⁻) = ({a[bad]:.3f}, {b[bad]:.3f}).")
     why = _obstacle(field)
     if why:
         return Dissection(False, None, None, None, "", why, None)
@@ -109,7 +115,6 @@ def dissect(loss: Callable[[Tensor, Tensor], Tensor]) -> Dissection:
         weights = tuple(torch_function(expression, {}) for expression in expressions)
     else:
         weights, gauge = _in_numbers(field)
-    a, b = _points()
     t = weights[0](a, b)
     if (t < -1e-9 * t.abs().max()).any():
         worst = t.argmin()

@@ -112,18 +112,24 @@ def _middles(report: Integrability) -> torch.Tensor:
     return (report.field.at[1:] + report.field.at[:-1]) / 2
 
 
+def _map(axes: Axes, at: torch.Tensor, values: torch.Tensor, **style: Any) -> Any:
+    """Values [s⁺, s⁻] as colours."""
+    ticks = at.numpy()
+    return axes.pcolormesh(ticks, ticks, values.T.numpy(), shading="nearest", rasterized=True, **style)
+
+
 def _weights(of_t: Axes, of_p: Axes, report: Integrability) -> None:
     at = _middles(report)
     s_pos, s_neg = torch.meshgrid(at, at, indexing="ij")
     product = Product(report.T, report.P)
     zero = dict.fromkeys(product.statistics, torch.zeros_like(s_pos))
     t, p_pos, p_neg = (torch.as_tensor(w).double().expand(s_pos.shape) for w in product.weights(s_pos, s_neg, zero))
-    image = of_t.pcolormesh(at, at, t.T, cmap="viridis", shading="nearest", rasterized=True)
+    image = _map(of_t, at, t, cmap="viridis")
     of_t.figure.colorbar(image, ax=of_t, shrink=0.8)
     _square(of_t, "triplet weight T(s⁺, s⁻)")
     middle = len(at) // 2
-    of_p.plot(at, p_pos[:, middle], color="#0072B2", label="P⁺(s⁺)")
-    of_p.plot(at, p_neg[middle], color="#D55E00", linestyle="--", label="P⁻(s⁻)")
+    of_p.plot(at.numpy(), p_pos[:, middle].numpy(), color="#0072B2", label="P⁺(s⁺)")
+    of_p.plot(at.numpy(), p_neg[middle].numpy(), color="#D55E00", linestyle="--", label="P⁻(s⁻)")
     if (p_pos.std(1) > 1e-12).any() or (p_neg.std(0) > 1e-12).any():  # of both similarities: the other one at 0
         of_p.set_title("pair weights, the other similarity at 0")
     else:
@@ -145,14 +151,16 @@ def _streams(axes: Axes, field: Field, **style: Any) -> Any:
 
 def _descent(axes: Axes, report: Integrability, field: Field) -> None:
     at = torch.linspace(-1, 1, 161, dtype=torch.float64)
-    f_pos, f_neg = field(*torch.meshgrid(at, at, indexing="xy"))
+    f_pos, f_neg = field(*torch.meshgrid(at, at, indexing="ij"))
     size = torch.hypot(f_pos, f_neg)
-    image = axes.pcolormesh(at, at, size, cmap="Blues", shading="nearest", rasterized=True)
+    image = _map(axes, at, size, cmap="Blues")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     _streams(axes, field, color="#444444", density=0.9)
     rest = size <= 1e-3 * size.max()
     if rest.any():  # where a triplet stays
-        axes.contourf(at, at, rest.double(), levels=[0.5, 1.5], colors="none", hatches=["...."])
+        axes.contourf(
+            at.numpy(), at.numpy(), rest.double().T.numpy(), levels=[0.5, 1.5], colors="none", hatches=["...."]
+        )
     _paths(axes, report)
     _square(axes, "descent, its size, and triplets on a sphere")
 
@@ -171,16 +179,16 @@ def _curl(axes: Axes, report: Integrability, bar: bool = True) -> None:
     size, most = curl.abs().max().item(), 4 * curl.abs().quantile(0.95).item()
     limit = most if 1e-3 * size < most < size else size  # few cells that jump, far above the rest, are cut off
     limit = limit if size > 1e-9 else 1.0
-    image = axes.pcolormesh(at, at, curl.T, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="nearest", rasterized=True)
+    image = _map(axes, at, curl, cmap="RdBu_r", vmin=-limit, vmax=limit)
     if bar:
         axes.figure.colorbar(image, ax=axes, shrink=0.8, extend="both" if size > limit else "neither")
     _square(axes, "curl ∂(T·P⁻)/∂s⁺ + ∂(T·P⁺)/∂s⁻" if size > 1e-9 else "curl: 0 everywhere")
 
 
 def _loss(axes: Axes, report: Integrability) -> None:
-    at, loss = report.field.at, report.field.potential
-    axes.contourf(at, at, loss.T, levels=24, cmap="cividis")
-    lines = axes.contour(at, at, loss.T, levels=12, colors="white", linewidths=0.7)
+    at, loss = report.field.at.numpy(), report.field.potential.T.numpy()
+    axes.contourf(at, at, loss, levels=24, cmap="cividis")
+    lines = axes.contour(at, at, loss, levels=12, colors="white", linewidths=0.7)
     axes.clabel(lines, fontsize=7)
     share = f"{100 * report.rotational_share:.2g} % of the field is not its gradient"
     _square(axes, "the loss" if report.integrable else f"the nearest loss;\n{share}")
@@ -189,7 +197,8 @@ def _loss(axes: Axes, report: Integrability) -> None:
 def _sphere(axes: Any, report: Integrability) -> None:
     """Anchor, positive and negative of one triplet on their sphere."""
     u, v = torch.meshgrid(torch.linspace(0, 6.2832, 25), torch.linspace(0, 3.1416, 13), indexing="ij")
-    axes.plot_wireframe(u.cos() * v.sin(), u.sin() * v.sin(), v.cos(), color="#DDDDDD", linewidth=0.4)
+    globe = [each.numpy() for each in (u.cos() * v.sin(), u.sin() * v.sin(), v.cos())]
+    axes.plot_wireframe(*globe, color="#DDDDDD", linewidth=0.4)
     path = triplet_trajectory(report.T, report.P, *_STARTS[0], steps=400, lr=0.02)
     assert path.points is not None
     for k, (name, colour) in enumerate((("anchor", "#000000"), ("positive", "#0072B2"), ("negative", "#D55E00"))):

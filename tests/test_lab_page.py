@@ -209,12 +209,19 @@ def test_verdicts(T: Any, P: Any, a_loss: bool, shown: Callable[..., Any]) -> No
 
 
 def test_a_verdict_follows_the_parameters(shown: Callable[..., Any]) -> None:
-    """σ(α(½ − s⁺)) and σ(β(s⁻ − ½)) with a hinge at m: equal on the hinge's line only by chance."""
-    browser = shown("nca", "lin")
-    first = text(browser, "verdict")
-    slide(browser, 0, 100)
-    assert text(browser, "verdict") != first
-    assert text(browser, "found") == "the gradient of no loss"
+    """P± = 1 + k (s⁺, s⁻) on both sides of a hinge at m: along s⁻ = s⁺ − m they agree only where k = 0."""
+
+    @goal.pair_weight("leaning")
+    def leaning(s_pos: Tensor, s_neg: Tensor, *, k: float = -0.5) -> tuple[Tensor, Tensor]:
+        return 1 + k * s_pos, 1 + k * s_neg
+
+    browser = shown(goal.T.con(margin=0.2), "leaning")
+    assert text(browser, "verdict").startswith("The gradient of no loss; ")
+    slide(browser, 1, 500)
+    assert text(browser, "verdict") == "A loss's gradient."
+    assert text(browser, "found") == "the gradient of no loss"  # at the first values
+    slide(browser, 1, 501)
+    assert text(browser, "verdict").startswith("The gradient of no loss; ")
 
 
 def test_relative_similarities_are_held(shown: Callable[..., Any]) -> None:
@@ -284,6 +291,7 @@ def test_a_click_starts_a_trajectory(shown: Callable[..., Any]) -> None:
     before, loss = pixels(browser, "field"), pixels(browser, "loss")
     canvas = browser.find_element("id", "field")
     ActionChains(browser).move_to_element_with_offset(canvas, -40, -30).click().perform()
+    browser.execute_script("document.activeElement.blur()")  # and with it the cross that the keys move
     settle(browser)
     assert text(browser, "readout").startswith("Trajectory from (−0.")
     assert pixels(browser, "field") != before

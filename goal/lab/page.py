@@ -263,9 +263,8 @@ def _proof(found: Integrability, reading: Reading) -> str:
         loss = found.potential.expression
         rows.append(("loss", "no closed form found; it is integrated along lines" if loss is None else _unicode(loss)))
     if reading.values:
-        rows.append(
-            ("at", ", ".join(f"{_unicode(s)} = {float(v):g}".replace("-", "−") for s, v in reading.values.items()))
-        )
+        at = ", ".join(f"{_unicode(symbol)} = {float(value):g}" for symbol, value in reading.values.items())
+        rows.append(("at", at.replace("-", "−")))
     verdict = f"the gradient of {'a' if found.integrable else 'no'} loss"
     remarks = []
     if found.integrable and not found.proven:

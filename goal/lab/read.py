@@ -291,6 +291,14 @@ class _Torch(PythonCodePrinter):
             return f"torch.relu({self._print(rest[0])})"
         raise CannotRead(f"{e} has no short name in torch.")
 
+    def _print_Abs(self, e: sp.Expr) -> str:
+        return self._called("torch.abs", e)
+
+    def _print_Piecewise(self, e: sp.Expr) -> str:
+        raise CannotRead(f"{e} has no short name in torch.")
+
+    _print_sign = _print_Piecewise
+
     def _print_Heaviside(self, e: sp.Expr) -> str:
         return f"(({self._print(e.args[0])}) > 0).to(s_neg.dtype)"
 

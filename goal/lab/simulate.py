@@ -278,6 +278,9 @@ def table(runs: Sequence[Simulation]) -> str:
 def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None) -> Figure:
     """Recall, gradient norm (log), vanishing share, and s⁺ and s⁻ through time, a colour and dash for each run.
 
+    The norm that vanishes in a collapse is that of the gradient's part along the sphere. What is radial does not: a
+    negative that many anchors share is pushed by all of them, and normalisation takes the push away.
+
     Args:
         runs: at least one.
         path: where to save a picture, by its ending; by default nowhere.
@@ -290,7 +293,7 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
         >>> from goal.lab.simulate import plot_simulations, simulate
         >>> figure = plot_simulations([simulate(n=4, d=3, steps=5)], "run.png")
         >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['recall@1', 'gradient norm at the embeddings', 'share in the vanishing zone', 's⁺ and s⁻ (thin)']
+        ['recall@1', 'norm of the tangent gradient (thin: of all)', 'share in the vanishing zone', 's⁺ and s⁻ (thin)']
     """
     if not runs:
         raise ValueError("runs is empty: there is nothing to draw.")
@@ -306,12 +309,18 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
         colour, dash, time = _COLOURS[k % 6], _DASHES[k // 6 % 6], np.arange(len(run.recall))
         style = {"color": colour, "linestyle": dash if k >= 6 else _DASHES[k % 6]}
         recall.plot(time, run.recall, label=run.label, **style)
-        norm.plot(time, np.where(run.gradient > 0, run.gradient, np.nan), **style)  # a log axis has no 0
+        for series, width in ((run.force, 2.2), (run.gradient, 0.9)):
+            norm.plot(time, np.where(series == 0, np.nan, series), linewidth=width, **style)  # a log axis has no 0
         vanishing.plot(time, run.vanishing, **style)
         similarity.plot(time, run.s_pos, linewidth=2.2, **style)
         similarity.plot(time, run.s_neg, linewidth=0.9, **style)
     norm.set_yscale("log")
-    titles = ("recall@1", "gradient norm at the embeddings", "share in the vanishing zone", "s⁺ and s⁻ (thin)")
+    titles = (
+        "recall@1",
+        "norm of the tangent gradient (thin: of all)",
+        "share in the vanishing zone",
+        "s⁺ and s⁻ (thin)",
+    )
     for axes, title in zip(figure.axes, titles, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(color="#EEEEEE")

@@ -152,6 +152,25 @@ def _lab_show(options: argparse.Namespace, command: str) -> None:
         print(page)
 
 
+def _lab_simulate(options: argparse.Namespace, command: str) -> None:
+    from goal.lab.simulate import compare, plot_simulations, table
+
+    T, P = _terms(options)
+    settings = {name: getattr(options, name) for name in ("start", "model", "n", "d", "steps", "lr", "noise", "seed")}
+    runs = compare([(T, P, mining) for mining in options.mining], **settings)
+    print(table(runs))
+    if options.norms:
+        at = sorted({round(options.steps * k / 10) for k in range(11)})
+        width = max(len(run.label) for run in runs)
+        for name, series in (("gradient", "gradient"), ("gradient's part along the spheres", "force")):
+            print(f"\nnorm of the {name}\n{'step':<{width}} " + " ".join(f"{step:>7}" for step in at))
+            for run in runs:
+                print(f"{run.label:<{width}} " + " ".join(f"{getattr(run, series)[step]:7.1e}" for step in at))
+    if options.out is not None:
+        plot_simulations(runs, options.out)
+        print(options.out)
+
+
 def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
     """The terms that --T and --P name, with the parameters that were given."""
     given = {name: value for name in PARAMETERS if (value := getattr(options, name, None)) is not None}
@@ -226,13 +245,23 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("table", "which loss each T × P is, or that it is none", _lab_table, within=labs)
     sub.add_argument("--out", type=Path, help="draw all of them into this file too (.png, .svg, .pdf)")
     sub = command("show", "draw one T × P: its weights, field, curl, loss, trajectories", _lab_show, within=labs)
-    sub.add_argument("--T", required=True, help=f"triplet weight: {', '.join(goal.T)}")
-    sub.add_argument("--P", required=True, help=f"pair weight: {', '.join(goal.P)}")
-    for name, help in PARAMETERS.items():
-        if name != "bias":
-            sub.add_argument(f"--{name}", type=float, help=help)
+    _add_terms(sub)
     sub.add_argument("--out", type=Path, help="file to draw into (.png, .svg, .pdf); by default T-P.png")
     sub.add_argument("--html", action="store_true", help="write an interactive page beside it, too")
+    sub = command(
+        "simulate", "let points on spheres descend under an objective, no network", _lab_simulate, within=labs
+    )
+    _add_terms(sub)
+    sub.add_argument("--mining", nargs="+", default=["hardest"], help="one or more, side by side")
+    sub.add_argument("--start", default="collapsed", help="collapsed, random or clustered")
+    sub.add_argument("--model", default="points", help="points: they move freely; map: one tanh map moves them all")
+    for name, default, help in (("n", 64, "pairs"), ("d", 16, "dimensions"), ("steps", 400, "of descent"),
+                                ("seed", 0, "of the start")):  # fmt: skip
+        sub.add_argument(f"--{name}", type=int, default=default, help=help)
+    sub.add_argument("--lr", type=float, help="learning rate; by default 0.1 for points, 1 for a map")
+    sub.add_argument("--noise", type=float, default=0.1, help="of the start, relative to the points' length")
+    sub.add_argument("--norms", action="store_true", help="print the gradient's norm through time")
+    sub.add_argument("--out", type=Path, help="file to draw into")
     return parser
 
 
@@ -255,6 +284,15 @@ def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str]) -> No
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     names = {spec.name for spec in dataclasses.fields(TrainConfig)}
     return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _add_terms(parser: argparse.ArgumentParser) -> None:
+    """T, P and their parameters."""
+    parser.add_argument("--T", required=True, help=f"triplet weight: {', '.join(goal.T)}")
+    parser.add_argument("--P", required=True, help=f"pair weight: {', '.join(goal.P)}")
+    for name, help in PARAMETERS.items():
+        if name != "bias":
+            parser.add_argument(f"--{name}", type=float, help=help)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:

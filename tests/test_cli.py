@@ -199,6 +199,29 @@ def test_data_info_and_recipes_describe(capsys: pytest.CaptureFixture[str]) -> N
     assert "margin=0.2" in printed
 
 
+def test_the_laboratory_draws_one_product(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["lab", "show", "--T", "nca", "--P", "con", "--tau", "4", "--html"]) == 0
+    printed = capsys.readouterr().out
+    assert "T.nca(tau=4.0) × P.con(): the gradient of a loss" in printed
+    assert printed.splitlines()[-2:] == ["nca-con.png", "nca-con.html"]
+    assert (tmp_path / "nca-con.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "nca-con.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_laboratory_follows_points(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["--n", "8", "--d", "4", "--steps", "20", "--norms", "--out", str(tmp_path / "points.png")]
+    assert cli.main(["lab", "simulate", "--T", "con", "--P", "con", "--mining", "hardest", "all", *small]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("   ")[0].strip() for line in lines[1:3]] == ["con × con, hardest", "con × con, all"]
+    norms = [line for line in lines if line.startswith("con × con, all")][1].removeprefix("con × con, all")
+    run = goal.lab.simulate(T="con", P="con", mining="all", n=8, d=4, steps=20)
+    assert [float(norm) for norm in norms.split()] == pytest.approx(run.gradient[::2], rel=0.05)
+    assert (tmp_path / "points.png").stat().st_size > 10_000
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])
@@ -221,6 +244,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "somewhere"], "somewhere: holds no finished run"),
         (["eval", "--x", "x.npy", "--y", "y.npy"], "x.npy: no such file"),
         (["data", "info", "nothing"], "'nothing' is no folder"),
+        (["lab", "show", "--T", "ncs", "--P", "lin"], "T='ncs' is not known. Did you mean 'nca'?"),
+        (
+            ["lab", "show", "--T", "nca", "--P", "lin", "--beta", "3"],
+            "nca × lin has no parameter --beta; its parameters: tau",
+        ),
+        (["lab", "show", "--T", "nca", "--P", "lin", "--tau", "-3"], "'tau' must be > 0"),
+        (["lab", "simulate", "--T", "nca", "--P", "lin", "--mining", "hard"], "mining='hard' is not known"),
+        (["lab", "simulate", "--T", "nca", "--P", "lin", "--start", "there"], "start='there' is not known"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(

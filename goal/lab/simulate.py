@@ -7,12 +7,9 @@ do they oscillate, and is the work that the field does the fall of the value, as
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch.nn.functional import normalize
 
 import goal
 from goal.lab.batch import Loop, Loss, count, emitted, loop_work, number
+from goal.lab.progress import progress
 from goal.mining import Mining
 from goal.terms import Term, unknown
 
@@ -207,7 +205,7 @@ def simulate(
     work, work_error = np.empty(steps), np.empty(steps)
     x, y = moving.at()
     value, gx, gy = emitted(objective, x, y)
-    with _progress(label, steps) as show:
+    with progress(label, steps) as show:
         for step in range(steps):
             xs[step], ys[step] = x, y
             rows.append(_measure(x, y, value, gx, gy))
@@ -536,26 +534,3 @@ def _apart(x: Tensor, y: Tensor, other_x: Tensor, other_y: Tensor) -> Array:
     """Root mean square distances of the points of two series of states, (k, N, D) each: (k,)."""
     squares = (x - other_x).square().sum(2) + (y - other_y).square().sum(2)
     return np.asarray((squares.mean(1) / 2).sqrt().numpy())
-
-
-@contextmanager
-def _progress(label: str, steps: int) -> Iterator[Callable[[int], None]]:
-    """What to call with the steps that are done: a bar on a terminal, once two seconds have passed."""
-    begun, bar, task = monotonic(), None, None
-
-    def show(done: int) -> None:
-        nonlocal bar, task
-        if bar is None and monotonic() - begun > 2 and sys.stdout.isatty():
-            from rich.progress import Progress
-
-            bar = Progress(transient=True)
-            task = bar.add_task(label, total=steps)
-            bar.start()
-        if bar is not None and task is not None:
-            bar.update(task, completed=done)
-
-    try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.nn.functional import softplus
 
 from goal.lab.field import field_of, gradient_of
 from goal.lab.integrability import Integrability, integrability
+from goal.lab.progress import progress
 from goal.terms import Definition, Product, Term
 from goal.terms import P as PAIRS
 from goal.terms import T as TRIPLETS
@@ -100,7 +102,11 @@ def table(T: Sequence[str | Term | Definition] = (), P: Sequence[str | Term | De
     """
     rows = [TRIPLETS.bind(each) for each in T or [*TRIPLETS, TRIPLETS["con"](margin=0.2)]]
     columns = [PAIRS.bind(each) for each in P or list(PAIRS)]
-    cells = [[integrability(row, column) for column in columns] for row in rows]
+    cells: list[list[Integrability]] = [[] for _ in rows]
+    with progress("T × P", len(rows) * len(columns)) as show:
+        for i, j in itertools.product(range(len(rows)), range(len(columns))):
+            cells[i].append(integrability(rows[i], columns[j]))
+            show(i * len(columns) + j + 1)
     return Table([_short(row) for row in rows], [_short(column) for column in columns], cells)
 
 

@@ -205,7 +205,7 @@ def _variant(fn: Any, args: Sequence[Any], options: dict[str, Any], label: str) 
     words = [fn.__name__]
     if fn.__name__ == "scan" and not any(constexprs[key] for key in ("SEMI", "LIN", "EXP")):
         words.append("argmax")
-    words += [key.lower() for key, value in constexprs.items() if value is True]
+    words += [key.lower() for key, value in constexprs.items() if value is True and key != "FOLD"]
     words += [("", "wide", "general")[constexprs.get("WIDE", 0)], constexprs.get("LISTED", "").replace("none", "")]
     words += [str(precision) if precision and loaded == "fp32" else loaded] if fn.__name__ != "merge" else []
     words += ["transposed" if signature.get("w_target") == "constexpr" else ""]

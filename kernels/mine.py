@@ -16,8 +16,9 @@ import triton.language as tl
 INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 _NAN: tl.constexpr = tl.constexpr(0x7FC00000)
-_NEVER: tl.constexpr = tl.constexpr(float("nan"))  # the similarity of what is no negative: it wins and meets nothing
-_NONE: tl.constexpr = tl.constexpr(-256)  # key of no similarity; those of similarities are >= 0
+_NEVER: tl.constexpr = tl.constexpr(float("-inf"))  # the similarity of what is no negative
+_NONE: tl.constexpr = tl.constexpr(-(2**30))  # key of no similarity; those of similarities are >= 0
+_LIFT: tl.constexpr = tl.constexpr(2**28)  # keeps the key of -inf away from the least integer
 KEPT = 4  # candidates of each anchor that are scored exactly
 
 
@@ -128,8 +129,15 @@ def _poison(bounds):
 
 @triton.jit
 def _scale(bounds):
-    """Units of a key in 1: |s| · scale stays below 2²¹."""
-    return _power(_reach(bounds)) * 8192.0
+    """Units of a key in 1: |s| · scale stays below 2²⁰. No larger than what has a normal reciprocal, 2¹²⁶."""
+    return tl.minimum(_power(_reach(bounds)), 10384593717069655257060992658440192.0) * 8192.0
+
+
+@triton.jit
+def _tie(bounds, slack):
+    """Similarities closer than this are equal: slack · max ‖x‖ · max ‖y‖ down to a half between two units."""
+    scale = _scale(bounds)
+    return (tl.floor(slack * _reach(bounds) * scale) + 0.5) * (1.0 / scale)
 
 
 @triton.jit
@@ -225,9 +233,85 @@ def _keys(s, scale):
 
 
 @triton.jit
-def _best(keys, place, DIM: tl.constexpr):
+def _spread(t):
+    """The rows of a tile, in two halves, laid so that a thread holds many rows of few columns.
+
+    Where a product leaves it, a column lies in many threads, and reducing it would shuffle every column through all of
+    them. tl.split wants the halves of a pair in one thread: that is what makes the compiler move the tile, once.
+    """
+    return tl.split(tl.permute(tl.reshape(t, [t.shape[0] // 2, 2, t.shape[1]]), (0, 2, 1)))
+
+
+@triton.jit
+def _own(t):
+    """(rows of a thread, other rows, columns): of a product of four warps on sm_80 and sm_90, 8 and 64 rows apart."""
+    H: tl.constexpr = t.shape[0] // 64
+    return tl.reshape(tl.permute(tl.reshape(t, [H, 4, 2, 8, t.shape[1]]), (0, 2, 1, 3, 4)), [2 * H, 32, t.shape[1]])
+
+
+@triton.jit
+def _max(t, DIM: tl.constexpr, FOLD: tl.constexpr):
+    """Maxima along an axis."""
+    if DIM == 1:
+        return tl.max(t, 1)
+    else:
+        if FOLD:
+            a, b = _spread(tl.max(_own(t), 0))
+        else:
+            a, b = _spread(t)
+        return tl.max(tl.maximum(a, b), 0)
+
+
+@triton.jit
+def _sum(t, DIM: tl.constexpr, FOLD: tl.constexpr):
+    """Sums along an axis."""
+    if DIM == 1:
+        return tl.sum(t, 1)
+    else:
+        if FOLD:
+            a, b = _spread(tl.sum(_own(t), 0))
+        else:
+            a, b = _spread(t)
+        return tl.sum(a + b, 0)
+
+
+@triton.jit
+def _once(word):
+    """The same, and computed once: else the compiler makes a reduction again for every layout that it is used in."""
+    if INTERPRET:
+        return word
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [word], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _saturated(s, by, plus):
+    """s · by + plus in [0, 1], in one instruction."""
+    if INTERPRET:
+        return tl.minimum(tl.maximum(s * by + plus, 0.0), 1.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [s, by, plus], tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _best(keys, place, DIM: tl.constexpr, FOLD: tl.constexpr):
     """The largest key along DIM, the lowest place (< 256) among equals subtracted from it: one reduction finds both."""
-    return tl.max(keys - tl.expand_dims(place, 1 - DIM), DIM)
+    return _max(keys - (tl.expand_dims(place, 1 - DIM) - _LIFT), DIM, FOLD)
+
+
+@triton.jit
+def _best_below(keys, place, high, low, DIM: tl.constexpr, FOLD: tl.constexpr):
+    """The same among keys above `low` and below `high`.
+
+    As unsigned numbers, differences to `high` are largest just below it and small from it on.
+    """
+    high -= 255
+    ahead = (keys - (tl.expand_dims(place, 1 - DIM) + tl.expand_dims(high, DIM))).to(tl.uint32, bitcast=True)
+    best = _max(ahead, DIM, FOLD).to(tl.int32, bitcast=True)
+    found = best + high
+    return tl.where((best < 0) & (found > low), found + _LIFT, _NONE)
 
 
 @triton.jit
@@ -244,7 +328,7 @@ def _units(best):
 @triton.jit
 def _value(units, scale):
     """Units as a similarity, to within 1 / (2 scale)."""
-    return (units - (1 << 22)).to(tl.float32) / scale
+    return (units - ((1 << 22) + (1 << 20))).to(tl.float32) * (1.0 / scale)
 
 
 @triton.jit
@@ -268,7 +352,8 @@ def scan(
     margin, slack, beta,
     IDS: tl.constexpr, SEMI: tl.constexpr, LIN: tl.constexpr, EXP: tl.constexpr, WIDE: tl.constexpr,
     HALVED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INNER: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """One tile of S: `rows` [field, width, row_anchors] and `cols` [field, height, K] get its partials.
 
@@ -288,8 +373,10 @@ def scan(
     r, c = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     row, col = first_row + r, first_col + c
     if IDS:
-        s = tl.where(negatives(s, row, col, ids, y_ids, N, M, K, True), s, _NEVER)
-    elif not INNER:
+        own = tl.load(ids + row, mask=row < N, other=0)
+        other = tl.load(y_ids + col, mask=col < M, other=0)
+        s = tl.where(own[:, None] != other[None, :], s, _NEVER)
+    if not INNER:
         edge = (first_row + HEIGHT > N) | (first_col + WIDTH > M)
         if edge | ((first_row < first_col + WIDTH) & (first_col < first_row + HEIGHT)):
             s = tl.where(negatives(s, row, col, ids, y_ids, N, M, K, False), s, _NEVER)
@@ -301,55 +388,54 @@ def scan(
     cols += _wide(i) * K + col
     scale = _scale(bounds)
     keys = _keys(s, scale)
-    row_best, col_best = _best(keys, c, 1), _best(keys, r, 0)
+    row_best, col_best = _best(keys, c, 1, FOLD), _once(_best(keys, r, 0, FOLD))
     _put(rows, 0, row_field, row_best, is_row)
     _put(cols, 0, col_field, col_best, is_col)
     if SEMI:
         top, floor = slack * _reach(bounds), -2 * _reach(bounds)  # below all similarities, and inside a key's range
         own = tl.load(s_pos + row, mask=row < K, other=0)
-        low, high = _keys(tl.maximum(own - margin, floor), scale)[:, None], _keys(own - top, scale)[:, None]
-        _put(rows, 1, row_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), c, 1), is_row)
+        low, high = _keys(tl.maximum(own - margin, floor), scale), _keys(own - top, scale)
+        _put(rows, 1, row_field, _best_below(keys, c, high, low, 1, FOLD), is_row)
         own = tl.load(s_pos + col, mask=col < K, other=0)
-        low, high = _keys(tl.maximum(own - margin, floor), scale)[None, :], _keys(own - top, scale)[None, :]
-        _put(cols, 1, col_field, _best(tl.where((keys > low) & (keys < high), keys, _NONE), r, 0), is_col)
+        low, high = _keys(tl.maximum(own - margin, floor), scale), _keys(own - top, scale)
+        _put(cols, 1, col_field, _best_below(keys, r, high, low, 0, FOLD), is_col)
     SUMS: tl.constexpr = 2 if SEMI else 1  # the field where they begin
+    if LIN or EXP:
+        reach, least = _reach(bounds), _threshold(bounds)
+        row_value, col_value = _value(_units(row_best), scale), _value(_units(col_best), scale)
+        steep = tl.minimum(scale, 1099511627776.0) * 1152921504606846976.0  # who is above a limit is so by > 1 / steep
+        valid = _saturated(s, steep, -(least - tl.abs(least) * 1.2e-7) * steep)
     if LIN:
-        least, top = _threshold(bounds), slack * _reach(bounds)
-        excess = s - least
-        valid = tl.where(excess >= 0, 1.0, 0.0)
-        _put(rows, SUMS, row_field, _bits(tl.sum(valid, 1)), is_row)
-        _put(cols, SUMS, col_field, _bits(tl.sum(valid, 0)), is_col)
-        _put(rows, SUMS + 1, row_field, _bits(tl.sum(tl.maximum(excess, 0.0), 1)), is_row)
-        _put(cols, SUMS + 1, col_field, _bits(tl.sum(tl.maximum(excess, 0.0), 0)), is_col)
-        cut = (_value(_units(row_best), scale) - least - top)[:, None]
-        _put(rows, SUMS + 2, row_field, _bits(tl.sum(tl.where(excess >= cut, 1.0, 0.0), 1)), is_row)
-        cut = (_value(_units(col_best), scale) - least - top)[None, :]
-        _put(cols, SUMS + 2, col_field, _bits(tl.sum(tl.where(excess >= cut, 1.0, 0.0), 0)), is_col)
+        # sums of what lies above `least`, in a power of two that keeps it below 1; a tie counts 4096 and a valid one 1:
+        # there are no more of either than places, 256
+        top = _tie(bounds, slack)
+        unit = tl.maximum(_power(reach - least) * 0.0078125, 1.1754943508222875e-38)
+        above = _saturated(s, unit, -least * unit)
+        _put(rows, SUMS, row_field, _bits(_sum(above, 1, FOLD) * (1.0 / unit)), is_row)
+        _put(cols, SUMS, col_field, _bits(_sum(above, 0, FOLD) * (1.0 / unit)), is_col)
+        equal = _saturated(s, steep, ((top - row_value) * steep)[:, None])
+        _put(rows, SUMS + 1, row_field, _bits(_sum(equal * 4096.0 + valid, 1, FOLD)), is_row)
+        equal = _saturated(s, steep, ((top - col_value) * steep)[None, :])
+        _put(cols, SUMS + 1, col_field, _bits(_sum(equal * 4096.0 + valid, 0, FOLD)), is_col)
     if EXP:
         # each direction leaves its own hardest out while summing
-        AT: tl.constexpr = SUMS + 3 if LIN else SUMS
-        least, rate = _threshold(bounds), beta * 1.4426950408889634
-        row_top, col_top = (
-            tl.maximum(_value(_units(row_best), scale), least),
-            tl.maximum(_value(_units(col_best), scale), least),
-        )
-        row_at, col_at = _place(row_best)[:, None], _place(col_best)[None, :]
+        AT: tl.constexpr = SUMS + 2 if LIN else SUMS
+        rate = beta * 1.4426950408889634
+        row_top, col_top = tl.maximum(row_value, least), tl.maximum(col_value, least)
+        not_row = tl.where(c.to(tl.float32)[None, :] != _place(row_best).to(tl.float32)[:, None], 1.0, 0.0)
+        not_col = tl.where(r.to(tl.float32)[:, None] != _place(col_best).to(tl.float32)[None, :], 1.0, 0.0)
+        _put(rows, AT, row_field, _bits(_sum(valid, 1, FOLD)), is_row)
+        _put(cols, AT, col_field, _bits(_sum(valid, 0, FOLD)), is_col)
         if WIDE > 0:
-            valid = tl.where(s >= least, 1.0, 0.0)
-            of_row = tl.where(c[None, :] == row_at, 0.0, valid * _exp2(rate * tl.minimum(s - row_top[:, None], 0.0)))
-            of_col = tl.where(r[:, None] == col_at, 0.0, valid * _exp2(rate * tl.minimum(s - col_top[None, :], 0.0)))
-            _put(rows, AT + 1, row_field, _bits(tl.sum(of_row, 1)), is_row)
-            _put(cols, AT + 1, col_field, _bits(tl.sum(of_col, 0)), is_col)
+            of_row = _sum(not_row * (valid * _exp2(rate * tl.minimum(s - row_top[:, None], 0.0))), 1, FOLD)
+            of_col = _sum(not_col * (valid * _exp2(rate * tl.minimum(s - col_top[None, :], 0.0))), 0, FOLD)
         else:  # both directions share an exponential, relative to the largest similarity that there can be
-            shift = rate * _reach(bounds)
-            e = tl.where(s >= least, _exp2(rate * s - shift), 0.0)
-            valid = tl.where(e > 0, 1.0, 0.0)
-            of_row = tl.sum(tl.where(c[None, :] == row_at, 0.0, e), 1) * _exp2(shift - rate * row_top)
-            of_col = tl.sum(tl.where(r[:, None] == col_at, 0.0, e), 0) * _exp2(shift - rate * col_top)
-            _put(rows, AT + 1, row_field, _bits(of_row), is_row)
-            _put(cols, AT + 1, col_field, _bits(of_col), is_col)
-        _put(rows, AT, row_field, _bits(tl.sum(valid, 1)), is_row)
-        _put(cols, AT, col_field, _bits(tl.sum(valid, 0)), is_col)
+            shift = rate * reach
+            e = _exp2(rate * s - shift) * valid
+            of_row = _sum(not_row * e, 1, FOLD) * _exp2(shift - rate * row_top)
+            of_col = _sum(not_col * e, 0, FOLD) * _exp2(shift - rate * col_top)
+        _put(rows, AT + 1, row_field, _bits(of_row), is_row)
+        _put(cols, AT + 1, col_field, _bits(of_col), is_col)
 
 
 # ── merging and finishing ───────────────────────────────────────────────────────────────────────────────────────────
@@ -394,7 +480,7 @@ def merge(
     stride = 2 * _wide(K)
     state += _wide(side) * K + skipped + local
     old = (local < anchors) & (begin + tl.zeros([BLOCK], tl.int32) > 0)  # columns that go on; what is first begins
-    scale, least, tie = _scale(bounds), _threshold(bounds), slack * _reach(bounds)
+    scale, least, tie = _scale(bounds), _threshold(bounds), _tie(bounds, slack)
     rate = beta * 1.4426950408889634
     v0, v1 = _get(state, 0, stride, old, -1), _get(state, 1, stride, old, -1)
     v2, v3 = _get(state, 2, stride, old, -1), _get(state, 3, stride, old, -1)
@@ -403,7 +489,7 @@ def merge(
     AT: tl.constexpr = 16 if SEMI else 8  # of the sums in the state
     FROM: tl.constexpr = 2 if SEMI else 1  # in a partial
     EXP_AT: tl.constexpr = AT + 3 if LIN else AT
-    EXP_FROM: tl.constexpr = FROM + 3 if LIN else FROM
+    EXP_FROM: tl.constexpr = FROM + 2 if LIN else FROM
     if LIN:
         lin_count, lin_sum = _float(_get(state, AT, stride, old, 0)), _float(_get(state, AT + 1, stride, old, 0))
         ties = _float(_get(state, AT + 2, stride, old, 0))
@@ -419,10 +505,11 @@ def merge(
             n, begin + t * reach + _place(best), v0, v1, v2, v3, i0, i1, i2, i3
         )
         if LIN:
-            lin_count += _float(_get(here, FROM, field, on, 0))
-            lin_sum += _float(_get(here, FROM + 1, field, on, 0))
+            lin_sum += _float(_get(here, FROM, field, on, 0))
+            counts = _float(_get(here, FROM + 1, field, on, 0))
+            more = tl.floor(counts * 0.000244140625)
+            lin_count += counts - 4096.0 * more
             gap = _value(n, scale) - before
-            more = _float(_get(here, FROM + 2, field, on, 0))
             ties = tl.where(fresh | (gap > tie), 0.0, ties) + tl.where((n >= 0) & (fresh | (gap >= -tie)), more, 0.0)
         if EXP:
             count += _float(_get(here, EXP_FROM, field, on, 0))

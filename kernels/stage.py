@@ -40,9 +40,9 @@ def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 
     if arithmetic == "ieee":
         return Tiling(64, 64, 32, 4, 2)
     depth = 32 if arithmetic == "tf32" else 64
-    if not request.sums and request.semi_hard is None:
-        return Tiling(128, 128, depth, 4, 3)
-    return Tiling(128, 64, depth, 8 if capability >= (10, 0) else 4, 3)
+    blackwell = capability >= (10, 0)
+    narrow = request.sums or (blackwell and request.semi_hard is not None)
+    return Tiling(128, 64 if narrow else 128, depth, 8 if blackwell and request.sums else 4, 3)
 
 
 def dense_tiling(arithmetic: str) -> Tiling:
@@ -78,7 +78,7 @@ def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) ->
 
 def _fields(request: Request) -> int:
     """Words of a partial."""
-    return 1 + (request.semi_hard is not None) + 3 * request.lin + 2 * (request.beta is not None)
+    return 1 + (request.semi_hard is not None) + 2 * request.lin + 2 * (request.beta is not None)
 
 
 def _chunk(n: int, m: int, k: int, cut: Tiling, fields: int) -> int:
@@ -97,6 +97,11 @@ def _bulk(x: Tensor) -> bool:
         and x.stride(0) % 8 == 0
         and x.data_ptr() % 16 == 0
     )
+
+
+def _fold(x: Tensor, cut: Tiling, how: str) -> bool:
+    """Whether a thread holds several rows of a tile's columns (`mine._own`): not on sm_100, nor for ieee."""
+    return cut.height % 64 == 0 and how != "ieee" and _capability(x) < (10, 0)
 
 
 def pair(x: Tensor, y: Tensor, pairs: int) -> Pairs:
@@ -169,7 +174,8 @@ def statistics(
                 first, high, width, anchors, margin, slack, beta,
                 IDS=masks.ids is not None, **asked, WIDE=wide, HALVED=how == "halved",
                 PRECISION="ieee" if how == "ieee" else "tf32", TMA=bulk,
-                **shape, DEPTH=cut.depth, GROUP=8, INNER=False, num_warps=cut.warps, num_stages=cut.stages, **FUSED,
+                **shape, DEPTH=cut.depth, GROUP=8, FOLD=_fold(x, cut, how), INNER=False,
+                num_warps=cut.warps, num_stages=cut.stages, **FUSED,
             )  # fmt: skip
         mine.merge[(triton.cdiv(max(anchors, k), 64), 2)](
             rows, cols, state, bounds, k, first, high, width, anchors, slack, beta,

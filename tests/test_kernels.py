@@ -674,6 +674,17 @@ def test_lengths_whose_product_is_beyond_float32() -> None:
         assert not stats.s_neg.isnan().any()
 
 
+@pytest.mark.parametrize("length", [1e-17, 1e-12, 1.0, 1e6])
+def test_the_hardest_among_rows_of_any_length(length: float) -> None:
+    x, _ = embeddings(np.random.default_rng(4), 20, 20, 7, torch.float32)
+    found = mined(Inputs(length * x, length * x), Request(semi_hard=1e30, lin=True, beta=10.0))
+    hardest = (x.double() @ x.double().T).fill_diagonal_(-torch.inf).argmax(1)
+    assert torch.equal(found.negative, hardest.expand(2, -1))
+    assert torch.equal(found.semi, found.s_neg)
+    assert found.r_neg_lin.isfinite().all()
+    assert found.r_neg_exp.isfinite().all()
+
+
 @pytest.mark.parametrize("beta", [9.0, 60.0, 400.0])
 @pytest.mark.parametrize("split", ["one tile", "chunks"])
 def test_exponents_of_any_range(beta: float, split: str, monkeypatch: pytest.MonkeyPatch) -> None:

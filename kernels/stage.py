@@ -80,11 +80,16 @@ def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) ->
     return Plan((cut.height, cut.width), f"{said.get(how, how)}, {exactly}", partials + copies + words)
 
 
+def _padded(d: int) -> int:
+    """Features of a copy."""
+    return -(-d // 16) * 16
+
+
 def _copy_size(x: Tensor, how: str) -> int:
     """Bytes of the copy that a scan takes of one side."""
     if how != "halved" and _direct(x):
         return 0
-    return x.shape[0] * 16 * triton.cdiv(x.shape[1], 16) * (2 if how == "halved" else x.element_size())
+    return x.shape[0] * _padded(x.shape[1]) * (2 if how == "halved" else x.element_size())
 
 
 def _fields(request: Request) -> int:
@@ -143,9 +148,8 @@ def _descriptor(x: Tensor, rows: int, depth: int) -> Any:
 
 
 def _copied(x: Tensor, halved: bool, length: Tensor) -> Tensor:
-    """(N, D up to a multiple of 16): what a scan loads; halved: in float16, `length` the longest row's."""
-    n, d = x.shape
-    width = 16 * triton.cdiv(d, 16)
+    """(N, D or a little more): what a scan loads; halved: in float16, `length` the longest row's."""
+    (n, d), width = x.shape, _padded(x.shape[1])
     out = torch.empty(n, width, dtype=torch.float16 if halved else x.dtype, device=x.device)
     mine.copy[(triton.cdiv(n, ROWS), triton.cdiv(width, BLOCK))](
         x, out, length, n, d, width, *x.stride(), HALVED=halved, ROWS=ROWS, BLOCK=BLOCK, **FUSED

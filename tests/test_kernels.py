@@ -744,7 +744,6 @@ class _Launched(NamedTuple):
 @pytest.mark.parametrize(("T", "P"), [("con", "con"), ("nca", "sig-ms")])
 def test_a_small_batch_takes_six_launches(T: str, P: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward together, autograd's own 1 for the loss among them."""
-    monkeypatch.setitem(stage.SINGLE, "ROWS", 8)
     x, y = (side.to(dtype).requires_grad_() for side in embeddings(np.random.default_rng(5), 128, 128, 1024, dtype))
     with _Launches(monkeypatch) as launches:
         goal.apply(x, y, T, P, impl="triton", check_finite=False).backward()

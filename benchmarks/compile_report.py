@@ -49,7 +49,8 @@ SHARED = {
 }  # bytes a program may ask for, 163 and 227 KB: CUDA C++ Programming Guide
 RECORDED = RESULTS / "compile-recorded.json"  # Triton's version → variant → architecture → instructions per element
 TOLERANCE = 1.05
-N, SMALL_N, D, ODD_D = 32768, 512, 1024, 1001  # sizes decide what is divisible by 16, as they would in a launch
+# sizes decide what is divisible by 16, as they would in a launch
+N, SMALL_N, TINY_N, D, ODD_D = 32768, 512, 128, 1024, 1001
 MODULES = ("mine", "emit", "dense", "weigh")
 # compiled well within a minute: one of each kind of kernel, the scan's requests where registers are scarcest
 SUBSET = {
@@ -132,7 +133,8 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     def mine(dtype: torch.dtype, request: Any, precision: str, ids: bool = False, n: int = N, d: int = D) -> None:
         x, y = _inputs(dtype, n, d)
         each = torch.empty(n, dtype=torch.int64, device="meta") if ids else None
-        stage.statistics(x, y, stage.pair(x, y, n), request, Masks(each, each, 0, 0, n), precision)
+        pairs = stage.pair(x, y, n, apart=True)
+        stage.statistics(x, y, pairs, request, Masks(each, each, 0, 0, n), precision)
 
     def dense(dtype: torch.dtype, product: Any, precision: str, every: bool) -> None:
         x, y = _inputs(dtype)
@@ -156,6 +158,8 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
             yield "", functools.partial(mine, dtype, request, "fast")
         yield "", functools.partial(mine, dtype, Request(), "fast", ids=True)
     yield "", functools.partial(mine, torch.bfloat16, Request(beta=10.0), "fast", n=SMALL_N)
+    yield "", functools.partial(mine, torch.bfloat16, Request(), "fast", n=TINY_N)
+    yield "", functools.partial(mine, torch.float32, Request(beta=10.0), "fast", n=TINY_N)
     yield "", functools.partial(mine, torch.bfloat16, Request(), "fast", d=ODD_D)
     for precision in ("fast", "tf32", "exact"):  # float32 inputs: their 16-bit copies, tf32, ieee
         yield "", functools.partial(mine, torch.float32, Request(), precision)
@@ -205,9 +209,10 @@ def _variant(fn: Any, args: Sequence[Any], options: dict[str, Any], label: str) 
     words = [fn.__name__]
     if fn.__name__ == "scan" and not any(constexprs[key] for key in ("SEMI", "LIN", "EXP")):
         words.append("argmax")
-    words += [key.lower() for key, value in constexprs.items() if value is True]
+    words += [key.lower() for key, value in constexprs.items() if value is True and key != "FOLD"]
     words += [("", "wide", "general")[constexprs.get("WIDE", 0)], constexprs.get("LISTED", "").replace("none", "")]
     words += [str(precision) if precision and loaded == "fp32" else loaded] if fn.__name__ != "merge" else []
+    words += ["parts"] if constexprs.get("PARTS", 1) > 1 else []
     words += ["transposed" if signature.get("w_target") == "constexpr" else ""]
     words += [label if any(hasattr(value, "arg_names") for value in given.values()) else ""]
     words += ["odd"] if signature.get("D") == "i32" and not types["D"][1] else []

@@ -266,7 +266,7 @@ def _run(
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
-        loss = attach(x, y, loss, chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
+        loss = attach(x, y, (loss,), chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -297,7 +297,7 @@ class _Emit(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         y: Tensor,
-        value: Tensor,
+        value: tuple[Tensor],  # in a tuple it is no input, and may be handed out without a copy
         chosen: Settings,
         masks: Masks,
         how: How,
@@ -307,7 +307,7 @@ class _Emit(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.rest = chosen, masks, how, finite, mined, dense
-        return value.clone()
+        return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

@@ -206,7 +206,7 @@ def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
     """pair, mine and weigh: the value and the entries of G. `weight` is (K,)."""
     x, y, how, masks, _ = batch
-    pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs)
+    pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs, chosen.mining.dense == "never")
     s_pos = pairs.s_pos
     scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
     statistics = None

@@ -86,16 +86,19 @@ def plan(how: How, x: Tensor, y: Tensor, dtype: torch.dtype, request: Request, d
 # ── pair ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Pairs:
-    """s⁺ (K,) of the first K = `pairs` rows, and what kernels want to know of the whole batch."""
+def pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int, mined: bool = False) -> Pairs:
+    """s⁺ (K,) of the first K = `pairs` rows, and what kernels want to know of the whole batch.
+
+    `mined`: nobody will meet all negatives, and the bounds may be left in parts.
+    """
     if torch.compiler.is_compiling():
         return Pairs(*torch.ops.goal.pair(x, y, similarity.name, pairs, *how))
-    return _pair(how, similarity, x, y, pairs)
+    return _pair(how, similarity, x, y, pairs, mined)
 
 
-def _pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Pairs:
+def _pair(how: How, similarity: Dot, x: Tensor, y: Tensor, pairs: int, mined: bool = False) -> Pairs:
     if how.kernels:
-        found: Pairs = _kernels().pair(x, y, pairs)
+        found: Pairs = _kernels().pair(x, y, pairs, mined)
         return found
     s_pos = reference.s_pos(similarity, x, y, pairs)
     return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.int32))

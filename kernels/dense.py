@@ -83,7 +83,7 @@ def value(
         weight = _share(share, 1, col, on, K, bounds)[None, :]
         own = tl.load(s_pos + col, mask=on, other=0)[None, :]
         loss += weight * VALUE(own, s, 0.0, 0.0, 0.0, 0.0, p0, p1, p2, p3, p4, p5, p6, p7)
-    tl.store(out + _wide(i) * width + j, tl.sum(tl.sum(tl.where(live, loss, 0.0), 1), 0))
+    tl.store(out + _wide(i) * width + j, tl.sum(tl.where(live, loss, 0.0)))
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def coefficients(
         tl.store(pull_cols + _wide(i) * K + col, tl.sum(selected * p_pos, 0), mask=on)
         g += selected * p_neg
     if SCALED:  # float16 has few exponents: the tile's largest coefficient goes near 100
-        power = _power(tl.max(tl.max(tl.abs(g), 1), 0))
+        power = _power(tl.max(tl.abs(g)))
         tl.store(scales + _wide(i) * width + j, 1.0 / power)
         g *= power
     at = _wide(i) * HEIGHT + tl.arange(0, HEIGHT)

@@ -19,9 +19,13 @@ from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import STATISTICS, Product
 
 HELD = 1 << 26  # bytes of partials, or of coefficients, held at once
+LOWEST = mine.LOWEST.value
 FUSED = {"enable_fp_fusion": True}  # of every launch: Triton's default changes with 3.10, and the bits with it
-ROWS, BLOCK = 16, 128  # of the kernels that compute single similarities; the same in all, so that equal pairs are equal
+ROWS, BLOCK = 16, 128  # of a program's part of x or y
+SINGLE = {"ROWS": 8, "BLOCK": 128, **FUSED}  # of what computes single similarities: equal pairs have equal bits
 FEW = 1024  # pairs up to which the emission looks at every anchor instead of sorting them
+PARTS = 32  # of the bounds of few pairs, so that nobody has to clear them first; a power of two
+MERGING = 8  # tiles in a row or column up to which `finish` merges their partials itself
 SMALL = 1 << 20  # elements of S up to which float32 inputs are scanned in tf32: copying them costs more than it saves
 
 
@@ -40,9 +44,9 @@ def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 
     if arithmetic == "ieee":
         return Tiling(64, 64, 32, 4, 2)
     depth = 32 if arithmetic == "tf32" else 64
-    if not request.sums and request.semi_hard is None:
-        return Tiling(128, 128, depth, 4, 3)
-    return Tiling(128, 64, depth, 8 if capability >= (10, 0) else 4, 3)
+    blackwell = capability >= (10, 0)
+    narrow = request.sums or (blackwell and request.semi_hard is not None)
+    return Tiling(128, 64 if narrow else 128, depth, 8 if blackwell and request.sums else 4, 3)
 
 
 def dense_tiling(arithmetic: str) -> Tiling:
@@ -70,15 +74,27 @@ def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) ->
     cut = tiling(request, how, _capability(x))
     fields = _fields(request)
     partials = _chunk(n, m, k, cut, fields) * 4 * fields * (triton.cdiv(m, cut.width) * cut.height + k)
-    copies = 2 * (n + m) * d if how == "halved" else 0
+    copies = sum(_copy_size(one, how) for one in (x, y))
     words = 2 * k * (8 + fields) * 4 + (HELD + 4 * (n + m) * d if dense else 0)
     exactly = "the mined similarities in float32"
     return Plan((cut.height, cut.width), f"{said.get(how, how)}, {exactly}", partials + copies + words)
 
 
+def _padded(d: int) -> int:
+    """Features of a copy."""
+    return -(-d // 16) * 16
+
+
+def _copy_size(x: Tensor, how: str) -> int:
+    """Bytes of the copy that a scan takes of one side."""
+    if how != "halved" and _direct(x):
+        return 0
+    return x.shape[0] * _padded(x.shape[1]) * (2 if how == "halved" else x.element_size())
+
+
 def _fields(request: Request) -> int:
     """Words of a partial."""
-    return 1 + (request.semi_hard is not None) + 3 * request.lin + 2 * (request.beta is not None)
+    return 1 + (request.semi_hard is not None) + 2 * request.lin + 2 * (request.beta is not None)
 
 
 def _chunk(n: int, m: int, k: int, cut: Tiling, fields: int) -> int:
@@ -99,14 +115,31 @@ def _bulk(x: Tensor) -> bool:
     )
 
 
-def pair(x: Tensor, y: Tensor, pairs: int) -> Pairs:
-    """s⁺ (K,), and bounds (3,): min s⁺, max ‖x‖, max ‖y‖ as `mine.pair` writes them."""
+def _direct(x: Tensor) -> bool:
+    """Whether a scan loads it as it lies, many elements at a time; else it takes copies."""
+    aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
+    return aligned or _bulk(x)
+
+
+def _fold(x: Tensor, cut: Tiling, how: str) -> bool:
+    """Whether a thread holds several rows of a tile's columns (`mine._own`): not on sm_100, nor for ieee."""
+    return cut.height % 64 == 0 and how != "ieee" and _capability(x) < (10, 0)
+
+
+def pair(x: Tensor, y: Tensor, pairs: int, apart: bool = False) -> Pairs:
+    """s⁺ (K,), and bounds (3,): min s⁺, max ‖x‖, max ‖y‖ as `mine.pair` writes them.
+
+    `apart`: bounds of a small batch may be (3, PARTS), which the kernels of mined objectives read.
+    """
+    n, m, rows = x.shape[0], y.shape[0], SINGLE["ROWS"]
+    parts = PARTS if apart and max(n, m) <= PARTS * rows and n * m <= SMALL else 1
+    new: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
+    bounds = torch.full((3,), LOWEST, **new) if parts == 1 else torch.empty(3, parts, **new)
     s_pos = x.new_empty(pairs, dtype=torch.float32)
-    bounds = torch.zeros(3, dtype=torch.int32, device=x.device)
-    n, m = x.shape[0], y.shape[0]
-    mine.pair[(triton.cdiv(max(n, m), ROWS),)](
-        x, y, s_pos, bounds, n, m, pairs, x.shape[1], *x.stride(), *y.stride(), ROWS=ROWS, BLOCK=BLOCK, **FUSED
-    )
+    mine.pair[(triton.cdiv(max(n, m), rows) if parts == 1 else parts,)](
+        x, y, s_pos, bounds, n, m, pairs, x.shape[1], *x.stride(), *y.stride(),
+        PARTS=parts, **SINGLE,
+    )  # fmt: skip
     return Pairs(s_pos, bounds)
 
 
@@ -114,13 +147,21 @@ def _descriptor(x: Tensor, rows: int, depth: int) -> Any:
     return TensorDescriptor.from_tensor(x, [rows, depth])
 
 
-def _halved(x: Tensor, length: Tensor) -> Tensor:
-    n, d = x.shape
-    out = torch.empty(n, d, dtype=torch.float16, device=x.device)
-    mine.halve[(triton.cdiv(n, ROWS), triton.cdiv(d, BLOCK))](
-        x, out, length, n, d, *x.stride(), ROWS=ROWS, BLOCK=BLOCK, **FUSED
+def _copied(x: Tensor, halved: bool, length: Tensor) -> Tensor:
+    """(N, D or a little more): what a scan loads; halved: in float16, `length` the longest row's."""
+    (n, d), width = x.shape, _padded(x.shape[1])
+    out = torch.empty(n, width, dtype=torch.float16 if halved else x.dtype, device=x.device)
+    mine.copy[(triton.cdiv(n, ROWS), triton.cdiv(width, BLOCK))](
+        x, out, length, n, d, width, *x.stride(), HALVED=halved, ROWS=ROWS, BLOCK=BLOCK, **FUSED
     )
     return out
+
+
+def _loaded(x: Tensor, y: Tensor, how: str, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """What the products of a scan are made of: the inputs, or copies of them."""
+    halved = how == "halved"
+    a = _copied(x, halved, bounds[1:]) if halved or not _direct(x) else x
+    return a, _copied(y, halved, bounds[2:]) if halved or not _direct(y) else y
 
 
 def _scaled_back(s: Tensor, bounds: Tensor) -> Tensor:
@@ -133,16 +174,15 @@ def _scaled_back(s: Tensor, bounds: Tensor) -> Tensor:
 def statistics(
     x: Tensor, y: Tensor, pairs: Pairs, request: Request, masks: Masks, precision: str, cut: Tiling | None = None
 ) -> Statistics:
-    """The mining stage over a whole batch: scan, merge, finish, some rows of tiles at a time."""
+    """The mining stage over a whole batch: scan and merge, some rows of tiles at a time, then finish."""
     s_pos, bounds = pairs
     how = arithmetic(x, y, precision)
     (n, d), m, k = x.shape, y.shape[0], masks.pairs
     cut = cut or tiling(request, how, _capability(x))
-    a, b, scanned = x, y, s_pos
-    if how == "halved":
-        a, b = _halved(x, bounds[1:]), _halved(y, bounds[2:])
-        if request.semi_hard is not None:  # decided on numbers of one arithmetic
-            scanned = _scaled_back(pair(a, b, k).s_pos, bounds)
+    a, b = _loaded(x, y, how, bounds)
+    depth, scanned = max(a.shape[1], b.shape[1]), s_pos
+    if how == "halved" and request.semi_hard is not None:  # decided on numbers of one arithmetic
+        scanned = _scaled_back(pair(a, b, k).s_pos, bounds)
     semi, lin, exp = request.semi_hard is not None, request.lin, request.beta is not None
     fields = _fields(request)
     height, width = triton.cdiv(n, cut.height), triton.cdiv(m, cut.width)
@@ -150,13 +190,14 @@ def statistics(
     new: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
     rows = torch.empty(fields * width * min(step * cut.height, n), **new)
     cols = torch.empty(fields * step * k, **new)
-    state = torch.empty(8 * (1 + semi) + 3 * lin + 2 * exp, 2, k, **new)
+    merging = step == height and max(height, width) <= MERGING
+    state = rows if merging else torch.empty(8 * (1 + semi) + 3 * lin + 2 * exp, 2, k, **new)
     margin, beta = request.semi_hard or 0.0, request.beta or 0.0
     slack = max(2 * d**0.5, 16) * torch.finfo(torch.float32).eps  # at least a unit of a key
     bulk = _bulk(a) and _bulk(b)
     p_x, p_y = (_descriptor(a, cut.height, cut.depth), _descriptor(b, cut.width, cut.depth)) if bulk else (a, b)
     asked = {"SEMI": semi, "LIN": lin, "EXP": exp}
-    shape = {"HEIGHT": cut.height, "WIDTH": cut.width}
+    shape = {"HEIGHT": cut.height, "WIDTH": cut.width, "PARTS": bounds.numel() // 3}
     ids, y_ids = _ids(masks, s_pos)
     for first in range(0, height, step):
         high = min(step, height - first)
@@ -165,20 +206,24 @@ def statistics(
         wides = (0,) if not exp else (2,) if n * m <= SMALL else (0, 1)
         for wide in wides:
             mine.scan[(high * width,)](
-                p_x, p_y, ids, y_ids, scanned, bounds, rows, cols, n, m, k, d, *a.stride(), *b.stride(),
+                p_x, p_y, ids, y_ids, scanned, bounds, rows, cols, n, m, k, depth, *a.stride(), *b.stride(),
                 first, high, width, anchors, margin, slack, beta,
                 IDS=masks.ids is not None, **asked, WIDE=wide, HALVED=how == "halved",
                 PRECISION="ieee" if how == "ieee" else "tf32", TMA=bulk,
-                **shape, DEPTH=cut.depth, GROUP=8, INNER=False, num_warps=cut.warps, num_stages=cut.stages, **FUSED,
+                **shape, DEPTH=cut.depth, GROUP=8, FOLD=_fold(x, cut, how), INNER=False,
+                num_warps=cut.warps, num_stages=cut.stages, **FUSED,
             )  # fmt: skip
-        mine.merge[(triton.cdiv(max(anchors, k), 64), 2)](
-            rows, cols, state, bounds, k, first, high, width, anchors, slack, beta,
-            **asked, **shape, BLOCK=64, **FUSED,
-        )  # fmt: skip
+        if not merging:
+            mine.merge[(triton.cdiv(max(anchors, k), 64), 2)](
+                rows, cols, state, bounds, k, first, high, width, anchors, slack, beta,
+                **asked, **shape, BLOCK=64, **FUSED,
+            )  # fmt: skip
     value, index = x.new_empty(4, 2, k, dtype=torch.float32), torch.empty(2, 2, k, dtype=torch.int64, device=x.device)
-    mine.finish[(triton.cdiv(k, ROWS), 2)](
-        x, y, state, bounds, value[0], index[0], value[1], index[1], value[2], value[3],
-        k, d, *x.stride(), *y.stride(), _NEAR[how], beta, **asked, ROWS=ROWS, BLOCK=BLOCK, **FUSED,
+    mine.finish[(triton.cdiv(k, SINGLE["ROWS"]), 2)](
+        x, y, rows, cols, state, bounds, value[0], index[0], value[1], index[1], value[2], value[3],
+        k, d, *x.stride(), *y.stride(), height, width, slack, _NEAR[how], beta,
+        **asked, MERGES=merging, **(shape if merging else {**shape, "HEIGHT": 0, "WIDTH": 0}),
+        **SINGLE,
     )  # fmt: skip
     return Statistics(
         s_pos=s_pos,
@@ -291,7 +336,7 @@ def _dense(
 ) -> _Dense:
     how = arithmetic(x, y, precision)
     if how == "halved":
-        x, y = _halved(x, pairs.bounds[1:]), _halved(y, pairs.bounds[2:])
+        x, y = _copied(x, True, pairs.bounds[1:]), _copied(y, True, pairs.bounds[2:])
     cut = cut or dense_tiling(how)
     return _Dense(x, y, how, pairs, share.contiguous(), masks, cut)
 
@@ -350,20 +395,21 @@ def dense_emit(
             pull += pull_cols.sum(0)
             begin = first * cut.height
             rows = min(high * cut.height, (walk.x.shape[0] if walk.both else k) - begin)
-            columns = triton.cdiv(d, BLOCK)
+            block = 64 if run.how == "ieee" else BLOCK  # which holds its operands in registers
+            columns = triton.cdiv(d, block)
             if need_x:
                 dense.product[(triton.cdiv(rows, cut.height), columns)](
                     w, scales, walk.y, into_x, pairs.bounds, walk.listed, walk.size, rows, walk.y.shape[0], d,
                     line, 1, *walk.y.stride(), width, 1, begin, 0, 2 - walk.side,
                     LISTED="none" if walk.both else "targets", **options,
-                    TARGETS=cut.height, SOURCES=cut.width, BLOCK=BLOCK, num_warps=cut.warps,
+                    TARGETS=cut.height, SOURCES=cut.width, BLOCK=block, num_warps=cut.warps,
                 )  # fmt: skip
             if need_y:
                 dense.product[(width, columns)](
                     w, scales, walk.x, into_y, pairs.bounds, walk.listed, walk.size, walk.y.shape[0], rows, d,
                     1, line, *walk.x.stride(), 1, width, 0, begin, 1 + walk.side,
                     LISTED="none" if walk.both else "sources", **options,
-                    TARGETS=cut.width, SOURCES=cut.height, BLOCK=BLOCK, num_warps=cut.warps,
+                    TARGETS=cut.width, SOURCES=cut.height, BLOCK=block, num_warps=cut.warps,
                 )  # fmt: skip
         taken = pull_rows.sum(0)
         pull = pull + taken if walk.both else pull + torch.zeros_like(pull).scatter(0, walk.listed, taken)

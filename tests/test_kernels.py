@@ -21,6 +21,7 @@ from oracle import Result, oracle
 from table import MINING, TERMS_P, TERMS_T, Case, _families
 from test_contract import MININGS, arguments, close_calls, embeddings, gap, negatives_of, question, similarities
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import goal
 from goal import engine, ops, reference
@@ -43,6 +44,7 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that whoever reads before writing is seen; and programs are few and large."""
     monkeypatch.setattr(stage, "ROWS", 64)
+    monkeypatch.setitem(stage.SINGLE, "ROWS", 64)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -290,6 +292,7 @@ def test_every_name_is_met_in_every_way() -> None:
 def test_tiles_and_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """257 pairs with the sizes that are shipped."""
     monkeypatch.setattr(stage, "ROWS", 16)
+    monkeypatch.setitem(stage.SINGLE, "ROWS", 8)
     case = Case("cir", {}, "sig-ms", {}, "hardest", {}, "dot", "mean", "fives", (257, 257, 12))
     inputs = random_inputs(case, 0)
     expected = truth(case, inputs)
@@ -684,6 +687,17 @@ def test_lengths_whose_product_is_beyond_float32() -> None:
         assert not stats.s_neg.isnan().any()
 
 
+@pytest.mark.parametrize("length", [1e-17, 1e-12, 1.0, 1e6])
+def test_the_hardest_among_rows_of_any_length(length: float) -> None:
+    x, _ = embeddings(np.random.default_rng(4), 20, 20, 7, torch.float32)
+    found = mined(Inputs(length * x, length * x), Request(semi_hard=1e30, lin=True, beta=10.0))
+    hardest = (x.double() @ x.double().T).fill_diagonal_(-torch.inf).argmax(1)
+    assert torch.equal(found.negative, hardest.expand(2, -1))
+    assert torch.equal(found.semi, found.s_neg)
+    assert found.r_neg_lin.isfinite().all()
+    assert found.r_neg_exp.isfinite().all()
+
+
 @pytest.mark.parametrize("beta", [9.0, 60.0, 400.0])
 @pytest.mark.parametrize("split", ["one tile", "chunks"])
 def test_exponents_of_any_range(beta: float, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -695,6 +709,57 @@ def test_exponents_of_any_range(beta: float, split: str, monkeypatch: pytest.Mon
     # β · s is rounded to float32 before it is an exponent
     assert ((found.r_neg_exp - true.r_neg_exp).abs() <= (8 + 4 * beta) * EPS * true.r_neg_exp + 1e-37).all()
     assert (true.r_neg_exp > 0).any()
+
+
+# ── launches ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Launches(TorchDispatchMode):
+    """Names of what would run on a device: kernels, and operators that neither make empty tensors nor views."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for module in (stage.mine, stage.emit, stage.dense, stage.weigh):
+            for name, kernel in vars(module).items():
+                if hasattr(kernel, "arg_names") and name[0] != "_":
+                    monkeypatch.setattr(module, name, _Launched(name, kernel, self.names))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Launched(NamedTuple):
+    """A kernel that says its name; what the interpreter does for it are no launches."""
+
+    name: str
+    kernel: Any
+    names: list[str]
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            self.names.append(self.name)
+            with _disable_current_modes():
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+    def __call__(self, *args: Any) -> Any:  # from another kernel
+        return self.kernel(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "P"), [("con", "con"), ("nca", "sig-ms")])
+def test_a_small_batch_takes_six_launches(T: str, P: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward together, autograd's own 1 for the loss among them."""
+    x, y = (side.to(dtype).requires_grad_() for side in embeddings(np.random.default_rng(5), 128, 128, 1024, dtype))
+    with _Launches(monkeypatch) as launches:
+        goal.apply(x, y, T, P, impl="triton", check_finite=False).backward()
+    assert launches.names == ["pair", "scan", "finish", "weigh", "aten::ones_like", "emit"]
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 # ── the same bits ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -207,7 +207,10 @@ def _halves(reading: Reading, A: sp.Expr, B: sp.Expr, a0: sp.Expr, b0: sp.Expr) 
 def _same(expressions: tuple[sp.Expr, ...], field: Field) -> bool:
     """Whether T·P⁺ and T·P⁻ are the field."""
     a, b = _points()
-    t, p_pos, p_neg = (torch_function(each, {})(a, b) for each in expressions)
+    try:
+        t, p_pos, p_neg = (torch_function(each, {})(a, b) for each in expressions)
+    except CannotRead:
+        return False
     pairs = zip((t * p_pos, t * p_neg), _components(field, a, b), strict=True)
     return all(bool(torch.allclose(found, true, rtol=1e-8, atol=1e-9)) for found, true in pairs)
 

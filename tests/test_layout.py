@@ -145,7 +145,7 @@ def test_heavy_packages_are_imported_where_they_are_used(heavy: str) -> None:
 
 # ── public names only ───────────────────────────────────────────────────────────────────────────────────
 
-PACKAGES = ("goal.data", "goal.training", "goal.evaluation")  # public beside `goal` itself
+PACKAGES = ("goal.data", "goal.training", "goal.evaluation", "goal.lab")  # public beside `goal` itself
 OUTSIDE = {
     name: path
     for name, path in {**MODULES, **modules(ROOT / "benchmarks")}.items()

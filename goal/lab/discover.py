@@ -99,10 +99,11 @@ class Discovery:
         if behind.verdict == "below best":
             text = f"The found terms are {ahead} than {name}, by {abs(gap):.1f} RSUM, which exceeds the noise."
         else:
-            text = f"Nothing better was found: {gap:+.1f} RSUM to {name} is within the noise (p = {behind.p:.2g})."
+            signed = f"{gap:+.1f}".replace("-", "−")
+            text = f"Nothing better was found: {signed} RSUM to {name} is within the noise (p = {behind.p:.2g})."
         if self.T.built_in and self.P.built_in:
             text += f" What was found is {self.T.built_in} × {self.P.built_in}, which is published."
-        return text.replace("-", "−") if gap < 0 else text
+        return text
 
     @property
     def table(self) -> str:
@@ -190,7 +191,7 @@ def discover(
         workers: processes; by default one for each core, or 1 on an accelerator.
         save_every: seconds between the checkpoints of a run.
         command: goes into the note.
-        **settings: fields of `TrainConfig`, for all runs.
+        **settings: fields of `TrainConfig` for all runs, but those of the objective, and the seed.
 
     Returns:
         A `Discovery`, which prints as a summary; the same is written to the folder.
@@ -207,6 +208,8 @@ def discover(
     for argument, number, least in checks:
         if number < least:
             raise ValueError(f"{argument}: must be at least {least}, got {number}")
+    if chosen := [each for each in ("T", "P", "recipe", "mining", "params", "seed") if each in settings]:
+        raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings
     base = TrainConfig(**settings)
     data = features(base.data, base.limit)

@@ -423,6 +423,8 @@ def _antiderivative(f: sp.Expr, z: sp.Symbol) -> sp.Expr | None:
         if slope is not None and not slope.has(z):
             total += factor * softplus(function.args[0]) / slope
             continue
+        if sum(not each.is_polynomial(z) for each in sp.Mul.make_args(function)) > 1:
+            return None  # SymPy would search for long, and mostly in vain
         integral = sp.integrate(part.replace(sigmoid, _as_exp), z)
         if integral.has(sp.Integral):
             return None

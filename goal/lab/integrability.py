@@ -26,6 +26,7 @@ _DIGITS = 40  # in which a symbolic expression is evaluated, to tell whether it 
 _ZERO = 1e-9  # work round a cell, as a share of the largest along an edge, that rounding and quadrature leave
 _POINTS = 400  # of the square, at which regions between lines are found
 _SIMPLE = 400  # operations up to which an expression is simplified further, where that is needed at all
+_SHOWN = 40  # and up to which it is for show alone: SymPy may never come back from more
 
 
 class Potential(NamedTuple):
@@ -230,7 +231,7 @@ def _coupling(reading: Reading) -> dict[str, sp.Expr]:
 
 def _tidy(expression: sp.Expr) -> sp.Expr:
     """A form to show: what stands in functions stays as its author wrote it."""
-    if expression.count_ops() > _SIMPLE:
+    if expression.count_ops() > _SHOWN:
         return expression
     functions = {function: sp.Dummy() for function in expression.atoms(sigmoid, softplus, sp.exp, sp.log)}
     bare = expression.subs(functions)
@@ -303,15 +304,22 @@ def _vanishes_on(reading: Reading, h: sp.Symbol, u: sp.Expr, expression: sp.Expr
     if not line:
         return True, True  # the line passes the square by
     others = [(other, reading.bound(reading.shown(each))) for other, each in reading.switches if other != h]
-    proven = True
+    pieces = []
     for a, b in line[:: max(1, len(line) // 5)]:
-        state = {other: int(bool(each.subs({S_POS: a, S_NEG: b}) > 0)) for other, each in others}
-        piece, at = reading.bound(expression.subs(state)), reading.bound(u.subs(state))
-        if abs(float(piece.subs({S_POS: a, S_NEG: b, **dict.fromkeys(RELATIVE.values(), 0.375)}))) > _ZERO:
+        at = {S_POS: a, S_NEG: b}
+        state = {other: int(bool(each.subs(at) > 0)) for other, each in others}
+        piece = reading.bound(expression.subs(state))
+        if abs(float(piece.subs({**at, **dict.fromkeys(RELATIVE.values(), 0.375)}))) > _ZERO:
             return False, True
-        solutions = sp.solve(at, S_NEG if at.has(S_NEG) else S_POS, dict=True)
-        proven = proven and any(_is_zero(piece.subs(solution)) for solution in solutions)
-    return True, proven
+        pieces.append((piece, reading.bound(u.subs(state))))
+    # algebra, which may take long, only where it is wanted
+    return True, all(_is_zero_on(piece, curve) for piece, curve in dict.fromkeys(pieces))
+
+
+def _is_zero_on(expression: sp.Expr, u: sp.Expr) -> bool:
+    """By algebra, along u = 0."""
+    solutions = sp.solve(u, S_NEG if u.has(S_NEG) else S_POS, dict=True)
+    return any(_is_zero(expression.subs(solution)) for solution in solutions)
 
 
 def _on_line(u: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[float, float]]:
@@ -341,10 +349,14 @@ def _potential(reading: Reading | None, field: Field) -> Potential:
     """The loss in closed form where one is found and its gradient is the field; else by integrating along a line."""
     for find in (_of_polynomials, _of_one_argument, _of_two_halves):
         expression = find(reading) if reading is not None else None
-        if expression is not None and reading is not None:
+        if expression is None or reading is None:
+            continue
+        try:
             closed = torch_function(expression, reading.values)
-            if _is_gradient(closed, field):
-                return Potential(expression, closed)
+        except CannotRead:
+            continue
+        if _is_gradient(closed, field):
+            return Potential(expression, closed)
 
     def integrated(s_pos: Tensor, s_neg: Tensor) -> Tensor:
         s_pos, s_neg = torch.broadcast_tensors(s_pos, s_neg)
@@ -425,6 +437,8 @@ def _antiderivative(f: sp.Expr, z: sp.Symbol) -> sp.Expr | None:
         if slope is not None and not slope.has(z):
             total += factor * softplus(function.args[0]) / slope
             continue
+        if sum(not each.is_polynomial(z) for each in sp.Mul.make_args(function)) > 1:
+            return None  # SymPy would search for long, and mostly in vain
         integral = sp.integrate(part.replace(sigmoid, _as_exp), z)
         if integral.has(sp.Integral):
             return None

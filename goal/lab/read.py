@@ -29,6 +29,7 @@ _LATEX = {
     RELATIVE["r_pos_exp"]: "R^{+}",
     RELATIVE["r_neg_exp"]: "R^{-}",
 }
+_EXPANDED = 100  # operations up to which maxima are looked for; products of many terms take SymPy for ever to expand
 _GREEK = {"lam": r"\lambda", "eps": r"\varepsilon", "margin": "m"}
 
 
@@ -90,9 +91,10 @@ class Reading:
         """An expression with its switches written as Heaviside's function, or as a maximum where they form one."""
         on = [h for h, _ in self.switches]
         expression = expression.replace(lambda e: e.is_Pow and e.base in on and e.exp.is_positive, lambda e: e.base)
+        short = expression.count_ops() <= _EXPANDED
         for h, u in reversed(self.switches):  # a line may be made of earlier switches
-            whole = sp.expand(expression)
-            slope, rest = whole.coeff(h, 1), whole.coeff(h, 0)
+            whole = sp.expand(expression) if short else expression
+            slope, rest = (whole.coeff(h, 1), whole.coeff(h, 0)) if short else (sp.Integer(0), whole)
             linear = slope != 0 and not slope.has(h) and sp.expand(rest + h * slope) == whole
             if linear and not (ratio := sp.cancel(slope / u)).has(S_POS, S_NEG):
                 expression = rest + ratio * sp.Max(0, u)
@@ -285,6 +287,9 @@ class _Torch(PythonCodePrinter):
     def _print_log(self, e: sp.Expr) -> str:
         return self._called("torch.log", e)
 
+    def _print_atan(self, e: sp.Expr) -> str:
+        return self._called("torch.atan", e)
+
     def _print_Max(self, e: sp.Expr) -> str:
         number, *rest = sorted(e.args, key=lambda arg: not arg.is_number)
         if len(rest) == 1 and number == 0:
@@ -293,11 +298,6 @@ class _Torch(PythonCodePrinter):
 
     def _print_Abs(self, e: sp.Expr) -> str:
         return self._called("torch.abs", e)
-
-    def _print_Piecewise(self, e: sp.Expr) -> str:
-        raise CannotRead(f"{e} has no short name in torch.")
-
-    _print_sign = _print_Piecewise
 
     def _print_Heaviside(self, e: sp.Expr) -> str:
         return f"(({self._print(e.args[0])}) > 0).to(s_neg.dtype)"
@@ -311,11 +311,21 @@ class _Torch(PythonCodePrinter):
             return f"torch.sqrt({self._print(base)})"
         return str(super()._print_Pow(e, **options))
 
-    _print_Half = _print_Rational
+    _print_Half = _print_Pi = _print_Exp1 = _print_Rational
+
+
+_OPERATORS = (sp.Add, sp.Mul, sp.Pow, sp.Symbol, sp.Number, sp.pi.func, sp.E.func)
+_FUNCTIONS = (sp.exp, sp.log, sp.atan, sp.Abs, sigmoid, softplus, sp.Max, sp.Heaviside)
 
 
 def torch_source(expression: sp.Expr) -> str:
-    """Python that computes an expression of `s_pos`, `s_neg` and parameters with torch operators."""
+    """Python that computes an expression of `s_pos`, `s_neg` and parameters with torch operators.
+
+    Raises:
+        CannotRead: it holds a function that has no name in torch, as an integral may.
+    """
+    if strange := [e for e in sp.preorder_traversal(expression) if not isinstance(e, (*_OPERATORS, *_FUNCTIONS))]:
+        raise CannotRead(f"{strange[0].func.__name__} in {expression} has no name in torch.")
     return str(_Torch({"fully_qualified_modules": True, "strict": False}).doprint(expression))
 
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 import goal
 
 Parameters = dict[str, float | None]
+Kind = Literal["T", "P"]
+KINDS: tuple[Kind, ...] = ("T", "P")
 
 
 def _option(default: Any, help: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
@@ -80,8 +82,8 @@ class TrainConfig:
             if given := [name for name in ("T", "P", "mining") if getattr(self, name) is not None]:
                 raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
         else:
-            for name, registry, default in (("T", goal.T, "cir"), ("P", goal.P, "sig-ms")):
-                object.__setattr__(self, name, registry[getattr(self, name) or default].name)
+            for name, default in zip(KINDS, ("cir", "sig-ms"), strict=True):
+                object.__setattr__(self, name, _definition(name, getattr(self, name) or default).name)
             object.__setattr__(self, "mining", self.mining or "hardest")
         own = _parameters(self._base())
         if stray := sorted(set(self.params) - set(own)):
@@ -107,7 +109,8 @@ class TrainConfig:
     def _base(self) -> nn.Module:
         if self.recipe is not None:
             return goal.recipe(self.recipe)
-        return goal.Objective(str(self.T), str(self.P), mining=str(self.mining))
+        T, P = (_definition(name, str(getattr(self, name))) for name in KINDS)
+        return goal.Objective(T, P, mining=str(self.mining))
 
     @property
     def label(self) -> str:
@@ -149,6 +152,15 @@ class TrainConfig:
         if not isinstance(values, dict) or not set(values) <= known:
             raise ValueError(f"a configuration is a JSON object with the fields {', '.join(sorted(known))}")
         return cls(**values)
+
+
+def _definition(kind: Kind, name: str) -> Any:
+    """The term of that name. One that a search found is spelled by its name, so that every process knows it."""
+    if name.startswith("found-"):
+        from goal.lab.grammar import definition
+
+        return definition(kind, name)
+    return (goal.T if kind == "T" else goal.P)[name]
 
 
 def _check_device(device: str) -> None:

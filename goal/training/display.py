@@ -80,7 +80,8 @@ def outcome(result: Any) -> str:
     if isinstance(result, TrainConfig):  # of a search
         found = {"lr": result.lr} | result.params
         return f"{result.label}: found " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+    test = f", test RSUM {result['test']['rsum']:.1f}" if "test" in result else ""
     return (
         f"{result['label']}, seed {result['seed']}: validation RSUM {result['best_val_rsum']:.1f} at step "
-        f"{result['best_step']} of {result['steps']}, test RSUM {result['test']['rsum']:.1f}"
+        f"{result['best_step']} of {result['steps']}{test}"
     )

@@ -171,6 +171,23 @@ def _lab_simulate(options: argparse.Namespace, command: str) -> None:
         print(options.out)
 
 
+def _discover(options: argparse.Namespace, command: str) -> None:
+    from goal.lab import discover
+
+    found = discover(
+        quick=options.quick,
+        trials=options.trials,
+        seeds=options.seeds,
+        name=options.name,
+        root=options.root,
+        workers=options.workers,
+        save_every=options.save_every,
+        command=command,
+        **_settings(options),
+    )
+    print(f"\n{found}\n\nThe whole report: {found.folder / 'discovery.md'}; the terms to paste: found.py beside it")
+
+
 def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
     """The terms that --T and --P name, with the parameters that were given."""
     given = {name: value for name in PARAMETERS if (value := getattr(options, name, None)) is not None}
@@ -240,6 +257,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dataset", help="emoji, or a folder")
 
     command("recipes", "the objectives of the literature by name", _recipes)
+
+    sub = command("discover", "search for terms that beat the published ones; resumes as train does", _discover)
+    sub.add_argument("--quick", action="store_true", help="small heads and few trials: minutes instead of hours")
+    sub.add_argument("--trials", type=int, help="of each of the two searches; by default 150, or 40 with --quick")
+    sub.add_argument("--seeds", type=int, default=5, help="with which what was found is tested")
+    sub.add_argument("--workers", type=int, help="processes; by default one for each core")
+    _add_settings(sub, without=("T", "P", "recipe", "mining", "seed"))
+    _add_folder(sub)
 
     labs = commands.add_parser("lab", help="see and prove what an objective is").add_subparsers(required=True)
     sub = command("table", "which loss each T × P is, or that it is none", _lab_table, within=labs)

@@ -244,6 +244,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "somewhere"], "somewhere: holds no finished run"),
         (["eval", "--x", "x.npy", "--y", "y.npy"], "x.npy: no such file"),
         (["data", "info", "nothing"], "'nothing' is no folder"),
+        (["discover", "--trials", "0"], "trials: must be at least 1, got 0"),
         (["lab", "show", "--T", "ncs", "--P", "lin"], "T='ncs' is not known. Did you mean 'nca'?"),
         (
             ["lab", "show", "--T", "nca", "--P", "lin", "--beta", "3"],

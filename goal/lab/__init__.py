@@ -2,6 +2,7 @@
 
 from goal.lab import compose
 from goal.lab.batch import batch_integrability
+from goal.lab.discover import Discovery, discover
 from goal.lab.dissect import Dissection, dissect
 from goal.lab.draw import gallery, show
 from goal.lab.integrability import Integrability, Potential, integrability
@@ -10,6 +11,7 @@ from goal.lab.simulate import compare, simulate, triplet_trajectory
 from goal.lab.table import Table, known_loss, table
 
 __all__ = [
+    "Discovery",
     "Dissection",
     "Integrability",
     "Potential",
@@ -17,6 +19,7 @@ __all__ = [
     "batch_integrability",
     "compare",
     "compose",
+    "discover",
     "dissect",
     "gallery",
     "integrability",

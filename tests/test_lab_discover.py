@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 import goal
 from goal.lab import discover as searching
 from goal.lab.discover import CHECKS, FINALISTS, Discovery, discover
+from goal.lab.grammar import Expression
 from goal.training import Diverged, Incomplete, TrainConfig, loop
 from goal.training.loop import load_heads
+from goal.training.report import Difference
 from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -91,14 +94,17 @@ def test_it_reports_what_it_found(whole: Discovery) -> None:
 
 
 def test_the_printed_source_is_what_was_trained(whole: Discovery) -> None:
-    exec(whole.source, {})
     config = whole.finalists["found"][0].config
-    objective: Any = config.objective()
+    assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (config.T, config.P, config.params)
+    T, P = Expression("T", ("sigmoid", "margin"), (("tau", 3.0), ("margin", 0.1))), Expression("P", ("sigmoid", "ramp"))
+    other = replace(whole, T=T, P=replace(P, values=(("alpha", 5.0), ("lam", 0.3))))
+    exec(other.source, {})
+    pasted = goal.Objective("found", "found").settings.product
+    trained: Any = TrainConfig(T=T.name, P=P.name, params=other.T.params | other.P.params).objective()
     s_pos, s_neg = torch.linspace(-1, 1, 21)[:, None], torch.linspace(-1, 1, 21)[None, :]
-    pasted = goal.Objective("found", "found").settings.product.weights(s_pos, s_neg, {})
-    for mine, own in zip(pasted, objective.settings.product.weights(s_pos, s_neg, {}), strict=True):
+    pairs = (each.weights(s_pos, s_neg, {}) for each in (pasted, trained.settings.product))
+    for mine, own in zip(*pairs, strict=True):
         torch.testing.assert_close(mine, own, rtol=0, atol=0)
-    assert whole.T.params | whole.P.params == config.params
 
 
 def test_the_test_split_is_scored_once_with_seeds_that_chose_nothing(tmp_path: Path, here: pytest.MonkeyPatch) -> None:
@@ -202,11 +208,6 @@ def test_a_run_that_cannot_be_made_ends_it_and_is_named(tmp_path: Path, here: py
 
 
 def test_verdicts_in_words(whole: Discovery) -> None:
-    from dataclasses import replace
-
-    from goal.lab.grammar import Expression
-    from goal.training.report import Difference
-
     def verdict(found: float, published: float, noise: str, **changes: Any) -> str:
         order = sorted([("found", found), ("vse++", published)], key=lambda each: -each[1])
         differences = [

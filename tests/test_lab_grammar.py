@@ -142,11 +142,14 @@ def test_every_production_is_drawn_and_draws_are_a_function_of_the_seed() -> Non
 def test_an_optuna_trial_draws_too() -> None:
     optuna = pytest.importorskip("optuna")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    products = set()
     for _ in range(40):  # choices must not depend on other choices, or Optuna refuses them
         trial = study.ask()
         T, P = triplet(trial), pair(trial)
         assert trial.params.keys() >= {*T.params, *P.params}
         study.tell(trial, 0.0)
+        products |= {T.words[1:]} if T.words[0] == "product" else set()
+    assert any(words[:2] != words[2:] for words in products), "both atoms of a product are one choice"
 
 
 @pytest.mark.parametrize(("kind", "words"), BUILT_IN)

@@ -159,13 +159,12 @@ def _lab_simulate(options: argparse.Namespace, command: str) -> None:
     settings = {name: getattr(options, name) for name in ("start", "model", "n", "d", "steps", "lr", "noise", "seed")}
     runs = compare([(T, P, mining) for mining in options.mining], **settings)
     print(table(runs))
-    if options.norms:
-        at = sorted({round(options.steps * k / 10) for k in range(11)})
-        width = max(len(run.label) for run in runs)
-        for name, series in (("gradient", "gradient"), ("gradient's part along the spheres", "force")):
-            print(f"\nnorm of the {name}\n{'step':<{width}} " + " ".join(f"{step:>7}" for step in at))
-            for run in runs:
-                print(f"{run.label:<{width}} " + " ".join(f"{getattr(run, series)[step]:7.1e}" for step in at))
+    at = sorted({round(options.steps * k / 10) for k in range(11)})
+    width = max(len(run.label) for run in runs)
+    for name, series in (("gradient", "gradient"), ("gradient's part along the spheres", "force")):
+        print(f"\nnorm of the {name}\n{'step':<{width}} " + " ".join(f"{step:>7}" for step in at))
+        for run in runs:
+            print(f"{run.label:<{width}} " + " ".join(f"{getattr(run, series)[step]:7.1e}" for step in at))
     if options.out is not None:
         plot_simulations(runs, options.out)
         print(options.out)
@@ -285,7 +284,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(f"--{name}", type=int, default=default, help=help)
     sub.add_argument("--lr", type=float, help="learning rate; by default 0.1 for points, 1 for a map")
     sub.add_argument("--noise", type=float, default=0.1, help="of the start, relative to the points' length")
-    sub.add_argument("--norms", action="store_true", help="print the gradient's norm through time")
     sub.add_argument("--out", type=Path, help="file to draw into")
     return parser
 

@@ -212,7 +212,7 @@ def test_the_laboratory_draws_one_product(
 
 
 def test_the_laboratory_follows_points(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    small = ["--n", "8", "--d", "4", "--steps", "20", "--norms", "--out", str(tmp_path / "points.png")]
+    small = ["--n", "8", "--d", "4", "--steps", "20", "--out", str(tmp_path / "points.png")]
     assert cli.main(["lab", "simulate", "--T", "con", "--P", "con", "--mining", "hardest", "all", *small]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("   ")[0].strip() for line in lines[1:3]] == ["con × con, hardest", "con × con, all"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from goal.data.files import write_atomically
+from goal import pictures
 from goal.lab.field import Field, field_of
 from goal.lab.integrability import Integrability
 from goal.lab.simulate import triplet_trajectory
@@ -27,7 +26,6 @@ _STARTS = (
     (-0.8, -0.5),
 )  # (s⁺, s⁻) of the triplets that are followed
 _PATH, _END = "#D55E00", "#000000"  # Okabe and Ito's orange-red, on blues and greys
-_FORMATS = (".png", ".svg", ".pdf")
 
 
 def show(report: Integrability, path: str | Path | None = None) -> Figure:
@@ -48,7 +46,7 @@ def show(report: Integrability, path: str | Path | None = None) -> Figure:
         >>> from goal import lab
         >>> figure = lab.show(lab.integrability("nca", "lin"), path="nca-lin.png")
     """
-    figure = _figure(13, 8.2)
+    figure = pictures.figure(13, 8.2)
     axes = figure.subplots(2, 3)
     field = field_of(Product(report.T, report.P))
     loss = known_loss(Product(report.T, report.P)) if report.integrable else None
@@ -63,7 +61,7 @@ def show(report: Integrability, path: str | Path | None = None) -> Figure:
     axes[1, 2].remove()
     _sphere(figure.add_subplot(2, 3, 6, projection="3d"), report)
     if path is not None:
-        save(figure, path)
+        pictures.save(figure, path)
     return figure
 
 
@@ -72,7 +70,7 @@ def gallery(table: Table, path: str | Path | None = None) -> Figure:
     starts; jumps show as lines of curl.
     """
     rows, columns = len(table.rows), len(table.columns)
-    figure = _figure(2.9 * columns, 2.95 * rows)
+    figure = pictures.figure(2.9 * columns, 2.95 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for i in range(rows):
         for j in range(columns):
@@ -85,19 +83,8 @@ def gallery(table: Table, path: str | Path | None = None) -> Figure:
             axes.set_title(above + table.text(i, j), fontsize=8)
             axes.set(xlabel="s⁺" if i == rows - 1 else "", ylabel=f"T = {table.rows[i]}\ns⁻" if j == 0 else "")
     if path is not None:
-        save(figure, path)
+        pictures.save(figure, path)
     return figure
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure whole or not at all. Raises ValueError for a kind of file that is not known."""
-    path = Path(path)
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"path={str(path)!r} must end in one of {', '.join(_FORMATS)}.")
-    file = io.BytesIO()
-    meta: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
-    figure.savefig(file, format=path.suffix[1:], dpi=110, bbox_inches="tight", facecolor="white", metadata=meta)
-    write_atomically(path, file.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------- the panels
@@ -209,14 +196,3 @@ def _sphere(axes: Any, report: Integrability) -> None:
     axes.set_axis_off()
     axes.set_box_aspect((1, 1, 1), zoom=1.5)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'goal-objectives[train]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

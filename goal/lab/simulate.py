@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
+from goal import pictures
 from goal.lab.batch import Loop, Loss, count, emitted, loop_work, number
 from goal.lab.progress import progress
 from goal.mining import Mining
@@ -34,10 +35,6 @@ COLLAPSED = 0.01  # spread below which the points count as collapsed: their mean
 _STARTS = ("collapsed", "random", "clustered")
 _MODELS = ("points", "map")
 _LR = {"points": 0.1, "map": 1.0}
-
-# Okabe and Ito's palette, as in the reports of sweeps; a dash pattern repeats each colour
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#E69F00", "#CC79A7")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (3, 1)), (0, (8, 3)))
 
 
 class Account(NamedTuple):
@@ -295,17 +292,11 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
     """
     if not runs:
         raise ValueError("runs is empty: there is nothing to draw.")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'goal-objectives[train]'") from error
-    figure = Figure(figsize=(9.5, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pictures.figure(9.5, 6.4)
     recall, norm, vanishing, similarity = figure.subplots(2, 2, sharex=True).ravel()
     for k, run in enumerate(runs):
-        colour, dash, time = _COLOURS[k % 6], _DASHES[k // 6 % 6], np.arange(len(run.recall))
-        style = {"color": colour, "linestyle": dash if k >= 6 else _DASHES[k % 6]}
+        colour, dash, time = pictures.COLOURS[(k + 2) % 6], pictures.DASHES[k // 6 % 6], np.arange(len(run.recall))
+        style = {"color": colour, "linestyle": dash if k >= 6 else pictures.DASHES[k % 6]}
         recall.plot(time, run.recall, label=run.label, **style)
         for series, width in ((run.force, 2.2), (run.gradient, 0.9)):
             norm.plot(time, np.where(series == 0, np.nan, series), linewidth=width, **style)  # a log axis has no 0
@@ -329,7 +320,7 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
     figure.legend(loc="outside upper left", fontsize=9, frameon=False, handlelength=3.2)
     figure.text(0.01, -0.02, "\n".join(dict.fromkeys(run.settings for run in runs)), va="top", fontsize=8)
     if path is not None:
-        figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+        pictures.save(figure, path)
     return figure
 
 

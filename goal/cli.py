@@ -153,7 +153,7 @@ def _lab_show(options: argparse.Namespace, command: str) -> None:
 
 
 def _lab_simulate(options: argparse.Namespace, command: str) -> None:
-    from goal.lab.simulate import compare, plot_simulations, table
+    from goal.lab.dynamics import compare, plot_simulations, table
 
     T, P = _terms(options)
     settings = {name: getattr(options, name) for name in ("start", "model", "n", "d", "steps", "lr", "noise", "seed")}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import goal
 from goal.lab import integrability
-from goal.lab.page import page
 from goal.lab.read import CannotRead
+from goal.lab.webpage import page
 from goal.terms import Definition, Product, Term
 
 pytestmark = pytest.mark.usefixtures("registries", "one_thread")

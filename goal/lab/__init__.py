@@ -2,13 +2,13 @@
 
 from goal.lab import compose
 from goal.lab.batch import batch_integrability
-from goal.lab.discover import Discovery, discover
-from goal.lab.dissect import Dissection, dissect
 from goal.lab.draw import gallery, show
-from goal.lab.integrability import Integrability, Potential, integrability
-from goal.lab.page import page
-from goal.lab.simulate import compare, simulate, triplet_trajectory
-from goal.lab.table import Table, known_loss, table
+from goal.lab.dynamics import compare, simulate, triplet_trajectory
+from goal.lab.factor import Dissection, dissect
+from goal.lab.losses import Table, known_loss, table
+from goal.lab.search import Discovery, discover
+from goal.lab.verdict import Integrability, Potential, integrability
+from goal.lab.webpage import page
 
 __all__ = [
     "Discovery",

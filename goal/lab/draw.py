@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from goal import pictures
+from goal.lab.dynamics import triplet_trajectory
 from goal.lab.field import Field, field_of
-from goal.lab.integrability import Integrability
-from goal.lab.simulate import triplet_trajectory
-from goal.lab.table import Table, known_loss
+from goal.lab.losses import Table, known_loss
+from goal.lab.verdict import Integrability
 from goal.terms import Product
 
 if TYPE_CHECKING:

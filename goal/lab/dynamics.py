@@ -171,7 +171,7 @@ def simulate(
         ValueError, TypeError: for an unknown name or an argument out of range.
 
     Example:
-        >>> from goal.lab.simulate import simulate
+        >>> from goal.lab.dynamics import simulate
         >>> run = simulate(T="con", P="con", mining="all", n=8, d=4, steps=50)
         >>> run.separated is not None, run.collapsed, run.recall.shape
         (True, False, (51,))
@@ -234,7 +234,7 @@ def compare(objectives: Sequence[tuple[str | Term, str | Term, str | Mining]], *
     """`simulate` of several (T, P, mining) from the same start.
 
     Example:
-        >>> from goal.lab.simulate import compare, table
+        >>> from goal.lab.dynamics import compare, table
         >>> hinge = goal.T.con(margin=0.2)
         >>> runs = compare([(hinge, "con", m) for m in ("hardest", "selective")], model="map", steps=100)
         >>> [run.collapsed for run in runs]
@@ -285,7 +285,7 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
         ImportError: matplotlib is missing.
 
     Example:
-        >>> from goal.lab.simulate import plot_simulations, simulate
+        >>> from goal.lab.dynamics import plot_simulations, simulate
         >>> figure = plot_simulations([simulate(n=4, d=3, steps=5)], "run.png")
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['recall@1', 'norm of the tangent gradient (thin: of all)', 'share in the vanishing zone', 's⁺ and s⁻ (thin)']
@@ -362,7 +362,7 @@ def triplet_trajectory(
         ValueError, TypeError: for an unknown name or an argument out of range.
 
     Example:
-        >>> from goal.lab.simulate import triplet_trajectory
+        >>> from goal.lab.dynamics import triplet_trajectory
         >>> path = triplet_trajectory("con", "lin", s_pos=0.2, s_neg=0.6, steps=200)
         >>> f"{path.s_pos[-1]:.2f}", path.points.shape
         ('0.97', (201, 3, 3))

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import goal
-from goal.lab import discover as searching
-from goal.lab.discover import CHECKS, FINALISTS, Discovery, discover
+from goal.lab import search as searching
 from goal.lab.grammar import Expression
+from goal.lab.search import CHECKS, FINALISTS, Discovery, discover
 from goal.training import Diverged, Incomplete, TrainConfig, loop
 from goal.training.loop import load_heads
 from goal.training.report import Difference

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 
 from goal.data.files import write_atomically
 from goal.lab.grammar import Expression, pair, triplet
-from goal.lab.integrability import Integrability, integrability
+from goal.lab.verdict import Integrability, integrability
 from goal.training.config import TrainConfig
 from goal.training.display import Lines, display
 from goal.training.features import Sampler, features

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal.lab import simulate as module
-from goal.lab.simulate import Simulation, compare, plot_simulations, simulate, table, triplet_trajectory
+from goal.lab import progress
+from goal.lab.dynamics import Simulation, compare, plot_simulations, simulate, table, triplet_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -270,7 +270,7 @@ def test_a_bar_shows_on_a_terminal_once_it_takes_long(monkeypatch: pytest.Monkey
 
     clock = iter(range(100))
     monkeypatch.setattr("rich.progress.Progress", Bar)
-    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "monotonic", lambda: next(clock))
     simulate(n=2, d=2, steps=4)
     assert shown == []
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)

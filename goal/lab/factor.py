@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from goal.lab.field import REACH, Field, gradient_of
-from goal.lab.integrability import _tidy
 from goal.lab.read import S_NEG, S_POS, CannotRead, Reading, read_function, torch_function, torch_source
+from goal.lab.verdict import _tidy
 from goal.terms import Definition, Term
 
 _CLOSE = 1e-8  # relative to the largest product met: what rounding may leave of r(a, b) r(a₀, b₀) − r(a, b₀) r(a₀, b)

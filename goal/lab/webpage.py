@@ -20,8 +20,8 @@ from sympy.printing.jscode import JavascriptCodePrinter
 from sympy.printing.precedence import precedence
 from sympy.printing.str import StrPrinter
 
-from goal.lab.integrability import Integrability, integrability
 from goal.lab.read import RELATIVE, S_NEG, S_POS, CannotRead, Reading
+from goal.lab.verdict import Integrability, integrability
 from goal.terms import Definition, Product, Term
 
 _LETTERS = {"tau": "τ", "alpha": "α", "beta": "β", "lam": "λ", "eps": "ε", "margin": "m"}
@@ -64,7 +64,7 @@ def page(T: str | Term | Definition, P: str | Term | Definition) -> str:
         TypeError: not a term.
 
     Example:
-        >>> from goal.lab.page import page
+        >>> from goal.lab.webpage import page
         >>> text = page("nca", "lin")
         >>> text.startswith("<!doctype html>"), "the gradient of no loss" in text
         (True, True)
@@ -82,7 +82,7 @@ def page(T: str | Term | Definition, P: str | Term | Definition) -> str:
             "P⁻(0, s⁻)" if found.reading.depends(p_neg, S_POS) else "P⁻(s⁻)",
         ],
     }
-    template = resources.files("goal.lab").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("goal.lab").joinpath("webpage.html").read_text(encoding="utf-8")
     head, script, tail = re.split(r"(?<=<script>)(.*)(?=</script>)", template, flags=re.DOTALL)
     script = script.replace("/*FORMULAS*/", _javascript(found.reading, list(sliders)))
     parts = {

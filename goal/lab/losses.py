@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from goal.lab.field import field_of, gradient_of
-from goal.lab.integrability import Integrability, integrability
 from goal.lab.progress import progress
+from goal.lab.verdict import Integrability, integrability
 from goal.terms import Definition, Product, Term
 from goal.terms import P as PAIRS
 from goal.terms import T as TRIPLETS

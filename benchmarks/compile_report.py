@@ -136,8 +136,8 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         pairs = stage.pair(x, y, n, apart=True)
         stage.statistics(x, y, pairs, request, Masks(each, each, 0, 0, n), precision)
 
-    def dense(dtype: torch.dtype, product: Any, precision: str, every: bool) -> None:
-        x, y = _inputs(dtype)
+    def dense(dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D) -> None:
+        x, y = _inputs(dtype, d=d)
         pairs, masks = stage.pair(x, y, N), Masks(None, None, 0, 0, N)
         share = x.new_empty(2, N, dtype=torch.float32)
         relative = {name: torch.empty_like(share) for name in product.statistics}
@@ -172,6 +172,8 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield label, functools.partial(mined, torch.float32, SMALL_N, product, True)
     for precision in ("fast", "tf32", "exact"):
         yield label, functools.partial(dense, torch.float32, products[-1], precision, True)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield label, functools.partial(dense, dtype, products[-1], "exact", True, d=ODD_D)
     for dtype in (torch.bfloat16, torch.float32):
         yield "", functools.partial(mined, dtype, N, products[0], False)
 

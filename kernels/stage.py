@@ -335,8 +335,7 @@ def _dense(
     x: Tensor, y: Tensor, pairs: Pairs, share: Tensor, masks: Masks, precision: str, cut: Tiling | None
 ) -> _Dense:
     how = arithmetic(x, y, precision)
-    if how == "halved":
-        x, y = _copied(x, True, pairs.bounds[1:]), _copied(y, True, pairs.bounds[2:])
+    x, y = _loaded(x, y, how, pairs.bounds)
     cut = cut or dense_tiling(how)
     return _Dense(x, y, how, pairs, share.contiguous(), masks, cut)
 
@@ -366,9 +365,10 @@ def dense_emit(
 ) -> Gradients:  # fmt: skip
     """∂l/∂x and ∂l/∂y, float32, of anchors that meet all their negatives: G some rows of tiles at a time."""
     run = _dense(x, y, pairs, share, masks, precision, cut)
-    cut, k, d = run.cut, masks.pairs, x.shape[1]
+    cut, k = run.cut, masks.pairs
+    d = run.x.shape[1] if run.x.shape[1] == run.y.shape[1] else x.shape[1]  # of copies, with columns of 0
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
-    out = (torch.zeros(x.shape, **new), torch.zeros(y.shape, **new))
+    out = (torch.zeros(x.shape[0], d, **new), torch.zeros(y.shape[0], d, **new))
     pull = torch.zeros(k, **new)
     nothing = torch.zeros(2, k, **new)
     known = torch.stack([relative.get(name, nothing) for name in STATISTICS])
@@ -413,6 +413,7 @@ def dense_emit(
                 )  # fmt: skip
         taken = pull_rows.sum(0)
         pull = pull + taken if walk.both else pull + torch.zeros_like(pull).scatter(0, walk.listed, taken)
-    for gradient, other in zip(out, (y, x), strict=True):
+    gx, gy = (gradient[:, : x.shape[1]].contiguous() for gradient in out)
+    for gradient, other in ((gx, y), (gy, x)):
         gradient[:k].addcmul_(pull[:, None], other[:k].float(), value=-1)
-    return out[0] if needs[0] else None, out[1] if needs[1] else None
+    return gx if needs[0] else None, gy if needs[1] else None

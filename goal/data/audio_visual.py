@@ -67,6 +67,9 @@ def clips(folder: str | Path, split: str) -> Clips:
         raise ValueError(f"{folder}: {' and '.join(path.name for path in found.values())} both exist, keep one")
     ((ending, path),) = found.items()
     arrays = read_npz(path) if ending == ".npz" else read_hdf5(path)
+    for name in FIELDS:
+        if name not in arrays:
+            raise ValueError(f"{path}: no array {name!r}; it holds {', '.join(sorted(arrays)) or 'none that is read'}")
     audio, visual = (checked_features(path, name, arrays[name]) for name in ("audio", "visual"))
     labels = arrays["labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -78,31 +81,25 @@ def clips(folder: str | Path, split: str) -> Clips:
 
 
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The three arrays; nothing is unpickled."""
+    """Those of the three arrays that are there; nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[present(path, name, file.files)] for name in FIELDS}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path}: no npz file: {error}") from error
+            return {name: file[name] for name in FIELDS if name in file}
+    except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:  # .npy, pickles, cut short
+        raise ValueError(f"{path}: no npz file of numbers: {error}") from error
 
 
 def read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of the three datasets that are there."""
     try:
         h5py = importlib.import_module("h5py")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{path}: HDF5 needs the package h5py: pip install h5py") from error
     try:
-        file = h5py.File(path, "r")
+        with h5py.File(path, "r") as file:
+            return {name: np.asarray(file[name]) for name in FIELDS if isinstance(file.get(name), h5py.Dataset)}
     except OSError as error:
         raise ValueError(f"{path}: no HDF5 file: {error}") from error
-    with file:
-        return {name: np.asarray(file[present(path, name, list(file))]) for name in FIELDS}
-
-
-def present(path: Path, name: str, names: list[str]) -> str:
-    if name not in names:
-        raise ValueError(f"{path}: no array {name!r}; it holds {', '.join(sorted(names)) or 'nothing'}")
-    return name
 
 
 def checked_features(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float32]:
@@ -110,7 +107,8 @@ def checked_features(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.f
         raise ValueError(f"{path}: {name} must be floating point, got {array.dtype}")
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{path}: {name} must be (n, D), not empty, got {array.shape}; average over a time axis first")
-    features = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinity
+        features = array.astype(np.float32)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise ValueError(f"{path}: row {int(finite.argmin())} of {name} holds NaN or infinity")

@@ -78,7 +78,8 @@ class GPO(nn.Module):
         """θ(k, N) for set sizes N (S,) ≥ 1: (S, K) with K the largest of them; 0 at k ≥ N, float32 or float64."""
         longest = int(sizes.max())
         k = torch.arange(longest, device=sizes.device)
-        omega = torch.exp(torch.arange(0, self.code, 2, device=sizes.device) * (-math.log(1e4) / self.code))
+        even = at_least_float32(torch.arange(0, self.code, 2, device=sizes.device).to(self.score.weight.dtype))
+        omega = torch.exp(even * (-math.log(1e4) / self.code))
         angles = k[:, None] * omega  # (K, code / 2)
         codes = torch.stack((angles.sin(), angles.cos()), 2).flatten(1).to(self.score.weight.dtype)  # (K, code)
         packed = pack_padded_sequence(

@@ -95,5 +95,5 @@ def at_least_float32(values: Tensor) -> Tensor:
 def unit(values: Tensor, dim: int = 1) -> Tensor:
     """v / ‖v‖ along a dimension, float32 or float64; 0 stays 0, and its gradient stays bounded."""
     values = at_least_float32(values)
-    norm = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     return values / norm.masked_fill(norm == 0, 1)

@@ -461,6 +461,15 @@ def test_joint_normalises() -> None:
     assert torch.equal(model.embed_images(values[0]), x)
 
 
+def test_joint_hands_lengths_and_the_generator_on() -> None:
+    model = vse_infinity(TOKENS, d_image=6, dim=DIM, d_word=8)
+    images, texts = given("input", 6, math.nan), given("gpo", 8, -7)
+    generator, again = seeded(4), seeded(4)
+    x, y = model(images, texts, generator)
+    assert torch.equal(x, normalize(model.image(*images, again)))
+    assert torch.equal(y, normalize(model.text(*texts, again)))
+
+
 def test_a_zero_vector_stays_zero_and_its_gradient_bounded() -> None:
     model = Joint(Projection(6, DIM), Projection(4, DIM))
     values = torch.zeros(2, 6, requires_grad=True)

@@ -72,34 +72,31 @@ class CrossAttention(nn.Module):
         width = regions.shape[-1] if isinstance(regions, Tensor) else 0
         regions = sets.features("regions", regions, "(N, R, D)", width)
         words = sets.features("words", words, "(M, L, D)", width)
-        real, said = (
-            sets.mask_of("region_lengths", region_lengths, regions),
-            sets.mask_of("word_lengths", word_lengths, words),
-        )
-        v, e = _units(regions, real), _units(words, said)
+        said = sets.mask_of("word_lengths", word_lengths, words)
+        v, e = _units(regions, sets.mask_of("region_lengths", region_lengths, regions)), _units(words, said)
         rows, cols = _block(len(v), len(e), v.shape[1] * e.shape[1])
         recompute = torch.is_grad_enabled() and (v.requires_grad or e.requires_grad)
         parts = []
-        for some, kept in zip(v.split(rows), real.split(rows), strict=True):
+        for some in v.split(rows):
             line = []
             for captions, spoken in zip(e.split(cols), said.split(cols), strict=True):
-                given = (some, kept, captions, spoken)
+                given = (some, captions, spoken)
                 line.append(checkpoint(self._tile, *given, use_reentrant=False) if recompute else self._tile(*given))
             parts.append(torch.cat(line, 1))
         return torch.cat(parts)
 
-    def _tile(self, v: Tensor, real: Tensor, e: Tensor, said: Tensor) -> Tensor:
-        """(n, R, D), (n, R), (m, L, D), (m, L) → (n, m)."""
+    def _tile(self, v: Tensor, e: Tensor, said: Tensor) -> Tensor:
+        """(n, R, D), (m, L, D), (m, L) → (n, m). What is padded is zero: no cosine sees it."""
         n, m = len(v), len(e)
         s = (v.flatten(0, 1) @ e.flatten(0, 1).T).view(n, v.shape[1], m, e.shape[1]).permute(0, 2, 3, 1)  # (n, m, L, R)
         scaled = sets.unit(s.clamp(min=0), dim=2)
-        alpha = (self.attention * scaled).masked_fill(~real[:, None, None], -torch.inf).softmax(3)
+        alpha = (self.attention * scaled).softmax(3)
         gram = v @ v.mT  # (n, R, R)
         flat = alpha.flatten(1, 2)  # (n, m L, R)
         squared = ((flat @ gram) * flat).sum(2).view(n, m, -1)  # ‖a‖² (n, m, L)
         r = (alpha * s).sum(3) / squared.masked_fill(squared <= 0, 1).sqrt()
         if self.pooling == "mean":
-            return (r * said).sum(2) / said.sum(1)
+            return r.sum(2) / said.sum(1)
         return (self.sharpness * r).masked_fill(~said, -torch.inf).logsumexp(2) / self.sharpness
 
 

@@ -210,7 +210,8 @@ def _choose(s: Tensor, tau: float | None, generator: Generator | None) -> Tensor
         chosen = torch.where(s == largest, places, s.shape[1]).amin(1)
     else:
         odds = torch.where(none, 1, torch.exp(tau * (s - torch.where(none, 0, largest))))
-        chosen = torch.multinomial(odds, 1, generator=generator).squeeze(1)
+        where = s.device if generator is None else generator.device
+        chosen = torch.multinomial(odds.to(where), 1, generator=generator).squeeze(1).to(s.device)
     return torch.where(none.squeeze(1), -1, chosen)
 
 

@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """`goal.lab`, which brings SymPy, when it is first asked for."""
-    if name == "lab":
-        return importlib.import_module("goal.lab")
+    """`goal.lab`, which brings SymPy, and `goal.models` when they are first asked for."""
+    if name in ("lab", "models"):
+        return importlib.import_module(f"goal.{name}")
     raise AttributeError(f"module 'goal' has no attribute {name!r}")

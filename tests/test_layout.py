@@ -14,11 +14,12 @@ import pytest
 import goal
 import goal.data
 import goal.evaluation
+import goal.models
 import goal.training
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "goal"
-HEAVY = ("triton", "matplotlib", "rich", "optuna", "safetensors")
+HEAVY = ("triton", "matplotlib", "rich", "optuna", "safetensors", "h5py")
 
 
 def modules(folder: Path) -> dict[str, Path]:
@@ -73,6 +74,12 @@ def test_the_reading_of_imports_finds_them(tmp_path: Path) -> None:
     path.write_text("import goal.terms as t\nfrom goal import engine, T\ndef f():\n    import triton\n")
     assert known(path) == {"goal.terms", "goal.engine", "goal"}
     assert list(imports(path))[-1] == ("triton", None, False)
+
+
+def test_models_know_nothing_of_training() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("goal.models"):
+            assert not any(each.startswith(("goal.training", "goal.cli")) for each in known(path)), name
 
 
 @pytest.mark.parametrize("module", ["terms", "mining", "statistics", "similarity", "validation"])
@@ -145,7 +152,7 @@ def test_heavy_packages_are_imported_where_they_are_used(heavy: str) -> None:
 
 # ── public names only ───────────────────────────────────────────────────────────────────────────────────
 
-PACKAGES = ("goal.data", "goal.lab", "goal.pictures", "goal.training", "goal.evaluation")  # public beside `goal` itself
+PACKAGES = ("goal.data", "goal.lab", "goal.models", "goal.pictures", "goal.training", "goal.evaluation")  # public beside `goal` itself
 OUTSIDE = {
     name: path
     for name, path in {**MODULES, **modules(ROOT / "benchmarks")}.items()
@@ -155,7 +162,7 @@ OUTSIDE = {
 
 def private_uses(path: Path) -> Iterator[str]:
     """What a file takes from the library that is not public."""
-    public = {*goal.__all__, "data", "lab", "pictures", "training", "evaluation", "__version__"}
+    public = {*goal.__all__, "data", "lab", "models", "pictures", "training", "evaluation", "__version__"}
     for module, name, _ in imports(path):
         if module.split(".")[0] != "goal":
             continue
@@ -212,8 +219,10 @@ print([name for name in {HEAVY} if name in new])
     assert found.stderr == ""
 
 
-def test_the_laboratory_comes_when_it_is_asked_for() -> None:
-    code = "import sys, goal; assert 'goal.lab' not in sys.modules; goal.lab; print('goal.lab' in sys.modules)"
+@pytest.mark.parametrize("package", ["lab", "models"])
+def test_what_comes_when_it_is_asked_for(package: str) -> None:
+    name = f"goal.{package}"
+    code = f"import sys, goal; assert {name!r} not in sys.modules; {name}; print({name!r} in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "True"
 
@@ -267,6 +276,7 @@ SYMBOLS = {
     **dict(documented(goal, goal.__all__)),
     **dict(documented(goal.mining, SELECTIONS)),
     **dict(documented(goal.data, [name for name in vars(goal.data) if not name.startswith("_")])),
+    **dict(documented(goal.models, goal.models.__all__)),
 }
 
 

@@ -1,0 +1,115 @@
+"""Clips with a class label each: audio and visual feature vectors, from npz or HDF5."""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FIELDS = ("audio", "visual", "labels")
+ENDINGS = (".npz", ".h5", ".hdf5")
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """One split of labelled clips; row k of each array is clip k.
+
+    Attributes:
+        name: the folder's.
+        split: as the file is called.
+        audio: (n, Da) float32.
+        visual: (n, Dv) float32.
+        labels: (n,) int64, the class of each clip.
+
+    >>> one = np.zeros((1, 4), np.float32)
+    >>> Clips("mine", "train", one, one, np.array([3])).labels
+    array([3])
+    """
+
+    name: str
+    split: str
+    audio: NDArray[np.float32]
+    visual: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+def clips(folder: str | Path, split: str) -> Clips:
+    """One split of a folder of labelled audio-visual features, such as AVE's or VEGAS's.
+
+    | file | what |
+    |---|---|
+    | `{split}.npz`, `{split}.h5` or `{split}.hdf5` | `audio` (n, Da), `visual` (n, Dv), `labels` (n,) integers |
+
+    HDF5 needs the package h5py. Features that have a time axis, as AVE's have, are averaged over it first.
+
+    Raises:
+        ValueError: naming the file, and the row where there is one: an unknown split, two files of one split, a
+            missing array, another shape or dtype, different lengths, NaN or infinity.
+        ModuleNotFoundError: HDF5 without h5py.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> np.savez(folder / "train.npz", audio=np.ones((3, 128)), visual=np.ones((3, 1024)), labels=[0, 0, 1])
+    >>> clips(folder, "train").audio.shape
+    (3, 128)
+    """
+    folder = Path(folder)
+    found = {ending: path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()}
+    if not found:
+        known = sorted({path.stem for path in folder.glob("*") if path.suffix in ENDINGS})
+        raise ValueError(f"split: {folder} has no {split}.npz, .h5 or .hdf5; known: {', '.join(known) or 'none'}")
+    if len(found) > 1:
+        raise ValueError(f"{folder}: {' and '.join(path.name for path in found.values())} both exist, keep one")
+    ((ending, path),) = found.items()
+    arrays = read_npz(path) if ending == ".npz" else read_hdf5(path)
+    for name in FIELDS:
+        if name not in arrays:
+            raise ValueError(f"{path}: no array {name!r}; it holds {', '.join(sorted(arrays)) or 'none that is read'}")
+    audio, visual = (checked_features(path, name, arrays[name]) for name in ("audio", "visual"))
+    labels = arrays["labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels must be (n,) integers, got {labels.shape} {labels.dtype}")
+    if not len(audio) == len(visual) == len(labels):
+        counts = f"{len(audio)} audio, {len(visual)} visual, {len(labels)} labels"
+        raise ValueError(f"{path}: every clip has one of each, got {counts}")
+    return Clips(folder.resolve().name, split, audio, visual, labels.astype(np.int64))
+
+
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of the three arrays that are there; nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in FIELDS if name in file}
+    except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:  # .npy, pickles, cut short
+        raise ValueError(f"{path}: no npz file of numbers: {error}") from error
+
+
+def read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
+    """Those of the three datasets that are there."""
+    try:
+        h5py = importlib.import_module("h5py")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path}: HDF5 needs the package h5py: pip install h5py") from error
+    try:
+        with h5py.File(path, "r") as file:
+            return {name: np.asarray(file[name]) for name in FIELDS if isinstance(file.get(name), h5py.Dataset)}
+    except OSError as error:
+        raise ValueError(f"{path}: no HDF5 file: {error}") from error
+
+
+def checked_features(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float32]:
+    if array.dtype.kind != "f":
+        raise ValueError(f"{path}: {name} must be floating point, got {array.dtype}")
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{path}: {name} must be (n, D), not empty, got {array.shape}; average over a time axis first")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinity
+        features = array.astype(np.float32)
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{path}: row {int(finite.argmin())} of {name} holds NaN or infinity")
+    return features

@@ -576,6 +576,8 @@ def test_scan_looks_at_no_padding() -> None:
     for (i, r), (j, w) in itertools.product(enumerate(LENGTHS.tolist()), enumerate(LONGER.tolist())):
         alone = model(regions[i : i + 1, :r], tokens[j : j + 1, :w])
         assert s[i, j].item() == pytest.approx(alone.item(), abs=1e-12)
+    s.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_cross_attention_of_zeros_and_of_opposites_is_finite() -> None:

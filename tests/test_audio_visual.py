@@ -59,6 +59,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"visual": np.zeros((0, 5))}, r"visual must be \(n, D\), not empty"),
     ({"audio": np.zeros((5, 4))}, "one of each, got 5 audio, 6 visual, 6 labels"),
     ({"labels": np.arange(5)}, "6 visual, 5 labels"),
+    ({"visual": np.zeros((7, 5))}, "6 audio, 7 visual, 6 labels"),
     ({"labels": np.zeros((6, 1), int)}, r"labels must be \(n,\) integers, got \(6, 1\) int64"),
     ({"labels": np.zeros(6)}, r"integers, got \(6,\) float64"),
     ({"visual": np.diag([0, 0, np.nan, 0, np.inf, 0])}, "row 2 of visual holds NaN or infinity"),

@@ -13,7 +13,7 @@ from goal.models.joint import Input
 from goal.models.text import WordStates
 from goal.stats import Stats
 
-_HELD = 1 << 21  # attention weights made at once; backward makes them again
+_HELD = 1 << 22  # attention weights made at once; backward makes them again
 
 
 class CrossAttention(nn.Module):
@@ -77,21 +77,20 @@ class CrossAttention(nn.Module):
         rows, cols = _block(len(v), len(e), v.shape[1] * e.shape[1])
         recompute = torch.is_grad_enabled() and (v.requires_grad or e.requires_grad)
         parts = []
-        for some in v.split(rows):
+        for some, gram in zip(v.split(rows), (v @ v.mT).split(rows), strict=True):
             line = []
             for captions, spoken in zip(e.split(cols), said.split(cols), strict=True):
-                given = (some, captions, spoken)
+                given = (some, gram, captions, spoken)
                 line.append(checkpoint(self._tile, *given, use_reentrant=False) if recompute else self._tile(*given))
             parts.append(torch.cat(line, 1))
         return torch.cat(parts)
 
-    def _tile(self, v: Tensor, e: Tensor, said: Tensor) -> Tensor:
-        """(n, R, D), (m, L, D), (m, L) → (n, m). What is padded is zero: no cosine sees it."""
+    def _tile(self, v: Tensor, gram: Tensor, e: Tensor, said: Tensor) -> Tensor:
+        """(n, R, D), (n, R, R), (m, L, D), (m, L) → (n, m). What is padded is zero: no cosine sees it."""
         n, m = len(v), len(e)
         s = (v.flatten(0, 1) @ e.flatten(0, 1).T).view(n, v.shape[1], m, e.shape[1]).permute(0, 2, 3, 1)  # (n, m, L, R)
         scaled = sets.unit(s.clamp(min=0), dim=2)
         alpha = (self.attention * scaled).softmax(3)
-        gram = v @ v.mT  # (n, R, R)
         flat = alpha.flatten(1, 2)  # (n, m L, R)
         squared = ((flat @ gram) * flat).sum(2).view(n, m, -1)  # ‖a‖² (n, m, L)
         r = (alpha * s).sum(3) / squared.masked_fill(squared <= 0, 1).sqrt()

@@ -161,7 +161,7 @@ SETTINGS: dict[str, Published] = {
     "vse-infinity": Published(
         "vse++", 0.2, "AdamW", 5e-4, 1e-4, 25, 15, 128, 2.0, 1, "Chen et al., CVPR 2021; release"
     ),
-    "rvse++": Published("t-selhn", 0.2, "AdamW", 5e-4, 1e-4, 30, 15, 128, 2.0, 0, "release of Li et al., train.py"),
+    "rvse++": Published("t-selhn", 0.2, "AdamW", 5e-4, 1e-2, 30, 15, 128, 2.0, 0, "release of Li et al."),
     "scan": Published(
         "vse++", 0.2, "Adam", 2e-4, 0.0, 30, 15, 128, 2.0, 0, "Lee et al., ECCV 2018, Flickr30K; release"
     ),

@@ -102,7 +102,7 @@ def test_files_that_are_no_such_files(tmp_path: Path) -> None:
 def test_hdf5_without_h5py_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.h5").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install h5py"):
+    with pytest.raises(ModuleNotFoundError, match=r"goal-objectives\[hdf5\]"):
         clips(tmp_path, "train")
 
 

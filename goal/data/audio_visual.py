@@ -94,7 +94,7 @@ def read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
     try:
         h5py = importlib.import_module("h5py")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: HDF5 needs the package h5py: pip install 'goal-objectives[hdf5]'") from error
+        raise ModuleNotFoundError(f"{path}: HDF5 needs h5py: pip install 'goal-objectives[hdf5]'") from error
     try:
         with h5py.File(path, "r") as file:
             return {name: np.asarray(file[name]) for name in FIELDS if isinstance(file.get(name), h5py.Dataset)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import warnings
@@ -135,7 +136,7 @@ class Diagnosis:
         has = seen.index >= 0
         s_neg = seen.s_neg[has]
         apart = (seen.s_pos - seen.s_neg)[has].abs()
-        norms = {side: tuple(norm.item() for norm in both) for side, both in call.norms.items()}
+        norms = {side: tuple(norm.item() for norm in call.norms[side]) for side in "xy" if side in call.norms}
         return {
             "loss": call.loss.item(),
             "vanishing": _mean(apart < self._eps),
@@ -183,8 +184,10 @@ class Diagnosis:
             known = [math.nan if value is None or (log and value == 0) else value for value in values]
             style: dict[str, Any] = {"color": _COLOURS[place % 6], "linestyle": _DASHES[place % 2], "linewidth": 1.6}
             axes.plot(steps, known, label=label, marker="." if len(steps) == 1 else "", **style)
-        for step in (row["step"] for row in self.rows if row["alarms"]):
-            axes.axvspan(step - 0.5, step + 0.5, color="#BBBBBB", alpha=0.35, linewidth=0, zorder=0)
+        for alarmed, run in itertools.groupby(self.rows, lambda row: bool(row["alarms"])):
+            if alarmed:
+                first, *_, last = 2 * [row["step"] for row in run]
+                axes.axvspan(first - 0.5, last + 0.5, color="#BBBBBB", alpha=0.35, linewidth=0, zorder=0)
         if log:
             axes.set_yscale("log")
         if len(names) > 1:

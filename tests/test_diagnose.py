@@ -356,12 +356,12 @@ def test_it_is_drawn(tmp_path: Path) -> None:
 def test_gaps_and_alarms_are_drawn() -> None:
     objective = goal.Objective(**HINGE)
     with warnings.catch_warnings(action="ignore"), goal.diagnose(objective) as diagnosis:
-        for x, y in (collapsed(), embeddings()):
+        for x, y in (collapsed(), embeddings(), collapsed(), collapsed()):
             objective(x, y.detach()).backward()
             diagnosis.step()
     diagnosis.rows[1]["loss"] = None
     axes = diagnosis.draw().axes
     assert not axes[3].get_visible(), "no encoders"
-    assert len(axes[0].patches) == 1
+    assert [(span.get_x(), span.get_width()) for span in axes[0].patches] == [(-0.5, 1), (1.5, 2)]
     assert math.isnan(axes[0].lines[0].get_ydata()[1])
     assert all(map(math.isnan, axes[2].lines[2].get_ydata())), "no gradient at y"

@@ -8,6 +8,7 @@ import importlib
 
 from goal import data, mining
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
+from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
 from goal.objective import InfoNCE, Objective, SigLIP, pairs, recipe, recipes
 from goal.stats import Stats
@@ -16,6 +17,7 @@ from goal.terms import P, T, pair_weight, triplet_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnosis",
     "Explanation",
     "InfoNCE",
     "Objective",
@@ -26,6 +28,7 @@ __all__ = [
     "apply",
     "apply_similarity",
     "data",
+    "diagnose",
     "evaluate",
     "evaluate_similarity",
     "explain",

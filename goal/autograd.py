@@ -55,7 +55,8 @@ def apply(
         reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. Both directions always add.
         ids: (N,) integers; rows with equal ids are never negatives of each other.
         y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow.
-        weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates).
+        weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates). Or (2, K), for
+            the anchors of x→y and of y→x; `mean` then divides each direction by the sum of its own.
         similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
         impl: `auto`, `torch` or `triton`. `auto` takes the kernels for inputs on a GPU where they can do all of it,
             else PyTorch; `goal.explain` tells which, and why. `triton` never falls back: it raises.

@@ -25,7 +25,7 @@ from goal.mining import Mining
 from goal.ops import How
 from goal.similarity import Dot, Gradients, Mined, Needs
 from goal.statistics import Masks, Pairs, Request, Statistics, r_pos_exp, r_pos_lin
-from goal.terms import Product, Term
+from goal.terms import Parameter, Product, Term
 
 REDUCTIONS = ("mean", "sum")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -103,6 +103,30 @@ def _make(
 
 
 _make_once = functools.lru_cache(maxsize=256)(_make)
+
+Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None]]  # of T, of P, of the mining
+
+
+def numbers(chosen: Settings) -> Numbers:
+    """Everything in an objective that is a number."""
+    mining = chosen.mining
+    return chosen.product.T.params, chosen.product.P.params, {"margin": mining.margin, "eps": mining.eps}
+
+
+def renumbered(
+    chosen: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
+) -> Settings:
+    """An objective with other numbers."""
+    old = chosen.mining
+    return settings(
+        chosen.product.T.definition(**T),
+        chosen.product.P.definition(**P),
+        Mining(old.name, old.mined, old.dense, old.average, mining["margin"], mining["eps"]),
+        chosen.similarity,
+        chosen.reduction,
+        chosen.impl,
+        chosen.precision,
+    )
 
 
 class Batch(NamedTuple):
@@ -204,15 +228,20 @@ def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
 
 
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
-    """pair, mine and weigh: the value and the entries of G. `weight` is (K,)."""
+    """pair, mine and weigh: the value and the entries of G. `weight` is (K,), or (2, K), a row for each direction."""
     x, y, how, masks, _ = batch
     pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs, chosen.mining.dense == "never")
     s_pos = pairs.s_pos
-    scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs: (K,) or a number
+    scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs
     statistics = None
     if chosen.mines:
         statistics = ops.statistics(how, chosen.similarity, x, y, pairs, chosen.request, masks)
-    if statistics is not None and ops.weighs(how, chosen.product, chosen.mining.dense == "never", masks.pairs):
+    alike = weight is None or weight.dim() == 1  # both directions, as the kernel that weighs takes them
+    if (
+        statistics is not None
+        and alike
+        and ops.weighs(how, chosen.product, chosen.mining.dense == "never", masks.pairs)
+    ):
         weighed, value = ops.weigh(statistics, chosen.product, scale)
         return Outcome(value, weighed, None, Seen(s_pos, statistics, None, None))
     relative = {} if statistics is None else chosen.relative(statistics)
@@ -232,13 +261,13 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
 
 
 def _scale(s_pos: Tensor, weight: Tensor | None, reduction: str) -> Any:
-    """What each anchor weighs: wᵢ, divided by Σ w (by K without weights) for the mean."""
+    """What each anchor weighs, (K,), (2, K) or a number: wᵢ, divided by Σ w (by K without weights) for the mean."""
     if weight is None:
         return 1.0 if reduction == "sum" else 1.0 / s_pos.shape[0]
     weight = weight.to(s_pos.dtype)
     if reduction == "sum":
         return weight
-    total = weight.sum()
+    total = weight.sum(-1, keepdim=True)
     return weight / torch.where(total == 0, 1, total)  # all weights 0: nothing is emitted
 
 

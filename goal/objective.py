@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from goal import engine, mining, terms, validation
 from goal.autograd import _run
-from goal.engine import Batch, Seen
+from goal.engine import Batch, Seen, Settings
 from goal.stats import Stats, stats
 
 
@@ -46,9 +46,13 @@ class Objective(nn.Module):
         check_finite: bool | None = None,
     ) -> None:
         super().__init__()
-        self.settings = engine.settings(T, P, mining, similarity, reduction, impl, precision)
+        self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
         self.check_finite = check_finite
-        self._seen: tuple[Batch, Seen] | None = None
+        self._seen: tuple[Settings, Batch, Seen] | None = None
+
+    def _bind(self, settings: Settings) -> None:
+        self.settings = settings
+        self._numbers = engine.numbers(settings)
 
     def forward(
         self,
@@ -59,8 +63,11 @@ class Objective(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
-        batch, outcome, loss = _run(x, y, self.settings, ids, y_ids, weight, self.check_finite)
-        self._seen = batch, outcome.seen
+        settings = self.settings
+        if torch.compiler.is_compiling():  # a graph takes single numbers as its inputs, and settings as constants
+            settings = engine.renumbered(settings, *self._numbers)
+        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite)
+        self._seen = self.settings, batch, outcome.seen
         return loss
 
     @property
@@ -69,7 +76,8 @@ class Objective(nn.Module):
         if self._seen is None:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
         with torch.no_grad():
-            return stats(self._seen[0], self.settings, self._seen[1])
+            settings, batch, seen = self._seen
+            return stats(batch, settings, seen)
 
     def extra_repr(self) -> str:
         s = self.settings

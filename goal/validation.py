@@ -65,7 +65,7 @@ def identity(name: str, value: object, length: int, side: str, device: torch.dev
 
 
 def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> Tensor | None:
-    """weight (K,) >= 0, or None."""
+    """weight (K,) or (2, K) >= 0, or None."""
     if weight is None:
         return None
     if isinstance(weight, Tensor) and weight.requires_grad:
@@ -76,12 +76,16 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
         raise TypeError(f"weight must be numbers, one for each pair: {error}") from None
     if w.dtype.is_complex or w.dtype == torch.bool:
         raise TypeError(f"weight must be real numbers, got {w.dtype}.")
-    if tuple(w.shape) != (k,):
-        raise ValueError(f"weight must have shape ({k},), one for each pair, got {tuple(w.shape)}.")
+    if tuple(w.shape) not in ((k,), (2, k)):
+        raise ValueError(
+            f"weight must have shape ({k},), one for each pair, or (2, {k}), a row for each direction, "
+            f"got {tuple(w.shape)}."
+        )
     w = w if w.is_floating_point() else w.float()
     if check and not bool(((w >= 0) & (w < torch.inf)).all()):
-        bad = int((~((w >= 0) & (w < torch.inf))).nonzero()[0])
-        raise ValueError(f"weight must be finite and >= 0, got {w[bad].item()} at position {bad}.")
+        bad = (~((w >= 0) & (w < torch.inf))).nonzero()[0].tolist()
+        at = ", ".join(map(str, bad))
+        raise ValueError(f"weight must be finite and >= 0, got {w[tuple(bad)].item()} at position {at}.")
     return w
 
 

@@ -2,7 +2,25 @@
 
 from goal.training.config import TrainConfig
 from goal.training.loop import Diverged, TrainingError, train
+from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Scheduled, cosine, linear, piecewise, varying
 from goal.training.sweep import Incomplete, Sweep, entries
 from goal.training.tune import search
 
-__all__ = ["Diverged", "Incomplete", "Sweep", "TrainConfig", "TrainingError", "entries", "search", "train"]
+__all__ = [
+    "Curriculum",
+    "Diverged",
+    "FewSemiHard",
+    "Incomplete",
+    "Plateau",
+    "Scheduled",
+    "Sweep",
+    "TrainConfig",
+    "TrainingError",
+    "cosine",
+    "entries",
+    "linear",
+    "piecewise",
+    "search",
+    "train",
+    "varying",
+]

@@ -1,0 +1,240 @@
+"""More negatives than the batch holds: rows made of embeddings, which objectives mine beside the embeddings themselves.
+
+What is made is ordinary differentiable torch, so what an objective emits at a made row flows back to its origins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from goal import validation
+from goal.objective import Objective
+from goal.stats import Stats, stats
+from goal.terms import unknown
+
+_SHORT = 1e-3  # a made row shorter than this is not normalised: its direction says nothing, its gradient is huge
+
+
+class Made(NamedTuple):
+    """Rows that were made of others."""
+
+    rows: Tensor  # (A, D), unit, differentiable
+    ids: Tensor  # (A,) int64: the id that a row is no negative of
+
+
+def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None = None) -> Made:
+    """n rows that divide the line between two items of one id into n + 1 equal parts, and have that id.
+
+        x̄ₖ = (k·a + (n + 1 − k)·b) / (n + 1), then x̄ₖ / ‖x̄ₖ‖,    k = 1 … n
+
+    The items of an id stand in a ring in random order, and the lines lead from each to the next: one line where there
+    are two of them, none where there is one.
+
+    Args:
+        x: (B, D) unit embeddings, differentiable; of both modalities, one after the other, if there are two.
+        ids: (B,) integers.
+        n: rows on a line, >= 1.
+        generator: of the order, on the device of x; by default torch's own, as for dropout.
+
+    Returns:
+        `Made`: rows (A, D) and ids (A,); A is n times the number of lines.
+
+    Raises:
+        ValueError, TypeError: for a shape, a dtype or an n that is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from goal.augment import interpolate
+        >>> made = interpolate(torch.eye(3), torch.tensor([5, 8, 5]), n=1)
+        >>> made.rows, made.ids
+        (tensor([[0.7071, 0.0000, 0.7071]]), tensor([5]))
+
+    Source: Ko & Gu, "Embedding Expansion", CVPR 2020, §3.1 (one line between the two items of a class; the ring is
+    what becomes of it where a class has more).
+    """
+    x, ids = _checked(x, ids, n)
+    shuffle = torch.randperm(len(ids), generator=generator, device=ids.device)
+    order, first, size = _groups(ids, shuffle)
+    place = torch.arange(len(ids), device=ids.device)
+    following = order[first + (place - first + 1) % size]
+    line = (size > 2) | ((size == 2) & (place == first))
+    a, b = order[line], following[line]
+    k = torch.arange(1, n + 1, device=x.device, dtype=x.dtype)[:, None, None] / (n + 1)
+    rows = k * x[a] + (1 - k) * x[b]  # (n, lines, D)
+    return Made(normalize(rows.flatten(0, 1), dim=1, eps=_SHORT), ids[a].repeat(n))
+
+
+def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None = None) -> Made:
+    """n mixtures of each item with items of other ids, of which it is the greater part and whose id it keeps.
+
+        x̄ = λ·a + (1 − λ)·b, then x̄ / ‖x̄‖,    λ uniform in [½, 1]
+
+    A mixture is a negative for every item of another id, those of b's id as well, of which it holds less than half.
+
+    Args:
+        x: (B, D) unit embeddings, differentiable; of both modalities, one after the other, if there are two.
+        ids: (B,) integers, not all the same.
+        n: mixtures of each item, >= 1; each with another random partner.
+        generator: of λ and of the partners, on the device of x; by default torch's own, as for dropout.
+
+    Returns:
+        `Made`: rows (n·B, D) and ids (n·B,).
+
+    Raises:
+        ValueError, TypeError: for a shape, a dtype or an n that is not allowed, or one id for all.
+
+    Example:
+        >>> import torch
+        >>> from goal.augment import mixup
+        >>> made = mixup(torch.eye(3), torch.tensor([5, 8, 5]), n=4)
+        >>> made.rows.shape, bool((made.rows[:3].diagonal() > 0.7).all())
+        (torch.Size([12, 3]), True)
+
+    Source: Zhang et al., "mixup", ICLR 2018, with λ ~ Beta(1, 1) folded at ½; that a negative may hold less than half
+    of its query is from Kalantidis et al., "Hard Negative Mixing", NeurIPS 2020, §3.3. To normalise is ours.
+    """
+    x, ids = _checked(x, ids, n)
+    order, first, size = _groups(ids, torch.arange(len(ids), device=ids.device))
+    if bool(size[0] == len(ids)):
+        raise ValueError("mixup: all ids are the same, so no item has another to be mixed with.")
+    draw = torch.rand(2, n, len(ids), generator=generator, device=x.device, dtype=torch.float64)
+    place = (draw[0] * (len(ids) - size)).long()  # (n, B) among the items of other ids, which lie around the group
+    partner = order[place + size * (place >= first)]
+    share = (0.5 + draw[1] / 2).to(x.dtype)[..., None]
+    rows = share * x[order] + (1 - share) * x[partner]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(ids), device=ids.device)
+    return Made(normalize(rows[:, back].flatten(0, 1), dim=1, eps=_SHORT), ids.repeat(n))
+
+
+def _checked(x: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    x = validation.matrix("x", x, "(B, D)")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be a whole number >= 1, got {n!r}.")
+    return x, validation.identity("ids", ids, len(x), "x", x.device)
+
+
+def _groups(ids: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The items in order of their ids, and in that of `shuffle` within one; the first place and the size of each group.
+
+    All three are (B,), by place.
+    """
+    ordered, within = ids[shuffle].sort(stable=True)
+    _, group, sizes = ordered.unique_consecutive(return_inverse=True, return_counts=True)
+    return shuffle[within], (sizes.cumsum(0) - sizes)[group], sizes[group]
+
+
+_BY_NAME: dict[str, Callable[[Tensor, Tensor, int], Made]] = {"interpolate": interpolate, "mixup": mixup}
+
+
+class Augmented(nn.Module):
+    """An objective that mines in the augmented space: negatives are the batch's, and rows made of the batch.
+
+    With C made of the 2K embeddings, the anchors xᵢ meet the candidates y ∪ C, the anchors yᵢ meet x ∪ C. Pairs,
+    anchors and positive sets stay those of the batch. It takes two calls, (x, [y; C]) for x→y and ([x; C], y) for y→x,
+    each with weight 0 for the other direction, since rows of C on both sides would be taken for pairs.
+
+    Args:
+        objective: what is emitted; its mining is that in the augmented space. Similarity `dot` or `cosine`.
+        augment: `interpolate` (within an id) or `mixup` (between ids).
+        n: as there.
+
+    Raises:
+        ValueError, TypeError: an unknown name, an n that is not allowed, or order embeddings, at construction.
+
+    Example:
+        >>> import goal, torch
+        >>> from goal.augment import Augmented
+        >>> objective = Augmented(goal.Objective(T="con", P="lin"), augment="interpolate", n=2)
+        >>> x, y = torch.eye(4, requires_grad=True), torch.ones(4, 4) / 2
+        >>> objective(x, y).backward()
+        >>> objective.stats.index >= 4  # for y→x, rows between an x and its y lie nearer than another x
+        tensor([[False, False, False, False],
+                [ True,  True,  True,  True]])
+    """
+
+    def __init__(self, objective: Objective, augment: str = "interpolate", n: int = 2) -> None:
+        super().__init__()
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
+        if objective.settings.similarity.name not in ("dot", "cosine"):
+            raise ValueError(f"similarity={objective.settings.similarity.name!r}: made rows are unit vectors.")
+        if augment not in _BY_NAME:
+            raise unknown("augment", augment, list(_BY_NAME))
+        _checked(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), n)
+        self.objective, self.augment, self.n = objective, augment, n
+        self._seen: list[Any] = []  # what each of the two calls saw
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None = None,
+        y_ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The scalar of (K, D) and (K, D) embeddings.
+
+        Args:
+            x, y: unit vectors, or of any length with similarity `cosine`.
+            ids: (K,) integers, by default one for each pair.
+            y_ids: (K,), by default `ids`.
+            weight: (K,) or (2, K), as for `goal.apply`.
+
+        Raises:
+            ValueError, TypeError: as `goal.apply`; x and y of different lengths; no two items of an id, or no two ids.
+        """
+        x, y = validation.embeddings(x, y)
+        k = len(x)
+        if len(y) != k:
+            raise ValueError(f"x and y must have the same number of rows to be augmented, got {k} and {len(y)}.")
+        rows, cols = validation.identities(torch.arange(k) if ids is None else ids, y_ids, k, k, x.device)
+        assert rows is not None
+        assert cols is not None
+        if self.objective.settings.similarity.name == "cosine":
+            x, y = normalize(x, dim=1), normalize(y, dim=1)
+        made = _BY_NAME[self.augment](torch.cat([x, y]), torch.cat([rows, cols]), self.n)
+        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check=False)
+        assert scale is not None
+        one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
+        candidate_ids = [torch.cat([own, made.ids]) for own in (rows, cols)]
+        forth = self.objective(x, torch.cat([y, made.rows]), rows, candidate_ids[1], one_way[0])
+        seen_forth = self.objective._seen
+        back = self.objective(torch.cat([x, made.rows]), y, candidate_ids[0], cols, one_way[1])
+        self._seen = [seen_forth, self.objective._seen]
+        loss: Tensor = forth + back
+        return loss
+
+    @property
+    def settings(self) -> Any:
+        """The objective's."""
+        return self.objective.settings
+
+    @property
+    def stats(self) -> Stats:
+        """`goal.Stats` of the last call; an index from K on is that of a made row."""
+        if not self._seen:
+            raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
+        with torch.no_grad():
+            forth, back = (stats(batch, settings, seen) for settings, batch, seen in self._seen)
+            fallback = [
+                seen.fallback[side] for side, (_, _, seen) in enumerate(self._seen) if seen.fallback is not None
+            ]
+        both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in _OF_EACH_DIRECTION}
+        return Stats(
+            s_pos=forth.s_pos,
+            active=(both["T"] != 0).to(both["T"].dtype).mean(),
+            fallback=torch.stack(fallback).to(forth.s_pos.dtype).mean() if fallback else forth.fallback,
+            **both,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.augment}, n={self.n}"
+
+
+_OF_EACH_DIRECTION = ("s_neg", "index", "T", "P_pos", "P_neg", "recall_at_1")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import get_total_norm
 
+from goal import pictures
 from goal.autograd import gradients
 from goal.data.files import write_atomically
 from goal.terms import check_number
@@ -158,7 +159,7 @@ class Diagnosis:
         """
         if not self.rows:
             raise ValueError("there is nothing to draw: no step has been diagnosed.")
-        figure = _figure(10.5, 8.5)
+        figure = pictures.figure(10.5, 8.5)
         grid = figure.subplots(3, 2, sharex=True)
         self._curves(grid[0, 0], "loss", {"": "loss"})
         self._curves(grid[0, 1], "shares", {f"|s⁺ − s⁻| < {self._eps:g}": "vanishing", "recall@1": "recall_at_1"})
@@ -172,7 +173,7 @@ class Diagnosis:
         grid[0, 1].set_ylim(-0.03, 1.03)
         figure.supxlabel("step", fontsize=10)
         if path is not None:
-            figure.savefig(path, dpi=150, facecolor="white")
+            pictures.save(figure, path)
         return figure
 
     def _curves(self, axes: Axes, title: str, names: Mapping[str, str], log: bool = False) -> None:
@@ -182,7 +183,11 @@ class Diagnosis:
             key, _, inner = name.partition(".")
             values = [row[key].get(inner) if inner else row[key] for row in self.rows]
             known = [math.nan if value is None or (log and value == 0) else value for value in values]
-            style: dict[str, Any] = {"color": _COLOURS[place % 6], "linestyle": _DASHES[place % 2], "linewidth": 1.6}
+            style: dict[str, Any] = {
+                "color": pictures.COLOURS[(place + 2) % 6],
+                "linestyle": pictures.DASHES[place % 2],
+                "linewidth": 1.6,
+            }
             axes.plot(steps, known, label=label, marker="." if len(steps) == 1 else "", **style)
         for alarmed, run in itertools.groupby(self.rows, lambda row: bool(row["alarms"])):
             if alarmed:
@@ -358,19 +363,4 @@ def _collapse(row: Row, call: _Call, eps: float) -> str:
     return "; ".join([*parts, advice])
 
 
-# Okabe and Ito's palette and dashes, as in the report of a sweep.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)))
 _PARTS = {"all": "gradient", "along the sphere": "tangent"}
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure that is drawn by the Agg backend, whatever the caller uses."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'goal-objectives[train]'") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

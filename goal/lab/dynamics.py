@@ -21,9 +21,10 @@ from torch.nn.functional import normalize
 import goal
 from goal import pictures
 from goal.lab.batch import Loop, Loss, count, emitted, loop_work, number
+from goal.lab.field import field_of
 from goal.lab.progress import progress
 from goal.mining import Mining
-from goal.terms import Term, unknown
+from goal.terms import Product, Term, unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -369,7 +370,7 @@ def triplet_trajectory(
 
     Source: the plane of (s⁺, s⁻) is that of Xuan and Chen (2023), fig. 2 and Sun et al. (2020), fig. 2.
     """
-    t_term, p_term = goal.T.bind(T), goal.P.bind(P)
+    field = field_of(Product(goal.T.bind(T), goal.P.bind(P)))
     if space not in ("plane", "sphere"):
         raise unknown("space", space, ("plane", "sphere"))
     count("steps", steps, 1)
@@ -381,9 +382,8 @@ def triplet_trajectory(
 
     def weights(at_pos: Tensor, at_neg: Tensor) -> tuple[Tensor, Tensor]:
         """T P⁺ and T P⁻."""
-        t = t_term(at_pos, at_neg, **dict.fromkeys(t_term.statistics, torch.zeros_like(at_pos)))
-        p_pos, p_neg = p_term(at_pos, at_neg, **dict.fromkeys(p_term.statistics, torch.zeros_like(at_pos)))
-        return torch.as_tensor(t * p_pos), torch.as_tensor(t * p_neg)
+        f_pos, f_neg = field(at_pos, at_neg)
+        return -f_pos, f_neg
 
     pos, neg = (torch.tensor(float(s), dtype=torch.float64) for s in (s_pos, s_neg))
     if space == "plane":

@@ -9,7 +9,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from goal.lab.field import REACH, Field, gradient_of
+from goal.lab.field import Field, gradient_of, scattered
 from goal.lab.read import S_NEG, S_POS, CannotRead, Reading, read_function, torch_function, torch_source
 from goal.lab.verdict import _tidy
 from goal.terms import Definition, Term
@@ -123,11 +123,9 @@ def dissect(loss: Callable[[Tensor, Tensor], Tensor]) -> Dissection:
     return Dissection(True, *_terms(*weights), expressions, gauge, "", unread)
 
 
-def _points(count: int = 4096) -> tuple[Tensor, Tensor]:
-    """(count,) s⁺ and s⁻ spread over the square."""
-    drawn = torch.quasirandom.SobolEngine(2, scramble=True, seed=2).draw(count, dtype=torch.float64)
-    a, b = ((2 * drawn - 1) * REACH).T
-    return a, b
+def _points() -> tuple[Tensor, Tensor]:
+    """(4096,) s⁺ and s⁻, where a factorisation is tried."""
+    return scattered(4096, seed=2)
 
 
 def _components(field: Field, s_pos: Tensor, s_neg: Tensor) -> tuple[Tensor, Tensor]:

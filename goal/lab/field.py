@@ -29,6 +29,13 @@ _KRONROD = (0.022935322010529, 0.063092092629979, 0.104790010322250, 0.140653259
 _GAUSS = (0.0, 0.129484966168870, 0.0, 0.279705391489277, 0.0, 0.381830050505119, 0.0, 0.417959183673469)
 
 
+def scattered(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(count,) s⁺ and s⁻ spread evenly over the square, the same for a seed."""
+    drawn = torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    s_pos, s_neg = ((2 * drawn - 1) * REACH).T
+    return s_pos, s_neg
+
+
 def field_of(product: Product) -> Field:
     """The field of T × P for one triplet, with relative similarities 0, as in a batch whose valid sets are empty."""
 

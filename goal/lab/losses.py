@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from goal.lab.field import field_of, gradient_of
+from goal.lab.field import field_of, gradient_of, scattered
 from goal.lab.progress import progress
 from goal.lab.verdict import Integrability, integrability
 from goal.terms import Definition, Product, Term
@@ -45,8 +45,8 @@ def known_loss(product: Product) -> str | None:
         'circle'
     """
     params = {**product.P.params, **product.T.params}
-    points = torch.quasirandom.SobolEngine(2, scramble=True, seed=3).draw(400, dtype=torch.float64) * 2 - 1
-    true = torch.cat(field_of(product)(*points.T))
+    points = scattered(400, seed=3)
+    true = torch.cat(field_of(product)(*points))
     for name, loss in LOSSES.items():
         asked = list(inspect.signature(loss).parameters)[2:]
         if any(params.get(parameter) is None for parameter in asked):
@@ -56,7 +56,7 @@ def known_loss(product: Product) -> str | None:
         def bound(s_pos: Tensor, s_neg: Tensor, of: Callable[..., Tensor] = loss, given: Any = given) -> Tensor:
             return of(s_pos, s_neg, **given)
 
-        found = torch.cat(gradient_of(bound)(*points.T))
+        found = torch.cat(gradient_of(bound)(*points))
         factor = (true @ found) / (found @ found)
         if factor > 0 and (true - factor * found).abs().max() <= 1e-9 * true.abs().max():
             return name

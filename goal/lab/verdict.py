@@ -16,7 +16,7 @@ import sympy as sp
 import torch
 from torch import Tensor
 
-from goal.lab.field import REACH, Decomposition, Field, decompose, field_of, gradient_of, work
+from goal.lab.field import REACH, Decomposition, Field, decompose, field_of, gradient_of, scattered, work
 from goal.lab.read import RELATIVE, S_NEG, S_POS, CannotRead, Reading, latex, read, sigmoid, softplus, torch_function
 from goal.terms import Definition, Product, Term
 from goal.terms import P as PAIRS
@@ -27,6 +27,9 @@ _ZERO = 1e-9  # work round a cell, as a share of the largest along an edge, that
 _POINTS = 400  # of the square, at which regions between lines are found
 _SIMPLE = 400  # operations up to which an expression is simplified further, where that is needed at all
 _SHOWN = 40  # and up to which it is for show alone: SymPy may never come back from more
+
+
+Regions = dict[tuple[int, ...], list[tuple[float, float]]]  # what the switches are → points where they are that
 
 
 class Potential(NamedTuple):
@@ -170,8 +173,9 @@ def integrability(T: str | Term | Definition, P: str | Term | Definition) -> Int
     except CannotRead as error:
         unread = str(error)
     if reading is not None:
-        symbolic, proven, curl = _curl(reading)
-        coupling = _coupling(reading)
+        regions = _regions(reading)
+        symbolic, proven, curl = _curl(reading, regions)
+        coupling = _coupling(reading, regions)
         symbolic = symbolic and not coupling
     integrable = numerical and symbolic is not False and not (unread and product.statistics)
     absolute = numbers.curl.abs()
@@ -202,11 +206,11 @@ def _field(reading: Reading) -> tuple[sp.Expr, sp.Expr]:
     return -t * p_pos, t * p_neg
 
 
-def _curl(reading: Reading) -> tuple[bool, bool, sp.Expr]:
+def _curl(reading: Reading, regions: Regions) -> tuple[bool, bool, sp.Expr]:
     """Whether the field has none, whether that is proven, and the expression."""
     f_pos, f_neg = _field(reading)
     smooth = sp.diff(f_neg, S_POS) - sp.diff(f_pos, S_NEG)
-    zero, proven = _vanishes(reading, smooth)
+    zero, proven = _vanishes(reading, regions, smooth)
     curl = sp.Integer(0) if zero and proven else reading.shown(_tidy(smooth))
     for h, u in reading.switches:
         jump_pos, jump_neg = (f.subs(h, 1) - f.subs(h, 0) for f in (f_pos, f_neg))
@@ -218,13 +222,13 @@ def _curl(reading: Reading) -> tuple[bool, bool, sp.Expr]:
     return zero, proven, curl
 
 
-def _coupling(reading: Reading) -> dict[str, sp.Expr]:
+def _coupling(reading: Reading, regions: Regions) -> dict[str, sp.Expr]:
     """∂(T·P⁺)/∂R and ∂(T·P⁻)/∂R, the one that is not zero, by the name of R."""
     found = {}
     for name, symbol in RELATIVE.items():
         for component in _field(reading):
             moved = sp.diff(component, symbol)
-            if not _vanishes(reading, moved)[0]:
+            if not _vanishes(reading, regions, moved)[0]:
                 found[name] = reading.shown(_tidy(moved))
     return found
 
@@ -242,17 +246,17 @@ def _tidy(expression: sp.Expr) -> sp.Expr:
 # ------------------------------------------------------------------------------------------------------ is this zero?
 
 
-def _regions(reading: Reading) -> dict[tuple[int, ...], list[tuple[float, float]]]:
+def _regions(reading: Reading) -> Regions:
     """Points of the square by what the switches are there: the smooth pieces that it consists of."""
-    points = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(_POINTS, dtype=torch.float64) * 2 - 1
-    states = [(torch_function(reading.shown(u), reading.values)(*points.T) > 0).int() for _, u in reading.switches]
-    found: dict[tuple[int, ...], list[tuple[float, float]]] = {}
-    for k, (a, b) in enumerate((points * REACH).tolist()):
+    s_pos, s_neg = scattered(_POINTS, seed=0)
+    states = [(torch_function(reading.shown(u), reading.values)(s_pos, s_neg) > 0).int() for _, u in reading.switches]
+    found: Regions = {}
+    for k, (a, b) in enumerate(zip(s_pos.tolist(), s_neg.tolist(), strict=True)):
         found.setdefault(tuple(int(state[k]) for state in states), []).append((a, b))
     return found
 
 
-def _vanishes(reading: Reading, expression: sp.Expr) -> tuple[bool, bool]:
+def _vanishes(reading: Reading, regions: Regions, expression: sp.Expr) -> tuple[bool, bool]:
     """Whether it is zero in every smooth piece of the square, and whether that is proven.
 
     One point where it is not, in 40 digits, proves that it is not. That it is has to come from algebra.
@@ -260,7 +264,7 @@ def _vanishes(reading: Reading, expression: sp.Expr) -> tuple[bool, bool]:
     if expression == 0:
         return True, True
     proven = True
-    for state, points in _regions(reading).items():
+    for state, points in regions.items():
         piece = expression.subs({h: on for (h, _), on in zip(reading.switches, state, strict=True)})
         if not _zero_at(reading.bound(piece), points[:5]):
             return False, True
@@ -367,8 +371,8 @@ def _potential(reading: Reading | None, field: Field) -> Potential:
 
 
 def _is_gradient(loss: Callable[[Tensor, Tensor], Tensor], field: Field) -> bool:
-    points = torch.quasirandom.SobolEngine(2, scramble=True, seed=1).draw(200, dtype=torch.float64) * 2 - 1
-    pairs = zip(gradient_of(loss)(*points.T), field(*points.T), strict=True)
+    points = scattered(200, seed=1)
+    pairs = zip(gradient_of(loss)(*points), field(*points), strict=True)
     return all(bool(torch.allclose(found, true, rtol=1e-9, atol=1e-9)) for found, true in pairs)
 
 

@@ -15,9 +15,9 @@ from goal import data
 from goal.data.files import write_atomically
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
-from goal.training.features import split
-from goal.training.loop import Row, load_heads, score
+from goal.training.loop import Row, best, load_trained, score
 from goal.training.report import RunRecord, terminal_table
+from goal.training.systems import SYSTEMS
 
 PARAMETERS = {
     "margin": "of T = con, and of hinge recipes",
@@ -67,10 +67,13 @@ def _train(options: argparse.Namespace, command: str) -> None:
     config = TrainConfig(**_settings(options), params=params)
     folder = options.root / (options.name or config.run_name)
     with _progress(config) as show:
-        record = train(config, folder, save_every=options.save_every, on_evaluation=show)
+        record = train(config, folder, options.save_every, diagnose=options.diagnose, on_evaluation=show)
     test = " ".join(f"{name} {value:.1f}" for name, value in record["test"].items())
-    print(f"{record['label']}, seed {config.seed}: best validation RSUM {record['best_val_rsum']:.1f} at step ", end="")
-    print(f"{record['best_step']} of {record['steps']}\ntest: {test}\n{folder}")
+    metric = "MAP@all" if "best_val_map" in record else "RSUM"
+    print(
+        f"{config.setting}\n{record['label']}, seed {config.seed}: best validation {metric} {best(record):.1f} ", end=""
+    )
+    print(f"at step {record['best_step']} of {record['steps']}\ntest: {test}\n{folder}")
 
 
 def _sweep(options: argparse.Namespace, command: str) -> None:
@@ -104,8 +107,8 @@ def _eval(options: argparse.Namespace, command: str) -> None:
     if (options.run_dir is None) == (options.x is None) or (options.x is None) != (options.y is None):
         raise ValueError("give a run's folder, or both --x and --y")
     if options.run_dir is not None:
-        config, heads = load_heads(options.run_dir)
-        metrics = score(config, heads, split(data.load(config.data, options.split)), options.folds)
+        run = load_trained(options.run_dir)
+        metrics = score(run.config, run.model, run.split(options.split), options.folds)
     else:
         pairs = data.paired(options.x, options.y, options.image_of)
         assert pairs.y is not None
@@ -198,6 +201,14 @@ def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
     return T, P
 
 
+def _models(options: argparse.Namespace, command: str) -> None:
+    for name in SYSTEMS:
+        config = TrainConfig(model=name)
+        rate = "" if config.drop_epoch is None else f", a tenth of the rate from epoch {config.drop_epoch}"
+        first = f"; {config.all_first} epoch of all negatives first" if config.all_first else ""
+        print(f"{name:13} {config.setting}{rate}\n{'':13} {config.label}{first}; {SYSTEMS[name].what}")
+
+
 def _recipes(options: argparse.Namespace, command: str) -> None:
     for name in goal.recipes():
         print(f"{name:18} {goal.recipe(name)!r}")
@@ -224,6 +235,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", "train one objective; the same command continues a run that was stopped", _train)
     _add_settings(sub, without=())
+    sub.add_argument(
+        "--diagnose", type=int, default=0, metavar="N", help="watch similarities and gradients every N steps"
+    )
     for name, help in PARAMETERS.items():
         sub.add_argument(f"--{name}", type=float, help=f"{help}; by default the objective's own")
     _add_folder(sub)
@@ -255,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("info", "what a dataset or a folder of features holds", _info, within=datasets)
     sub.add_argument("dataset", help="emoji, or a folder")
 
+    command("models", "the systems that train and sweep know, and their settings", _models)
     command("recipes", "the objectives of the literature by name", _recipes)
 
     sub = command("discover", "search for terms that beat the published ones; resumes as train does", _discover)
@@ -333,14 +348,16 @@ def _progress(config: TrainConfig) -> Iterator[Callable[[Row], None]]:
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:
-        task = bar.add_task(config.label, total=config.max_steps)
-        yield lambda row: bar.update(task, completed=row["step"], description=f"{config.label}  {_line(row)}")
+        task = bar.add_task(config.label, total=None)
+        yield lambda row: bar.update(
+            task, completed=row["step"], total=row["end"], description=f"{config.label}  {_line(row)}"
+        )
 
 
 def _line(row: Row) -> str:
+    score = f"RSUM {row['val_rsum']:.1f}" if "val_rsum" in row else f"MAP@all {row['val_map']:.1f}"
     return (
-        f"step {row['step']}  loss {row['loss']:.3f}  validation RSUM {row['val_rsum']:.1f}  "
-        f"s⁺ {row['s_pos']:.2f}  s⁻ {row['s_neg']:.2f}"
+        f"step {row['step']}  loss {row['loss']:.3f}  validation {score}  s⁺ {row['s_pos']:.2f}  s⁻ {row['s_neg']:.2f}"
     )
 
 

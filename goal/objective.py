@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from goal import engine, mining, terms, validation
 from goal.autograd import _run
 from goal.engine import Batch, Seen, Settings
+from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
 
@@ -68,6 +70,18 @@ class Objective(nn.Module):
             settings = engine.renumbered(settings, *self._numbers)
         batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite)
         self._seen = self.settings, batch, outcome.seen
+        return loss
+
+    def apply_similarity(
+        self, S: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The scalar of a similarity matrix (N, M) that a model made; see `goal.apply_similarity`.
+
+        The objective's own similarity is not asked.
+        """
+        given = dataclasses.replace(self.settings, similarity=GIVEN)
+        batch, outcome, loss = _run(S, None, given, ids, y_ids, weight, self.check_finite)
+        self._seen = given, batch, outcome.seen
         return loss
 
     @property

@@ -172,7 +172,7 @@ def test_heads_by_hand(dtype: torch.dtype) -> None:
     x, y = model(audio, visual)
     assert x.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for v, head, e in ((audio, model.audio, x), (visual, model.visual, y)):
-        first, _, second = head
+        first, _, _, second = head.layers
         hidden = (v.double() @ first.weight.double().T + first.bias.double()).clamp(min=0)
         out = hidden @ second.weight.double().T + second.bias.double()
         expected = out / out.square().sum(1, keepdim=True).sqrt()

@@ -466,10 +466,10 @@ def test_joint_normalises() -> None:
     model = Joint(Projection(6, DIM), Projection(4, DIM))
     x, y = model(*values)
     assert x.allclose(normalize(values[0] @ model.image.fc.weight.T))
-    assert torch.equal(y, model.embed_texts(values[1]))
+    assert torch.equal(y, model.embed_y(values[1]))
     absolute = Joint(model.image, model.text, order=True)
     assert torch.equal(absolute(*values)[0], x.abs())
-    assert torch.equal(model.embed_images(values[0]), x)
+    assert torch.equal(model.embed_x(values[0]), x)
 
 
 def test_joint_hands_lengths_and_the_generator_on() -> None:
@@ -484,7 +484,7 @@ def test_joint_hands_lengths_and_the_generator_on() -> None:
 def test_a_zero_vector_stays_zero_and_its_gradient_bounded() -> None:
     model = Joint(Projection(6, DIM), Projection(4, DIM))
     values = torch.zeros(2, 6, requires_grad=True)
-    x = model.embed_images(values)
+    x = model.embed_x(values)
     assert (x == 0).all()
     x.sum().backward()
     assert values.grad is not None

@@ -17,7 +17,7 @@ import goal
 from goal.training import Diverged, Incomplete, Sweep, TrainConfig, TrainingError, entries, loop, search, train
 from goal.training.features import Sampler, features
 from goal.training.heads import Head
-from goal.training.loop import load_heads, score
+from goal.training.loop import load_trained, score
 from goal.training.workers import Done, Failed, Job, Progress, work
 
 SMALL: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 4, "warmup": 4}
@@ -61,11 +61,16 @@ def test_every_field_changes_the_digest() -> None:
         "T": "nca", "P": "con", "recipe": "vse++", "mining": "all", "params": {"tau": 3.0}, "data": "folder",
         "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1, "batch": 3, "lr": 0.1, "weight_decay": 0.5,
         "warmup": 3, "clip": 1.0, "average": 0.5, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3,
-        "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3,
+        "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3, "model": "scan", "optimizer": "Adam",
+        "all_first": 1, "epochs": 2, "drop_epoch": 1, "curriculum": "mixup", "switch": "3",
     }  # fmt: skip
-    assert set(changed) == {spec.name for spec in dataclasses.fields(TrainConfig)}
-    digests = {TrainConfig(**{name: value}).digest for name, value in changed.items()}
-    assert len(digests | {TrainConfig().digest}) == len(changed) + 1
+    of_words = {"texts": "features", "word_dim": 7}  # heads have none
+    assert {*changed, *of_words} == {spec.name for spec in dataclasses.fields(TrainConfig)}
+    epochs = {"all_first": {"eval_every": 0}}
+    digests = {TrainConfig(**{name: value, **epochs.get(name, {})}).digest for name, value in changed.items()}
+    digests |= {TrainConfig(model="vse++", **{name: value}).digest for name, value in of_words.items()}
+    digests |= {TrainConfig().digest, TrainConfig(model="vse++").digest}
+    assert len(digests) == len(changed) + len(of_words) + 2
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_config_refuses(changes: dict[str, Any], error: type[Exception], message
 
 
 def test_config_refuses_json_of_something_else() -> None:
-    with pytest.raises(ValueError, match="fields P, T, average, "):
+    with pytest.raises(ValueError, match="fields P, T, all_first, average, "):
         TrainConfig.from_json('{"learning_rate": 1}')
 
 
@@ -176,6 +181,7 @@ def test_train_learns_and_writes_its_folder(tmp_path: Path) -> None:
     config = small(max_steps=60, eval_every=20, lr=5e-3, recipe="infonce")
     rows: list[loop.Row] = []
     record = train(config, tmp_path, on_evaluation=rows.append)
+    assert {row.pop("end") for row in rows} == {60}
     assert record["curve"] == rows == [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [20, 40, 60]
     assert record["test"]["rsum"] > 15  # chance is about 9
@@ -192,7 +198,7 @@ def test_the_validation_split_alone_chooses_the_weights(tmp_path: Path) -> None:
     best = max(record["curve"], key=lambda row: row["val_rsum"])
     assert (record["best_step"], record["best_val_rsum"]) == (best["step"], best["val_rsum"])
     assert record["best_step"] < record["steps"]  # or the last weights would do
-    config, heads = load_heads(tmp_path)
+    config, heads, _ = load_trained(tmp_path)
     data = features("emoji", 120)
     assert score(config, heads, data.val).rsum == record["best_val_rsum"]
     assert score(config, heads, data.test).rsum == record["test"]["rsum"]
@@ -222,14 +228,14 @@ def test_a_drop_goes_back_to_the_best_weights(tmp_path: Path) -> None:
 
 def test_the_tested_weights_are_a_running_mean(tmp_path: Path) -> None:
     run = loop._Run(small(average=0.5, warmup=0), features("emoji", 120), tmp_path)
-    expected = run.heads.x.inner.weight.detach().clone()
+    expected = run.model.x.inner.weight.detach().clone()
     for step in range(20):
         run._step()
         run.state.step += 1
         keep = min(0.5, (step + 1) / (step + 10))
-        expected = keep * expected + (1 - keep) * run.heads.x.inner.weight.detach()
+        expected = keep * expected + (1 - keep) * run.model.x.inner.weight.detach()
     assert torch.allclose(run.mean.x.inner.weight, expected, atol=1e-6)
-    assert not torch.allclose(run.mean.x.inner.weight, run.heads.x.inner.weight, atol=1e-6)
+    assert not torch.allclose(run.mean.x.inner.weight, run.model.x.inner.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", [{"T": "cir", "P": "sig-ms"}, {"recipe": "siglip"}, {"recipe": "order0"}])
@@ -258,7 +264,7 @@ def test_a_run_that_has_ended_is_not_run_again_and_not_mixed_up(
     with pytest.raises(ValueError, match="another configuration"):
         train(small(seed=1), tmp_path)
     changed = features("emoji", 120)._replace(fingerprint="other")
-    monkeypatch.setattr(loop, "features", lambda data, limit: changed)
+    monkeypatch.setattr(loop, "features", lambda *asked: changed)
     with pytest.raises(ValueError, match="other features"):
         train(small(), tmp_path)
 
@@ -291,9 +297,9 @@ def test_train_leaves_the_callers_threads_and_random_numbers_alone(tmp_path: Pat
     assert torch.get_num_threads() == threads
 
 
-def test_load_heads_needs_a_finished_run(tmp_path: Path) -> None:
+def test_load_trained_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
-        load_heads(tmp_path)
+        load_trained(tmp_path)
 
 
 # ---- workers ---------------------------------------------------------------------------------------------

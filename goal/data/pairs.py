@@ -26,7 +26,8 @@ class Pairs:
         split: "train", "val", "test", or as the files spell it.
         x: (n_images, D) or (n_images, R, D) image features: float32, or a read-only memory map in the file's
             dtype (float16, float32 or float64).
-        y: (n_captions, D_y) caption features of the same kinds; None where captions are only text.
+        y: (n_captions, D_y) features of captions, or (n_captions, L, D_y) of their tokens, ended by rows of zeros; of
+            the same kinds; None where captions are only text.
         image_of: (n_captions,) int64, the row of x that each caption describes.
         captions: n_captions texts; None where captions are only features.
 
@@ -110,7 +111,7 @@ def precomp(folder: str | Path, split: str) -> Pairs:
     | `{split}_ims.npy` | (N, D) or (N, regions, D) image features |
     | `{split}_caps.txt` | one caption a line, in the order of the images, equally many for each |
     | `{split}_ids.txt` | optional: one id for each row of images, or for each caption |
-    | `{split}_caps.npy` | optional: (n_captions, D_y) sentence features, which become y |
+    | `{split}_caps.npy` | optional: (n_captions, D_y) sentence, or (n_captions, L, D_y) token features: y |
 
     With as many image rows as captions, the rows are five copies of each image if they are equal in fives
     (x is then every fifth row), else each has one caption. "val" also finds the field's "dev".
@@ -137,7 +138,7 @@ def precomp(folder: str | Path, split: str) -> Pairs:
     image_of = consecutive(len(x), images_file, len(captions), texts_file)
     if ids_file.is_file():
         check_ids(ids_file, len(x), image_of)
-    y = read_features(y_file, "y", ndim=(2,)) if y_file.is_file() else None
+    y = read_features(y_file, "y", ndim=(2, 3)) if y_file.is_file() else None
     if y is not None and len(y) != len(captions):
         raise ValueError(f"{y_file}: {len(y)} rows for the {len(captions)} captions of {texts_file.name}")
     return Pairs(folder.resolve().name, split, x, y, image_of, tuple(captions))
@@ -172,7 +173,7 @@ def paired(
     name: str | None = None,
     split: str = "test",
 ) -> Pairs:
-    """Two files of features, say of CLIP: (n_images, D) or (n_images, R, D), and (n_captions, D_y).
+    """Two files of features, say of CLIP: (n_images, D) or (n_images, R, D), and (n_captions, D_y) or (…, L, D_y).
 
     `image_of_file` holds (n_captions,) integers; without it, captions lie in the order of the images, equally
     many for each. `.npy` files are memory-mapped; of `.safetensors` files the only tensor, or the one named
@@ -195,7 +196,7 @@ def paired(
     """
     x_file, y_file = Path(x_file), Path(y_file)
     x = read_features(x_file, "x", ndim=(2, 3))
-    y = read_features(y_file, "y", ndim=(2,))
+    y = read_features(y_file, "y", ndim=(2, 3))
     if image_of_file is None:
         image_of = consecutive(len(x), x_file, len(y), y_file)
     else:

@@ -21,8 +21,8 @@ from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
 from goal.training.config import TrainConfig
 from goal.training.display import Lines, display
-from goal.training.features import Sampler, features
-from goal.training.loop import Diverged, Record, Row, train
+from goal.training.features import Sampler
+from goal.training.loop import Diverged, Record, Row, read_pairs, train
 from goal.training.report import Difference, RunRecord, significant_differences, terminal_table, write_report
 from goal.training.sweep import QUICK, Incomplete, entries
 from goal.training.tune import RANGES, with_parameters
@@ -212,7 +212,7 @@ def discover(
         raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings
     base = TrainConfig(**settings)
-    data = features(base.data, base.limit)
+    data = read_pairs(base)
     Sampler(data.train.image_of, base.batch, base.seed)
     folder = root / (name or "-".join(filter(None, (Path(base.data).name, "discover", "quick" * quick))))
     folder.mkdir(parents=True, exist_ok=True)
@@ -396,8 +396,8 @@ def _note(
     quick: bool, base: TrainConfig, images: int, trials: int, seeds: int, records: Sequence[Record], command: str
 ) -> str:
     sentences = [
-        f"{images} training images of {base.data}; heads {base.hidden} → {base.dim}, batch {base.batch}, AdamW within "
-        f"a factor of {LR:g} of {base.lr:g}. {trials} trials for the grammar and as many for the published objectives, "
+        f"{images} training images of {base.data}; {base.setting}, or within a factor of {LR:g} of "
+        f"that. {trials} trials for the grammar and as many for the published objectives, "
         f"judged on the validation split with one seed; {FINALISTS} of each with {CHECKS} seeds more; what came out of "
         f"that tested once, with {seeds} new seeds."
     ]

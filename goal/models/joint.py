@@ -45,13 +45,13 @@ class Joint(nn.Module):
             texts: the same for texts; ``vocabulary.encode(captions)`` is such a pair.
             generator: what decides in training what is dropped and masked, images first; by default torch's own.
         """
-        return self.embed_images(images, generator), self.embed_texts(texts, generator)
+        return self.embed_x(images, generator), self.embed_y(texts, generator)
 
-    def embed_images(self, images: Input, generator: Generator | None = None) -> Tensor:
+    def embed_x(self, images: Input, generator: Generator | None = None) -> Tensor:
         """Images alone, to (N, D)."""
         return self._embed(self.image, images, generator)
 
-    def embed_texts(self, texts: Input, generator: Generator | None = None) -> Tensor:
+    def embed_y(self, texts: Input, generator: Generator | None = None) -> Tensor:
         """Texts alone, to (M, D)."""
         return self._embed(self.text, texts, generator)
 

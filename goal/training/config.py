@@ -6,26 +6,39 @@ import inspect
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import nn
 
 import goal
+from goal.augment import Augmented
+from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
+from goal.training.systems import SYSTEMS
 
 Parameters = dict[str, float | None]
+FREE = ("texts", "drop_epoch", "max_steps", "patience", "all_first")  # of every model
 Kind = Literal["T", "P"]
 KINDS: tuple[Kind, ...] = ("T", "P")
 
 
 def _option(default: Any, help: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
     """A field with its help text and its range, [low, high] or (low, high]."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+    its = {"help": help, "low": low, "high": high, "above": above, "of_model": False}
+    return field(default=default, metadata=its)
+
+
+def _of_model(help: str, **range: Any) -> Any:
+    """A field whose default is the model's, in `SYSTEMS`; a model that has none there takes no value."""
+    its: dict[str, Any] = {"low": -math.inf, "high": math.inf, "above": False} | range
+    return field(default=None, metadata=its | {"help": f"{help} (default: the model's)", "of_model": True})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run: the objective, the data, the heads, the optimiser, when to stop, and how to compute.
+    """One training run: the objective, the data, the model, the optimiser, when to stop, and how to compute.
+
+    Fields that are left out are those of the model: `heads` are ours, the others are trained as they were published.
 
     Two runs with equal configurations on one machine, with the same versions and data, end with bit-equal results.
 
@@ -40,82 +53,176 @@ class TrainConfig:
     """
 
     # the objective
-    T: str | None = _option(None, "triplet weight (default: cir)")
-    P: str | None = _option(None, "pair weight (default: sig-ms)")
+    T: str | None = _option(None, "triplet weight (default: the model's recipe; of heads, cir)")
+    P: str | None = _option(None, "pair weight (default: the same; of heads, sig-ms)")
     recipe: str | None = _option(None, "a recipe of the literature, in place of T and P")
-    mining: str | None = _option(None, "which negatives T × P meets (default: hardest)")
+    mining: str | None = _option(None, "which negatives T × P meets (default: hardest; of clips, semi-hard)")
     params: dict[str, float] = field(default_factory=dict, hash=False)  # tau, margin, …; defaults are filled in
+    all_first: int = _of_model("first epochs in which T × P meets all negatives (VSE∞'s warm-up)", low=0)
+    curriculum: str | None = _option(
+        None, "two stages: semi-hard first, then hardest among rows of interpolate or mixup"
+    )
+    switch: str = _option("plateau", "when they change: plateau, few-semi-hard, or after so many evaluations")
     # the data
     data: str = _option("emoji", "the built-in emoji, or a folder of features")
+    texts: str = _of_model("captions as words, or their given features")
     limit: int | None = _option(None, "train on the first images only, to try things on a slice", low=1)
     seed: int = _option(0, "of the first weights, the batches and the dropout", low=0)
-    # the heads
-    hidden: int = _option(1024, "width of the hidden layer", low=1)
-    dim: int = _option(512, "dimensions of the embedding", low=1)
-    dropout: float = _option(0.3, "share of hidden units dropped", low=0, high=1)
+    # the model
+    model: str = _option("heads", "heads on frozen features, or a system of the literature: see goal models")
+    hidden: int = _of_model("width of the hidden layer", low=1)
+    dim: int = _of_model("dimensions of the embedding", low=1)
+    word_dim: int = _of_model("dimensions of a word's embedding", low=1)
+    dropout: float = _of_model("share of hidden units dropped", low=0, high=1)
     # the optimiser
-    batch: int = _option(128, "images in a batch, each with one of its captions", low=2)
-    lr: float = _option(5e-4, "learning rate of AdamW", low=0, above=True)
-    weight_decay: float = _option(0.01, "of AdamW, on the heads", low=0)
-    warmup: int = _option(100, "steps over which the learning rate rises linearly", low=0)
-    clip: float = _option(2.0, "largest norm of the gradient", low=0, above=True)
-    average: float = _option(0.98, "share that the running mean of the weights, which is tested, keeps", low=0, high=1)
-    # when the rate drops and when to stop: by validation RSUM alone
-    max_steps: int = _option(6000, "steps after which training ends in any case", low=1)
-    eval_every: int = _option(50, "steps between two evaluations on the validation split", low=1)
-    patience: int = _option(12, "evaluations without a new best after which the rate drops, or training ends", low=1)
-    drops: int = _option(1, "how often the learning rate drops before a plateau ends training", low=0)
-    drop: float = _option(0.1, "factor of a drop, which also goes back to the best weights", low=0, high=1, above=True)
+    batch: int = _of_model("images in a batch, each with one of its captions", low=2)
+    optimizer: str = _of_model("Adam or AdamW")
+    lr: float = _of_model("learning rate", low=0, above=True)
+    weight_decay: float = _of_model("of the model's weights", low=0)
+    warmup: int = _of_model("steps over which the learning rate rises linearly", low=0)
+    clip: float = _of_model("largest norm of the gradient", low=0, above=True)
+    average: float = _of_model("share that the running mean of the weights, which is tested, keeps", low=0, high=1)
+    # how long
+    epochs: int = _of_model("times that all captions fill batches once; 0: until a plateau", low=0)
+    drop_epoch: int | None = _of_model("epoch from which the rate is lower, counted from 0", low=0)
+    max_steps: int | None = _of_model("steps after which training ends in any case", low=1)
+    eval_every: int = _of_model("steps between two evaluations on the validation split; 0: an epoch", low=0)
+    patience: int | None = _of_model(
+        "evaluations without a new best after which the rate drops, training ends, or stages change", low=1
+    )
+    drops: int = _of_model("how often the learning rate drops before a plateau ends training", low=0)
+    drop: float = _option(
+        0.1, "factor of a drop; one at a plateau also goes back to the best weights", low=0, high=1, above=True
+    )
     # how it is computed
-    dtype: str = _option("float32", "of the heads' products: float32 or bfloat16")
+    dtype: str = _option("float32", "of the model's products: float32 or bfloat16")
     device: str = _option("cpu", "where to compute")
     threads: int = _option(1, "threads of one run", low=1)
 
     def __post_init__(self) -> None:
+        if self.model not in SYSTEMS:
+            raise goal.terms.unknown("model", self.model, list(SYSTEMS))
         for spec in dataclasses.fields(self):
             if spec.name != "params":
-                object.__setattr__(self, spec.name, _checked(spec, getattr(self, spec.name)))
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype: must be float32 or bfloat16, got {self.dtype!r}")
+                object.__setattr__(self, spec.name, self._resolved(spec))
+        choices: dict[str, tuple[str, ...]] = {
+            "dtype": ("float32", "bfloat16"), "optimizer": ("Adam", "AdamW"), "texts": SYSTEMS[self.model].texts
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
         _check_device(self.device)
-        if self.recipe is not None:
-            if given := [name for name in ("T", "P", "mining") if getattr(self, name) is not None]:
-                raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
-        else:
-            for name, default in zip(KINDS, ("cir", "sig-ms"), strict=True):
-                object.__setattr__(self, name, _definition(name, getattr(self, name) or default).name)
-            object.__setattr__(self, "mining", self.mining or "hardest")
+        self._name_objective()
         own = _parameters(self._base())
         if stray := sorted(set(self.params) - set(own)):
             raise ValueError(f"params: {self.label} has no {stray[0]!r}; known: {', '.join(own) or 'none'}")
         checked = {name: _number(f"params[{name!r}]", value) for name, value in self.params.items()}
         params = {name: float(value) for name, value in {**own, **checked}.items() if value is not None}
         object.__setattr__(self, "params", params)
+        self._check_stages()
         self.objective()
+
+    def _resolved(self, spec: "dataclasses.Field[Any]") -> object:
+        """A field's checked value, by default the model's."""
+        value, its = getattr(self, spec.name), SYSTEMS[self.model].defaults
+        if not spec.metadata["of_model"]:
+            return _checked(spec, value)
+        if value is None:
+            value = SYSTEMS[self.model].texts[0] if spec.name == "texts" else its.get(spec.name)
+            return None if value is None else _checked(spec, value)
+        if spec.name not in {*its, *FREE}:
+            raise ValueError(f"{spec.name}: model {self.model} has none, got {value!r}")
+        return _checked(spec, value)
+
+    def _name_objective(self) -> None:
+        """T, P and mining, or the recipe, in full."""
+        system, given = SYSTEMS[self.model], [name for name in ("T", "P", "mining") if getattr(self, name) is not None]
+        if self.recipe is None and not given and system.recipe is not None:
+            object.__setattr__(self, "recipe", system.recipe)
+            object.__setattr__(self, "params", {"margin": system.margin} | self.params)
+        elif self.recipe is not None and given:
+            raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
+        elif self.recipe is None:
+            labelled = system.images == "audio"
+            terms = ("con", "con") if labelled else ("cir", "sig-ms")
+            if labelled and self.T in (None, "con"):
+                object.__setattr__(self, "params", {"margin": system.margin} | self.params)
+            for name, default in zip(KINDS, terms, strict=True):
+                object.__setattr__(self, name, _definition(name, getattr(self, name) or default).name)
+            object.__setattr__(self, "mining", self.mining or ("semi-hard" if labelled else "hardest"))
+
+    def _check_stages(self) -> None:
+        """Whether the stages that are asked for can follow one another."""
+        if not self.epochs and self.patience is None and self.max_steps is None:
+            raise ValueError("epochs: with 0 training goes on until a plateau, which needs patience")
+        if self.all_first and self.eval_every:
+            raise ValueError(f"all_first: counts epochs, with eval_every=0; got eval_every={self.eval_every}")
+        if self.curriculum is None:
+            return
+        if self.curriculum not in ("interpolate", "mixup"):
+            raise ValueError(f"curriculum: must be interpolate or mixup, got {self.curriculum!r}")
+        if self.model == "scan":
+            raise ValueError("curriculum: scan makes similarities, and rows are made of embeddings")
+        if not isinstance(self._base(), goal.Objective):
+            raise ValueError(f"curriculum: {self.label} mines nothing")
+        if self.switch == "plateau" and self.patience is None:
+            raise ValueError("switch: a plateau needs patience, which is None")
+        if self.switch == "few-semi-hard" and self.all_first:
+            raise ValueError("switch: few-semi-hard counts steps and all_first epochs; give all_first=0")
+        if self.switch not in ("plateau", "few-semi-hard") and not (self.switch.isdecimal() and int(self.switch) > 0):
+            raise ValueError(f"switch: must be plateau, few-semi-hard or a number of evaluations, got {self.switch!r}")
 
     def objective(self) -> nn.Module:
         """The objective itself, its parameters bound; NaN passes into its gradient, where the loop sees it."""
         base = self._base()
         if not isinstance(base, goal.Objective):
             return goal.recipe(str(self.recipe), **self.params)
+        stages: list[nn.Module] = []
+        until: list[Until] = []
+        if self.all_first and base.settings.mining.dense != "always":
+            stages.append(self._bound(mining=goal.mining.all_negatives(average=False)))
+            until.append(self.all_first)
+        if self.curriculum is not None:
+            stages.append(self._bound(mining="semi-hard"))
+            until.append(self._switch())
+            stages.append(Augmented(self._bound(mining="hardest"), self.curriculum))
+        else:
+            stages.append(self._bound())
+        return Curriculum(stages, until) if until else stages[0]
+
+    def _switch(self) -> Until:
+        if self.switch == "few-semi-hard":
+            return FewSemiHard(share=0.1)
+        return Plateau(int(self.patience or 1)) if self.switch == "plateau" else int(self.switch)
+
+    def _bound(self, **changes: Any) -> goal.Objective:
+        """One objective with the parameters bound, but for what changes."""
+        base = cast(goal.Objective, self._base())
         bound: dict[str, Any] = {
             kind: term.definition(**term.params | {k: v for k, v in self.params.items() if k in term.params})
             for kind, term in _terms(base).items()
         }
-        if self.recipe is not None:
-            return goal.recipe(self.recipe, **bound, check_finite=False)
-        return goal.Objective(**bound, mining=str(self.mining), check_finite=False)
+        settings = base.settings
+        own = {"mining": settings.mining, "reduction": settings.reduction, "similarity": settings.similarity}
+        return goal.Objective(**bound, **{**own, **changes}, check_finite=False)
 
     def _base(self) -> nn.Module:
         if self.recipe is not None:
             return goal.recipe(self.recipe)
         T, P = (_definition(name, str(getattr(self, name))) for name in KINDS)
-        return goal.Objective(T, P, mining=str(self.mining))
+        return goal.Objective(T, P, mining=str(self.mining), similarity="order" if SYSTEMS[self.model].order else "dot")
 
     @property
     def label(self) -> str:
         """How tables call the objective."""
         return self.recipe or f"{self.T} × {self.P}" + (f", {self.mining}" if self.mining != "hardest" else "")
+
+    @property
+    def setting(self) -> str:
+        """The model and how it is trained, for the note under a table."""
+        size = f"{self.hidden} → {self.dim}" if self.hidden else f"of {self.dim} dimensions"
+        long = f", {self.epochs} epochs" if self.epochs else ""
+        return f"{self.model} {size}, batch {self.batch}, {self.optimizer} at {self.lr:g}{long}"
 
     @property
     def names(self) -> dict[str, str | None]:
@@ -134,7 +241,8 @@ class TrainConfig:
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
         readable = self.label.replace(" × ", "-").replace(", ", "-")
-        return f"{readable}-s{self.seed}-{self.digest}"
+        system = "" if self.model == "heads" else f"{self.model}-"
+        return f"{system}{readable}-s{self.seed}-{self.digest}"
 
     def to_json(self) -> str:
         """As JSON, for `from_json`."""

@@ -1,26 +1,44 @@
-"""The features of a run in memory: three splits, checked, with a fingerprint."""
+"""What a run reads: three splits in the form that its model takes, checked, with a fingerprint."""
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from goal.data import Pairs, load
+from goal.data import Pairs, clips, load
+from goal.models import Vocabulary
+from goal.models.joint import Input
 
 CHUNK = 1024  # images whose regions are averaged at once
+LARGE = 256 << 20  # bytes of an array from which only some of its rows go into the fingerprint
+SAMPLED = 256  # how many
+
+Images = Literal["vectors", "unit vectors", "regions", "audio"]
+Texts = Literal["words", "features", "visual"]
+
+
+class Side(Protocol):
+    """One modality: `side[rows]` is what an encoder takes of these rows. A tensor in memory is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> Input: ...
 
 
 class Split(NamedTuple):
-    """Images, captions, and which image each caption describes."""
+    """Two modalities, and what belongs together. Of labelled clips x is audio and y is visual, row k of both a clip."""
 
-    x: Tensor  # (n, D_x) float32
-    y: Tensor  # (m, D_y) float32
-    image_of: Tensor  # (m,) int64
+    x: Any  # a Side of n images
+    y: Any  # a Side of m captions
+    image_of: Tensor  # (m,) int64, the row of x that each row of y belongs to
+    ids: Tensor  # (n,) int64: rows with equal ids are no negatives of each other
 
 
 class Features(NamedTuple):
@@ -30,6 +48,7 @@ class Features(NamedTuple):
     val: Split
     test: Split
     fingerprint: str  # sha256 of all arrays
+    vocabulary: Vocabulary | None = None  # of the training captions, where they are read as words
 
 
 class Batch(NamedTuple):
@@ -39,43 +58,147 @@ class Batch(NamedTuple):
     captions: Tensor  # (batch,) int64, rows of y
 
 
+class Mapped:
+    """Rows of an array that stays on disk: (n, R, D) regions, or (m, L, D) tokens that end in rows of zeros.
+
+    Args:
+        array: memory-mapped, floating point.
+        padded: hand out lengths too: where the trailing rows of zeros begin.
+
+    >>> tokens = np.zeros((2, 3, 4), np.float16)
+    >>> tokens[0, :2] = 1
+    >>> values, lengths = Mapped(tokens, padded=True)[:1]
+    >>> values.shape, values.dtype, lengths
+    (torch.Size([1, 3, 4]), torch.float32, tensor([2]))
+    """
+
+    def __init__(self, array: NDArray[Any], padded: bool = False) -> None:
+        self.array, self.padded = array, padded
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: Any) -> Input:
+        read = self.array[rows.numpy() if isinstance(rows, Tensor) else rows]
+        values = torch.from_numpy(np.array(read, np.float32))
+        if not self.padded:
+            return values
+        places = torch.arange(1, values.shape[1] + 1)
+        return values, ((values != 0).any(2) * places).amax(1)
+
+
+class Words:
+    """Captions as tokens of a vocabulary, encoded once; a batch is as wide as its longest.
+
+    >>> words = Words(["a dog", "a"], Vocabulary(["a", "dog"]))
+    >>> words[1:]
+    (tensor([[1, 5, 2]]), tensor([3]))
+    """
+
+    def __init__(self, captions: Sequence[str], vocabulary: Vocabulary) -> None:
+        tokens, self.lengths = vocabulary.encode(captions)
+        self.tokens = tokens.int()  # (m, L)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
+        lengths = self.lengths[rows]
+        return self.tokens[rows][:, : int(lengths.max())].long(), lengths
+
+
 @functools.lru_cache(maxsize=1)
-def features(data: str, limit: int | None) -> Features:
-    """Features of a dataset, region features averaged over the regions; `limit` keeps the first training images.
+def features(data: str, limit: int | None, images: Images = "vectors", texts: Texts = "features") -> Features:
+    """The splits of a dataset; `limit` keeps the first training images.
+
+    Args:
+        data: as for `goal.data.load`; for "audio" a folder as for `goal.data.clips`.
+        limit: how many.
+        images: "vectors", where regions are averaged, or the same as "unit vectors"; "regions"; or "audio" of clips.
+        texts: "words", or the given "features" of captions: of sentences, or of tokens; or "visual" of clips.
 
     Raises:
-        ValueError: no such dataset, captions without features, an image without a caption, a limit beyond the images.
+        ValueError: no such dataset, one that does not hold what is asked for, an image without a caption, a limit
+            beyond the images.
     """
-    train, val, test = (split(load(data, name)) for name in ("train", "val", "test"))
+    if images == "audio":
+        return _labelled(data, limit)
+    pairs = {name: load(data, name) for name in ("train", "val", "test")}
     if limit is not None:
-        if limit > len(train.x):
-            raise ValueError(f"limit: {data} has {len(train.x)} training images, got {limit}")
-        kept = train.image_of < limit
-        train = Split(train.x[:limit], train.y[kept], train.image_of[kept])
-    digest = hashlib.sha256()
-    for part in (train, val, test):
-        for array in part:
-            digest.update(f"{tuple(array.shape)}".encode())
-            digest.update(array.numpy().data)
-    return Features(train, val, test, digest.hexdigest())
+        pairs["train"] = _first(pairs["train"], limit)
+    vocabulary = Vocabulary.of(pairs["train"]) if texts == "words" else None
+    train, val, test = (split(part, images, vocabulary) for part in pairs.values())
+    arrays = [array for part in (train, val, test) for array in part[:3]]
+    return Features(train, val, test, _fingerprint(arrays), vocabulary)
 
 
-def split(pairs: Pairs) -> Split:
-    """The split as float32 tensors, one row per image.
+def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | None = None) -> Split:
+    """A split as a model takes it, captions as words where there is a vocabulary; arguments as for `features`.
 
     Raises:
-        ValueError: captions without features, or an image without a caption.
+        ValueError: captions or images that are not there in that form, or an image without a caption.
     """
+    bare = np.bincount(pairs.image_of, minlength=len(pairs.x)) == 0
+    if bare.any():
+        raise ValueError(f"{pairs.name}: image {int(bare.argmax())} of {pairs.split!r} has no caption")
+    y = _features_of(pairs) if vocabulary is None else Words(_texts_of(pairs), vocabulary)
+    x: Any
+    if images == "regions":
+        if pairs.x.ndim != 3:
+            raise ValueError(
+                f"{pairs.name}: the model takes regions, (n, R, D), and the images of {pairs.split!r} are "
+                f"{pairs.x.shape}; `goal data build emoji-grid` makes a small dataset that has them"
+            )
+        x = Mapped(pairs.x)
+    else:
+        x = torch.from_numpy(np.concatenate(list(_pooled(pairs.x))))
+        x = normalize(x, dim=1) if images == "unit vectors" else x
+    return Split(x, y, torch.from_numpy(pairs.image_of), torch.arange(len(x)))
+
+
+def _features_of(pairs: Pairs) -> Any:
     if pairs.y is None:
         raise ValueError(
             f"{pairs.name}: the captions of {pairs.split!r} are only text; put their features beside them "
             f"({pairs.split}_caps.npy, one row per caption)"
         )
-    bare = np.bincount(pairs.image_of, minlength=len(pairs.x)) == 0
-    if bare.any():
-        raise ValueError(f"{pairs.name}: image {int(bare.argmax())} of {pairs.split!r} has no caption")
-    x = np.concatenate(list(_pooled(pairs.x)))
-    return Split(torch.from_numpy(x), torch.tensor(pairs.y, dtype=torch.float32), torch.from_numpy(pairs.image_of))
+    return Mapped(pairs.y, padded=True) if pairs.y.ndim == 3 else torch.tensor(pairs.y, dtype=torch.float32)
+
+
+def _texts_of(pairs: Pairs) -> tuple[str, ...]:
+    if pairs.captions is None:
+        raise ValueError(f"{pairs.name}: the captions of {pairs.split!r} are only features; give texts='features'")
+    return pairs.captions
+
+
+def _first(pairs: Pairs, limit: int) -> Pairs:
+    """The first images of the training split, with their captions."""
+    if limit > len(pairs.x):
+        raise ValueError(f"limit: {pairs.name} has {len(pairs.x)} training images, got {limit}")
+    kept = np.flatnonzero(pairs.image_of < limit)
+    return dataclasses.replace(
+        pairs,
+        x=pairs.x[:limit],
+        y=None if pairs.y is None else pairs.y[kept],
+        image_of=pairs.image_of[kept],
+        captions=None if pairs.captions is None else tuple(pairs.captions[row] for row in kept),
+    )
+
+
+def labelled(data: str, name: str) -> Split:
+    """A split of labelled clips: x is audio, y is visual, and the labels are the ids."""
+    found = clips(data, name)
+    audio, visual, labels = (torch.from_numpy(part) for part in (found.audio, found.visual, found.labels))
+    return Split(audio, visual, torch.arange(len(labels)), labels)
+
+
+def _labelled(data: str, limit: int | None) -> Features:
+    train, val, test = (labelled(data, name) for name in ("train", "val", "test"))
+    if limit is not None:
+        if limit > len(train.x):
+            raise ValueError(f"limit: {data} has {len(train.x)} training clips, got {limit}")
+        train = Split(*(part[:limit] for part in train))
+    return Features(train, val, test, _fingerprint([array for part in (train, val, test) for array in part]))
 
 
 def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
@@ -83,6 +206,18 @@ def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(x), CHUNK):
         rows = np.asarray(x[start : start + CHUNK], np.float32)
         yield rows if rows.ndim == 2 else rows.mean(1)
+
+
+def _fingerprint(sides: Sequence[Any]) -> str:
+    """sha256 of tensors, tokens and arrays; of an array that is too large, of rows spread evenly over it."""
+    digest = hashlib.sha256()
+    for side in sides:
+        array = side.array if isinstance(side, Mapped) else (side.tokens if isinstance(side, Words) else side).numpy()
+        digest.update(f"{tuple(array.shape)}".encode())
+        if array.nbytes > LARGE:
+            array = array[np.linspace(0, len(array) - 1, SAMPLED).astype(np.int64)]
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 class Sampler:

@@ -67,3 +67,11 @@ class Heads(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(n, d_x) and (m, d_y) features to (n, dim) and (m, dim) embeddings."""
         return self.x(x), self.y(y)
+
+    def embed_x(self, z: Tensor) -> Tensor:
+        """(n, d_x) scaled features to (n, dim)."""
+        return self.x.embed(z)
+
+    def embed_y(self, z: Tensor) -> Tensor:
+        """(m, d_y) scaled features to (m, dim)."""
+        return self.y.embed(z)

@@ -10,32 +10,39 @@
 The batch and the dropout of a step are functions of (seed, step), so a checkpoint needs no state of a generator, and a
 run that was killed ends with the same bits as one that was not.
 
-What is validated, kept and tested is a running mean of the weights: the weights themselves jitter from step to step, by
-more than most objectives differ, and a plateau would be found by chance.
+What is validated, kept and tested is a running mean of the weights: those of heads jitter from step to step, by more
+than most objectives differ, and a plateau would be found by chance. The systems of the literature keep their weights as
+they are (average = 0).
 """
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import goal
+from goal import data
 from goal.data.files import write_atomically
-from goal.evaluation import RetrievalMetrics, evaluate
+from goal.evaluation import MapMetrics, RetrievalMetrics, evaluate, evaluate_similarity, map_at_all
+from goal.models import SCAN, Vocabulary
+from goal.training import systems
 from goal.training.config import TrainConfig
-from goal.training.features import Features, Sampler, Split, features
-from goal.training.heads import Heads
+from goal.training.features import Features, Sampler, Split, features, labelled, split
+from goal.training.schedule import Curriculum, FewSemiHard
+from goal.training.systems import SYSTEMS, Inputs
 
 Row = dict[str, float]
 Record = dict[str, Any]
@@ -59,8 +66,8 @@ class State:
     drops: int = 0  # of the learning rate, so far
     stale: int = 0  # evaluations since the last best, or since the last drop
     best_step: int = 0
-    best_val_rsum: float = -1.0
-    stopped: str | None = None  # "plateau" or "max_steps"
+    best: float = -1.0  # validation RSUM, or MAP@all of clips
+    stopped: str | None = None  # "plateau", "epochs" or "max_steps"
     curve: list[Row] = field(default_factory=list)  # one row per evaluation
 
 
@@ -70,9 +77,10 @@ def train(
     save_every: float = 10.0,
     *,
     test: bool = True,
+    diagnose: int = 0,
     on_evaluation: Callable[[Row], None] = lambda row: None,
 ) -> Record:
-    """Train until validation RSUM stops rising, and score the best heads on the test split.
+    """Train to a plateau on the validation split or for so many epochs, and score the best weights on the test split.
 
     Called again after it was killed, it continues; called again after it ended, it returns the record.
 
@@ -81,16 +89,19 @@ def train(
         run_dir: folder of this run alone; made if need be.
         save_every: seconds between checkpoints; they are written after an evaluation.
         test: score the test split at the end. Without, as for trials of a search, it is not looked at.
-        on_evaluation: called with each new row of the curve: step, loss, lr, val_rsum, val_i2t_r1, val_t2i_r1, and
-            the mean s⁺ and hardest s⁻ on the validation split.
+        diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`.
+        on_evaluation: called with each new row of the curve: step, loss, lr, val_rsum, val_i2t_r1, val_t2i_r1 (of
+            clips val_map, val_x2y, val_y2x), the mean s⁺ and hardest s⁻ on the validation split, and end, the last
+            step there can be.
 
     Returns:
-        label, T, P, recipe, params, seed, test (recalls in percent), best_val_rsum, best_step, steps, stopped
-        ("plateau" or "max_steps"), curve, ranks; plain JSON.
+        label, model, T, P, recipe, params, seed, test (recalls or MAP@all, in percent), best_val_rsum (or
+        best_val_map), best_step, steps, stopped ("plateau", "epochs" or "max_steps"), curve, ranks; plain JSON.
 
     Raises:
         Diverged: a loss or a gradient that is not finite.
-        ValueError: a folder that holds another run, or one on other data; whatever the data's readers refuse.
+        ValueError: a folder that holds another run, or one on other data; whatever the data's readers refuse;
+            diagnose with a model that makes similarities.
 
     >>> import tempfile
     >>> config = TrainConfig(recipe="infonce", hidden=8, dim=4, batch=64, max_steps=2, eval_every=2)
@@ -98,30 +109,69 @@ def train(
     >>> record["steps"], record["stopped"], sorted(record["ranks"])
     (2, 'max_steps', ['i2t', 'image_of', 't2i'])
     """
-    data = features(config.data, config.limit)
-    versions = _versions(config, data)
+    if diagnose and config.model == "scan":
+        raise ValueError("diagnose: looks at x and y, and scan makes similarities of them")
+    features = read(config)
+    versions = _versions(config, features)
     if (run_dir / "record.json").is_file():
         return _finished(config, run_dir, versions)
     run_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     with _computing(config.threads, device):
-        run = _Run(config, data, run_dir)
+        run = _Run(config, features, run_dir)
         if not run.restore(versions):
             _write_json(run_dir / "config.json", json.loads(config.to_json()))
             _write_json(run_dir / "versions.json", versions)
         run.write_log()
         saved = time.monotonic()
-        while run.state.stopped is None:
-            row = run.interval()
-            on_evaluation(row)
-            if time.monotonic() - saved >= save_every:
-                run.save()
-                saved = time.monotonic()
+        with run.watched(diagnose):
+            while run.state.stopped is None:
+                row = run.interval()
+                on_evaluation({**row, "end": run.end})
+                if time.monotonic() - saved >= save_every:
+                    run.save()
+                    saved = time.monotonic()
         return run.finish(test)
 
 
-def load_heads(run_dir: Path) -> tuple[TrainConfig, Heads]:
-    """The configuration of a run and its best heads, in evaluation mode.
+def read(config: TrainConfig) -> Features:
+    """The data of a run, in the form that its model takes."""
+    return features(config.data, config.limit, SYSTEMS[config.model].images, config.texts)
+
+
+def read_pairs(config: TrainConfig) -> Features:
+    """The data of runs that are compared by recall.
+
+    Raises:
+        ValueError: a model that is judged by MAP@all.
+    """
+    if _metric(config) != "rsum":
+        raise ValueError(f"model: recalls are compared here, and {config.model} is judged by MAP@all; use goal train")
+    return read(config)
+
+
+def best(record: Record) -> float:
+    """The best validation RSUM of a run, or MAP@all of clips."""
+    return float(record["best_val_map" if "best_val_map" in record else "best_val_rsum"])
+
+
+class Trained(NamedTuple):
+    """What a run has left."""
+
+    config: TrainConfig
+    model: nn.Module  # with the best weights, in evaluation mode
+    vocabulary: Vocabulary | None
+
+    def split(self, name: str) -> Split:
+        """A split of its data, in the form that its model takes."""
+        images = SYSTEMS[self.config.model].images
+        if images == "audio":
+            return labelled(self.config.data, name)
+        return split(data.load(self.config.data, name), images, self.vocabulary)
+
+
+def load_trained(run_dir: Path) -> Trained:
+    """The configuration of a run, its best weights, and the words of its captions.
 
     Raises:
         ValueError: no finished run in the folder.
@@ -132,95 +182,154 @@ def load_heads(run_dir: Path) -> tuple[TrainConfig, Heads]:
     if not path.is_file():
         raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors)")
     with safe_open(path, framework="pt") as file:
-        config = TrainConfig.from_json(file.metadata()["config"])
+        told = json.loads(file.metadata()["run"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    heads = _heads(config, *(tensors[f"{side}.centre"].numel() for side in ("x", "y")))
-    heads.load_state_dict(tensors)
-    return config, heads.eval()
+    config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])
+    model = _model(config, inputs)
+    model.load_state_dict(tensors)
+    vocabulary = Vocabulary.load(run_dir / "vocabulary.json") if inputs.y_kind == "words" else None
+    return Trained(config, model.eval(), vocabulary)
 
 
-def score(config: TrainConfig, heads: Heads, data: Split, folds: int = 1) -> RetrievalMetrics:
-    """Retrieval metrics of a split's embeddings; the products in float32."""
+def score(config: TrainConfig, model: nn.Module, part: Split, folds: int = 1) -> RetrievalMetrics | MapMetrics:
+    """Retrieval metrics of a split as a model of `SYSTEMS` embeds it; the products in float32."""
     with torch.inference_mode():
-        x, y = heads(*(part.to(config.device) for part in (data.x, data.y)))
-        return evaluate(x, y, data.image_of, similarity=_similarity(config.objective()), folds=folds)
+        prepared = systems.prepared(model, part, torch.device(config.device))
+        return _measured(config, model, prepared, _similarity(config.objective()), folds)[0]
+
+
+def _measured(
+    config: TrainConfig, model: nn.Module, part: Split, similarity: str, folds: int = 1
+) -> tuple[RetrievalMetrics | MapMetrics, Row]:
+    """Metrics of a prepared split, and the mean s⁺ and hardest s⁻ of its images and first captions."""
+    device = torch.device(config.device)
+    first = torch.from_numpy(np.unique(part.image_of.numpy(), return_index=True)[1])  # caption of each image
+    if isinstance(model, SCAN):
+        s = systems.similarities(model, part, device)
+        objective = goal.Objective(T="con", P="con")
+        objective.apply_similarity(s[:, first], ids=part.ids)
+        return evaluate_similarity(s, part.image_of, folds=folds), _seen(objective.stats)
+    x, y = systems.embeddings(model, part, device)
+    stats = goal.gradients(x, y[first], T="con", P="con", similarity=similarity, ids=part.ids.to(device))[2]
+    if _metric(config) == "map":
+        return map_at_all(x, y, part.ids, part.ids, similarity=similarity), _seen(stats)
+    return evaluate(x, y, part.image_of, similarity=similarity, folds=folds), _seen(stats)
+
+
+def _seen(stats: goal.Stats) -> Row:
+    return {"s_pos": stats.s_pos.mean().item(), "s_neg": stats.s_neg.mean().item()}
 
 
 class _Run:
     """A run's modules and state."""
 
-    def __init__(self, config: TrainConfig, data: Features, run_dir: Path) -> None:
-        self.config, self.run_dir, self.test = config, run_dir, data.test
+    def __init__(self, config: TrainConfig, features: Features, run_dir: Path) -> None:
+        self.config, self.run_dir, self.features = config, run_dir, features
+        self.device = torch.device(config.device)
         self.state = State()
+        self.inputs = systems.inputs_of(features)
         torch.manual_seed(config.seed)
-        self.heads = _heads(config, data.train.x.shape[1], data.train.y.shape[1])
-        self.heads.x.centre.copy_(data.train.x.mean(0))
-        self.heads.y.centre.copy_(data.train.y.mean(0))
-        self.heads.to(config.device)
-        self.mean = copy.deepcopy(self.heads).eval()
+        self.model = _model(config, self.inputs)
+        systems.fit(self.model, features.train)
+        self.model.to(config.device)
+        self.mean = copy.deepcopy(self.model).eval()
         self.best = _copied(self.mean)
-        self.objective = config.objective().to(config.device)
-        self.modules = nn.ModuleDict({"heads": self.heads, "objective": self.objective})
+        self.objective: Any = config.objective().to(config.device)
+        self.modules = nn.ModuleDict({"model": self.model, "objective": self.objective})
         groups = [
-            {"params": list(self.heads.parameters()), "weight_decay": config.weight_decay},
+            {"params": list(self.model.parameters()), "weight_decay": config.weight_decay},
             {"params": list(self.objective.parameters()), "weight_decay": 0.0},  # SigLIP learns its scale and bias
         ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=True)
-        self.train, self.val = (self._scaled(split) for split in (data.train, data.val))
-        self.sampler = Sampler(data.train.image_of, config.batch, config.seed)
-        self.generator = _generator(self.train.x.device)
-        # the first caption of each validation image: s⁺ and s⁻ of the curve
-        self.first = torch.from_numpy(np.unique(data.val.image_of.numpy(), return_index=True)[1])
+        optimizer = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.optimizer]
+        self.optimizer = optimizer([g for g in groups if g["params"]], lr=config.lr, fused=True)
+        self.train, self.val = (systems.prepared(self.model, part, self.device) for part in features[:2])
+        self.sampler = Sampler(features.train.image_of, config.batch, config.seed)
+        self.epoch = max(1, len(features.train.y) // config.batch)  # steps
+        self.end = min(n for n in (config.max_steps, config.epochs * self.epoch, sys.maxsize) if n)
+        self.generator = _generator(self.device)
+        self.metric = _metric(config)
+        self.diagnosis: goal.diagnosis.Diagnosis | None = None
+        self.every = 0  # steps between two rows of the diagnosis
 
-    def _scaled(self, split: Split) -> Split:
-        x, y = split.x.to(self.config.device), split.y.to(self.config.device)
-        return Split(self.heads.x.scale(x), self.heads.y.scale(y), split.image_of)
+    @contextmanager
+    def watched(self, every: int) -> Iterator[None]:
+        """With a diagnosis of the objective at every so-manieth step, drawn when training has ended."""
+        if not every:
+            yield
+            return
+        path = self.run_dir / "diagnosis.jsonl"
+        start = -(-self.state.step // every)  # rows up to the checkpoint stay
+        with goal.diagnose(self.objective, self.model, path=path, start=start) as diagnosis:
+            self.diagnosis, self.every = diagnosis, every
+            yield
+        if diagnosis.rows:
+            diagnosis.draw(self.run_dir / "diagnosis.png")
 
     def interval(self) -> Row:
         """The steps up to the next evaluation, and the evaluation; returns its row."""
         config, state = self.config, self.state
-        until = min(config.max_steps, (state.step // config.eval_every + 1) * config.eval_every)
+        every = config.eval_every or self.epoch
+        until = min(self.end, (state.step // every + 1) * every)
         losses = []
-        self.heads.train()
+        self.model.train()
         while state.step < until:
             losses.append(self._step())
             state.step += 1
         row = {"step": state.step, "loss": math.fsum(losses) / len(losses), "lr": self._lr(), **self._validate()}
         state.curve.append(row)
-        if row["val_rsum"] > state.best_val_rsum:
-            state.best_val_rsum, state.best_step, state.stale = row["val_rsum"], state.step, 0
+        value = row[f"val_{self.metric}"]
+        if value > state.best:
+            state.best, state.best_step, state.stale = value, state.step, 0
             self.best = _copied(self.mean)
         else:
             state.stale += 1
-        if state.stale >= config.patience:
-            if state.drops < config.drops:
-                state.drops, state.stale = state.drops + 1, 0
-                self.heads.load_state_dict(self.best)
-                self.mean.load_state_dict(self.best)
-            else:
-                state.stopped = "plateau"
-        if state.step >= config.max_steps and state.stopped is None:
-            state.stopped = "max_steps"
+        switched = isinstance(self.objective, Curriculum) and not self._counts_steps and self.objective.step(value)
+        if switched:
+            state.stale = 0
+        elif not config.epochs and config.patience is not None and state.stale >= config.patience:
+            self._plateau()
+        if state.step >= self.end and state.stopped is None:
+            state.stopped = "max_steps" if self.end == config.max_steps else "epochs"
         with (self.run_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
 
+    def _plateau(self) -> None:
+        """Nothing better for long: the rate drops and the best weights come back, or it ends."""
+        state = self.state
+        if state.drops < self.config.drops:
+            state.drops, state.stale = state.drops + 1, 0
+            self.model.load_state_dict(self.best)
+            self.mean.load_state_dict(self.best)
+        else:
+            state.stopped = "plateau"
+
+    @functools.cached_property
+    def _counts_steps(self) -> bool:
+        """Whether the curriculum counts steps of the optimiser, and not evaluations."""
+        return any(isinstance(until, FewSemiHard) for until in self.objective.until)
+
     def _lr(self) -> float:
         """The rate of the step at hand."""
         config, state = self.config, self.state
-        return config.lr * config.drop**state.drops * min(1.0, (state.step + 1) / max(1, config.warmup))
+        late = config.drop_epoch is not None and state.step >= config.drop_epoch * self.epoch
+        return config.lr * config.drop ** (state.drops + late) * min(1.0, (state.step + 1) / max(1, config.warmup))
 
     def _step(self) -> float:
         config, step = self.config, self.state.step
         self.generator.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # of dropout
-        images, captions = (rows.to(config.device) for rows in self.sampler(step))
+        images, captions = self.sampler(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
-        with torch.autocast(self.train.x.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            x, y = self.heads.x.embed(self.train.x[images]), self.heads.y.embed(self.train.y[captions])
-        loss = self.objective(x, y, ids=images)
+        x, y = (
+            systems.moved(side[rows], self.device) for side, rows in ((self.train.x, images), (self.train.y, captions))
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = systems.loss_of(self.model, self.objective, x, y, self.train.ids[images].to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
+        if self.diagnosis is not None and step % self.every == 0:
+            self.diagnosis.step()
         norm = nn.utils.clip_grad_norm_(self.modules.parameters(), config.clip)
         value = float(loss.item())
         for name, number in (("loss", value), ("norm of the gradient", norm.item())):
@@ -230,26 +339,23 @@ class _Run:
                     f"(learning rate {self._lr():g}, {self.run_dir})"
                 )
         self.optimizer.step()
+        if isinstance(self.objective, Curriculum) and self._counts_steps:
+            self.objective.step()
         keep = min(config.average, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, weight in zip(self.mean.parameters(), self.heads.parameters(), strict=True):
+            for mean, weight in zip(self.mean.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(weight, 1 - keep)
+            for kept, buffer in zip(self.mean.buffers(), self.model.buffers(), strict=True):
+                kept.copy_(buffer)
         return value
 
     def _validate(self) -> Row:
-        """RSUM and R@1 on the validation split, and the mean s⁺ and hardest s⁻ of its images and first captions."""
+        """The metrics on the validation split that choose the weights, and its mean s⁺ and hardest s⁻."""
         with torch.inference_mode():
-            x, y = self.mean.x.embed(self.val.x), self.mean.y.embed(self.val.y)
-            similarity = _similarity(self.objective)
-            metrics = evaluate(x, y, self.val.image_of, similarity=similarity)
-            stats = goal.gradients(x, y[self.first], T="con", P="con", similarity=similarity)[2]
-        return {
-            "val_rsum": metrics.rsum,
-            "val_i2t_r1": metrics.i2t_r1,
-            "val_t2i_r1": metrics.t2i_r1,
-            "s_pos": stats.s_pos.mean().item(),
-            "s_neg": stats.s_neg.mean().item(),
-        }
+            metrics, seen = _measured(self.config, self.mean, self.val, _similarity(self.objective))
+        if isinstance(metrics, MapMetrics):
+            return {"val_map": metrics.mean, "val_x2y": metrics.x2y, "val_y2x": metrics.y2x, **seen}
+        return {"val_rsum": metrics.rsum, "val_i2t_r1": metrics.i2t_r1, "val_t2i_r1": metrics.t2i_r1, **seen}
 
     def save(self) -> None:
         """Write the checkpoint: one file, so that weights and state are never of different steps."""
@@ -302,33 +408,45 @@ class _Run:
         self.mean.load_state_dict(self.best)
         record: Record = {
             **config.names,
+            "model": config.model,
             "params": {"lr": config.lr} | config.params,
             "seed": config.seed,
-            "best_val_rsum": state.best_val_rsum,
+            f"best_val_{self.metric}": state.best,
             "best_step": state.best_step,
             "steps": state.step,
             "stopped": state.stopped,
             "curve": state.curve,
         }
         if test:
-            metrics = score(config, self.mean, self.test)
-            names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
-            record["test"] = {name: getattr(metrics, name) for name in names}
-            record["ranks"] = {
-                "i2t": metrics.i2t_ranks.tolist(),
-                "t2i": metrics.t2i_ranks.tolist(),
-                "image_of": self.test.image_of.tolist(),
-            }
-        content = save(self.best, {"config": config.to_json()})
+            metrics = score(config, self.mean, self.features.test)
+            if isinstance(metrics, MapMetrics):
+                record["test"] = metrics.as_dict()
+            else:
+                names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
+                record["test"] = {name: getattr(metrics, name) for name in names}
+                record["ranks"] = {
+                    "i2t": metrics.i2t_ranks.tolist(),
+                    "t2i": metrics.t2i_ranks.tolist(),
+                    "image_of": self.features.test.image_of.tolist(),
+                }
+        if self.features.vocabulary is not None:
+            self.features.vocabulary.save(self.run_dir / "vocabulary.json")
+        told = {"config": json.loads(config.to_json()), "inputs": self.inputs._asdict()}
+        content = save(self.best, {"run": json.dumps(told)})  # one entry: they are written in any order
         write_atomically(self.run_dir / "model.safetensors", content)
         _write_json(self.run_dir / "record.json", record)
         (self.run_dir / "checkpoint.safetensors").unlink(missing_ok=True)
         return record
 
 
-def _heads(config: TrainConfig, d_x: int, d_y: int) -> Heads:
-    unit = _similarity(config.objective()) != "order"
-    return Heads(d_x, d_y, hidden=config.hidden, dim=config.dim, dropout=config.dropout, unit=unit)
+def _model(config: TrainConfig, inputs: Inputs) -> nn.Module:
+    order = _similarity(config.objective()) == "order"
+    return systems.build(config.model, inputs, order, dataclasses.asdict(config))
+
+
+def _metric(config: TrainConfig) -> str:
+    """What chooses the weights."""
+    return "map" if SYSTEMS[config.model].images == "audio" else "rsum"
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
@@ -343,7 +461,8 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _similarity(objective: nn.Module) -> str:
-    return objective.settings.similarity.name if isinstance(objective, goal.Objective) else "dot"
+    settings: Any = getattr(objective, "settings", None)  # a yardstick has none
+    return "dot" if settings is None else str(settings.similarity.name)
 
 
 @contextmanager

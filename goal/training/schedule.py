@@ -284,6 +284,10 @@ class Curriculum(nn.Module):
         """The objective at hand, called."""
         return self.current(*args, **kwargs)
 
+    def apply_similarity(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the objective at hand."""
+        return self.current.apply_similarity(*args, **kwargs)
+
     @property
     def settings(self) -> Any:
         """Those of the objective at hand."""

@@ -9,8 +9,8 @@ from typing import Any, cast
 import goal
 from goal.training.config import TrainConfig
 from goal.training.display import Lines, display
-from goal.training.features import Sampler, features
-from goal.training.loop import Record, TrainingError, train
+from goal.training.features import Sampler
+from goal.training.loop import Record, TrainingError, read_pairs, train
 from goal.training.report import RunRecord, write_report
 from goal.training.tune import search
 from goal.training.workers import Done, Failed, Job, cores, work
@@ -21,7 +21,8 @@ SEEDS, QUICK_SEEDS = 5, 2
 # Sized to end within five minutes on two cores, with an order that agrees with the full sweep's within noise
 # (docs/experiments.md compares them): embeddings not too narrow, and runs that end when validation stops rising.
 QUICK: dict[str, Any] = {"hidden": 256, "dim": 256, "batch": 64, "lr": 1e-3, "patience": 4, "max_steps": 2000}
-QUICK_NOTE = "QUICK: small heads, few seeds, little patience; close places may change without --quick."
+QUICK_SYSTEM: dict[str, Any] = {"dim": 128, "word_dim": 64, "epochs": 6, "drop_epoch": 4}
+QUICK_NOTE = "QUICK: small models, few seeds, little patience; close places may change without --quick."
 
 
 class Incomplete(TrainingError):
@@ -78,7 +79,7 @@ class Sweep:
     more seeds or objectives add to a folder.
 
     Args:
-        quick: `QUICK` heads and fewer seeds.
+        quick: `QUICK` heads, or a `QUICK_SYSTEM`, and fewer seeds.
         seeds: how many, from 0; by default `SEEDS`, or `QUICK_SEEDS`.
         trials: give every objective a `search` of so many trials too, and train what it found with the same seeds.
         objectives: as for `entries`.
@@ -116,13 +117,15 @@ class Sweep:
         for argument, number, least in checks:
             if number < least:
                 raise ValueError(f"{argument}: must be at least {least}, got {number}")
-        self.entries = entries(objectives, **(QUICK if quick else {}) | settings)
+        short = QUICK if settings.get("model", "heads") == "heads" else QUICK_SYSTEM
+        self.entries = entries(objectives, **(short if quick else {}) | settings)
         self.tuned: list[Entry] = []  # what the searches found
         self.base = self.entries[0].config
-        data = features(self.base.data, self.base.limit)
+        data = read_pairs(self.base)
         Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
         self.images = len(data.train.x)
-        parts = (Path(self.base.data).name, "quick" * quick, f"tune{trials}" * bool(trials))
+        system = self.base.model * (self.base.model != "heads")
+        parts = (Path(self.base.data).name, system, "quick" * quick, f"tune{trials}" * bool(trials))
         self.folder = root / (name or "-".join(filter(None, parts)))
         by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
         self.workers = workers or by_default
@@ -169,9 +172,9 @@ class Sweep:
         """The conditions, in sentences."""
         base, records = self.base, self.records()
         sentences = [
-            f"{self.images} training images of {base.data}; heads {base.hidden} → {base.dim}, batch {base.batch}, "
-            f"AdamW at {base.lr:g}, {self.seeds} seeds. A run ends when validation RSUM has stopped rising; the "
-            "weights with the best validation RSUM are the ones tested.",
+            f"{self.images} training images of {base.data}; {base.setting}, {self.seeds} seeds. "
+            f"A run ends {'when validation RSUM has stopped rising' if not base.epochs else 'after its epochs'}; "
+            "the weights with the best validation RSUM are the ones tested.",
         ]
         if self.quick:
             sentences.insert(0, QUICK_NOTE)

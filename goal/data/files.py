@@ -1,11 +1,16 @@
 """Feature and text files: read with errors that name file and row, and written whole or not at all."""
 
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -113,10 +118,23 @@ def bar(items: Iterable[T], what: str) -> Iterable[T]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written: a temporary one takes its place once it is on disk."""
+    """Write a file that is never seen half-written."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def save_atomically(path: Path, array: NDArray[Any]) -> None:
+    """Write a `.npy` file that is never seen half-written; the array is not copied first."""
+    with atomic_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file to write, which takes the place of `path` once it is on disk, or is gone after an error."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # temporary files are private
@@ -124,3 +142,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def write_provenance(out: Path, files: Iterable[str], packages: Iterable[str], **facts: Any) -> None:
+    """Record in provenance.json how the files of a folder were made: versions, their SHA-256, and `facts`.
+
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> write_atomically(folder / "a.txt", b"a")
+    >>> write_provenance(folder, ["a.txt"], ["numpy"], seed=0)
+    >>> sorted(json.loads((folder / "provenance.json").read_text()))
+    ['packages', 'python', 'seed', 'sha256']
+    """
+    provenance = {
+        **facts,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "sha256": {name: sha256(out / name) for name in files},
+    }
+    write_atomically(out / "provenance.json", (json.dumps(provenance, indent=2, sort_keys=True) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -84,8 +84,7 @@ def emoji(split: str) -> Pairs:
     """
     if split not in EMOJI_SPLITS:
         raise ValueError(f"split: emoji has no {split!r}; known: {', '.join(map(repr, EMOJI_SPLITS))}")
-    header, *rows = (line.split("\t") for line in read_lines(EMOJI / "images.tsv"))
-    images = np.flatnonzero([row[header.index("split")] == split for row in rows])  # (n,)
+    images = np.flatnonzero([image["split"] == split for image in emoji_images()])  # (n,)
     captions = read_lines(EMOJI / "captions.txt")
     chosen = (5 * images[:, None] + np.arange(5)).ravel()  # (5 n,)
 
@@ -101,6 +100,12 @@ def emoji(split: str) -> Pairs:
         image_of=np.arange(len(images)).repeat(5),
         captions=tuple(captions[i] for i in chosen),
     )
+
+
+def emoji_images() -> list[dict[str, str]]:
+    """Codepoints, emoji, name, group and split of each image, in the order of the shipped features."""
+    header, *rows = (line.split("\t") for line in read_lines(EMOJI / "images.tsv"))
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def precomp(folder: str | Path, split: str) -> Pairs:

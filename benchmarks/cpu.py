@@ -174,7 +174,8 @@ def resident(kind: str) -> float:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
     return found.stdout.strip() or "unknown"
 
 

@@ -60,7 +60,7 @@ class TrainConfig:
     params: dict[str, float] = field(default_factory=dict, hash=False)  # tau, margin, …; defaults are filled in
     all_first: int = _of_model("first epochs in which T × P meets all negatives (VSE∞'s warm-up)", low=0)
     curriculum: str | None = _option(
-        None, "two stages: semi-hard first, then hardest among rows of interpolate or mixup"
+        None, "two stages: semi-hard, then hardest: plain, or among made rows, interpolate or mixup"
     )
     switch: str = _option("plateau", "when they change: plateau, few-semi-hard, or after so many evaluations")
     # the data
@@ -159,9 +159,9 @@ class TrainConfig:
             raise ValueError(f"all_first: counts epochs, with eval_every=0; got eval_every={self.eval_every}")
         if self.curriculum is None:
             return
-        if self.curriculum not in ("interpolate", "mixup"):
-            raise ValueError(f"curriculum: must be interpolate or mixup, got {self.curriculum!r}")
-        if self.model == "scan":
+        if self.curriculum not in ("plain", "interpolate", "mixup"):
+            raise ValueError(f"curriculum: must be plain, interpolate or mixup, got {self.curriculum!r}")
+        if self.model == "scan" and self.curriculum != "plain":
             raise ValueError("curriculum: scan makes similarities, and rows are made of embeddings")
         if not isinstance(self._base(), goal.Objective):
             raise ValueError(f"curriculum: {self.label} mines nothing")
@@ -185,7 +185,8 @@ class TrainConfig:
         if self.curriculum is not None:
             stages.append(self._bound(mining="semi-hard"))
             until.append(self._switch())
-            stages.append(Augmented(self._bound(mining="hardest"), self.curriculum))
+            hardest = self._bound(mining="hardest")
+            stages.append(hardest if self.curriculum == "plain" else Augmented(hardest, self.curriculum))
         else:
             stages.append(self._bound())
         return Curriculum(stages, until) if until else stages[0]
@@ -215,7 +216,9 @@ class TrainConfig:
     @property
     def label(self) -> str:
         """How tables call the objective."""
-        return self.recipe or f"{self.T} × {self.P}" + (f", {self.mining}" if self.mining != "hardest" else "")
+        mining = f", {self.mining}" if self.mining not in ("hardest", None) and self.curriculum is None else ""
+        stages = f", curriculum {self.curriculum}" if self.curriculum else ""
+        return (self.recipe or f"{self.T} × {self.P}") + mining + stages
 
     @property
     def setting(self) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from goal.training.config import TrainConfig
-from goal.training.loop import Record
+from goal.training.loop import Record, best
 from goal.training.report import RunRecord, terminal_table
 from goal.training.workers import Begun, Done, Event, Failed
 
@@ -80,8 +80,9 @@ def outcome(result: Any) -> str:
     if isinstance(result, TrainConfig):  # of a search
         found = {"lr": result.lr} | result.params
         return f"{result.label}: found " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-    test = f", test RSUM {result['test']['rsum']:.1f}" if "test" in result else ""
+    metric, of = ("MAP@all", "mean") if "best_val_map" in result else ("RSUM", "rsum")
+    test = f", test {metric} {result['test'][of]:.1f}" if "test" in result else ""
     return (
-        f"{result['label']}, seed {result['seed']}: validation RSUM {result['best_val_rsum']:.1f} at step "
+        f"{result['label']}, seed {result['seed']}: validation {metric} {best(result):.1f} at step "
         f"{result['best_step']} of {result['steps']}{test}"
     )

@@ -5,9 +5,9 @@
     python -m benchmarks.experiments.systems --seeds 2 --models vse++
 
 Every cell of the grid, and the recipes that the three were published with. Captions are words, images of VSE∞ and
-RVSE++ a 7 × 7 map of regions. Models are narrower and runs shorter than the published ones (`SETTINGS`, `EPOCHS`); the
-rest is each system's own: VSE∞ begins with an epoch of all negatives. Each system is a `goal.training.Sweep` in a folder
-of its own; killed and started again, it continues.
+RVSE++ a 7 × 7 map of regions. Models are narrower and runs shorter than published (`SETTINGS`, `EPOCHS`); the rest is
+each system's own: VSE∞ begins with an epoch of all negatives. Each system is a `goal.training.Sweep` in a folder of its
+own; killed and started again, it continues.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cpu import commit
 from goal.training import Incomplete, Sweep
 
 MODELS = ("vse++", "vse-infinity", "rvse++")
-SETTINGS = {"dim": 128, "word_dim": 64, "batch": 64, "lr": 1e-3}
+SETTINGS: dict[str, Any] = {"dim": 128, "word_dim": 64, "batch": 64, "lr": 1e-3}
 EPOCHS = {"vse++": 16, "vse-infinity": 5, "rvse++": 5}  # a step on regions takes five times as long
 OBJECTIVES = [f"{T}:{P}" for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
 OBJECTIVES += ["vse++", "t-selhn"]

@@ -95,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = [value if isinstance(value, str) else f"{value:.3g}" for value in found.values()]
     print(f"| {' | '.join(found)} |\n{'|---' * len(found)}|\n| {' | '.join(cells)} |")
     command = " ".join(["python -m benchmarks.full_size", *(sys.argv[1:] if argv is None else argv)])
-    print(
-        f"\n*{options.images} training images, {options.threads} threads, {options.device}; commit {commit()}, {command}*"
-    )
+    setting = f"{options.images} training images, {options.threads} threads, {options.device}"
+    print(f"\n*{setting}; commit {commit()}, {command}*")
     return 0
 
 

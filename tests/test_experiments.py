@@ -1,13 +1,18 @@
 """The experiments, on a scale on which they are only seen to measure what they say."""
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import goal
-from benchmarks.experiments import cold_start
+from benchmarks import full_size
+from benchmarks.experiments import cold_start, curriculum, hinges, runs, systems
+from goal.training import TrainConfig, TrainingError
 from goal.training.features import Split, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,3 +84,103 @@ def test_the_table_says_how_many_left_chance() -> None:
         {**common, "mining": "hardest", "seed": 1, "left_chance": 40, "recall": 0.05, "vanished": [1.0, 0.7, 0.6]},
     ]
     assert cold_start.table(records).splitlines()[2] == ("| 2 | hardest | 1 of 2 | 40 | 100 ± 0 | 80 ± 14 | 3 ± 2.8 |")
+
+
+# ---- runs of a training configuration --------------------------------------------------------------------
+
+
+def test_sign_flips_by_hand() -> None:
+    assert runs.sign_flip([1.0]) == 1.0
+    assert runs.sign_flip([1.0, 1.0, 1.0, 1.0]) == 2 / 16
+    assert runs.sign_flip([3.0, 1.0, 1.0, -1.0]) == 8 / 16  # 6 once, 4 three times, both signs
+    assert runs.sign_flip([0.0, 0.0]) == 1.0
+
+
+TINY = TrainConfig(recipe="infonce", hidden=4, dim=4, batch=16, limit=40, eval_every=2, max_steps=4)
+
+
+def test_runs_come_in_order_and_are_not_trained_twice(tmp_path: Path) -> None:
+    configs = [TINY, dataclasses.replace(TINY, lr=1e-3)]
+    first = runs.trained(configs, 2, tmp_path, workers=1)
+    assert [[run["params"]["lr"] for run in group] for group in first] == [[5e-4] * 2, [1e-3] * 2]
+    assert [run["seed"] for run in first[0]] == [0, 1]
+    begun = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
+    assert runs.trained(configs, 2, tmp_path, workers=1) == first
+    assert begun == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
+    assert len(begun) == 4
+
+
+def test_a_run_that_fails_is_told_when_the_others_have_ended(tmp_path: Path) -> None:
+    bad = dataclasses.replace(TINY, lr=1e38, warmup=0, clip=1e30)
+    with pytest.raises(TrainingError, match="infonce, seed 0: the"):
+        runs.trained([bad, TINY], 1, tmp_path, workers=1)
+    assert len(list(tmp_path.glob("*/record.json"))) == 1
+
+
+def test_the_curriculum_is_compared_with_semi_hard_by_seed() -> None:
+    def record(mean: float, step: int) -> dict[str, object]:
+        return {"test": {"mean": mean, "x2y": mean - 1, "y2x": mean + 1}, "best_step": step}
+
+    found = curriculum.table(
+        {"semi-hard": [record(10, 50), record(12, 100)], "hardest": [record(11, 20), record(14, 30)]}, [6.0, 6.5]
+    )
+    assert found.splitlines()[2:] == [
+        "| semi-hard | 11.0 ± 1.4 | 10.0 ± 1.4 | 12.0 ± 1.4 | 75 |  |  |",
+        "| hardest | 12.5 ± 2.1 | 11.5 ± 2.1 | 13.5 ± 2.1 | 25 | +1.5 | 0.5 |",
+        "| random order | 6.2 ± 0.4 | | | | | |",
+    ]
+
+
+def test_a_random_order_has_about_the_share_of_a_class() -> None:
+    labels = np.arange(400) % 4
+    assert np.mean(curriculum.random_order(labels, 3)) == pytest.approx(25, abs=1.5)
+
+
+def test_the_curriculum_runs_on_labelled_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train", "val", "test"):
+        audio, visual = (rng.standard_normal((160, 4)).astype(np.float32) for _ in range(2))
+        np.savez(tmp_path / f"{name}.npz", audio=audio, visual=visual, labels=np.arange(160) % 5)
+    arguments = ["--data", str(tmp_path), "--seeds", "1", "--max-steps", "3", "--folder", str(tmp_path / "out")]
+    assert curriculum.main([*arguments, "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    for way in (*curriculum.SINGLE, *curriculum.TWO_STAGES, "random order"):
+        assert f"| {way} |" in told or f"| semi-hard, then {way} |" in told
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 7
+
+
+def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--seeds", "1", "--epochs", "1", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]
+    assert hinges.main(small) == 0
+    told = capsys.readouterr().out
+    assert "# emoji, released rates" in told
+    assert "# emoji, faster rates" in told
+    for name in hinges.SYSTEMS:
+        assert f"| {name} |" in told
+    options = argparse.Namespace(data="emoji", epochs=3, limit=None)
+    shown = [str(config.objective()) for config in hinges.configs(options, 1.0)]
+    assert shown == [
+        "Objective(T.con(margin=0.2) × P.con(), mining.all_negatives(average=False), sum, dot)",
+        "Objective(T.con(margin=0.2) × P.con(), mining.hardest(), sum, dot)",
+        "Objective(T.con(margin=0.05) × P.con(), mining.all_negatives(average=False), sum, order)",
+        "Objective(T.con(margin=0.2) × P.con(), mining.hardest(), sum, order)",
+    ]
+
+
+def test_systems_print_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--data", "emoji", "--models", "vse++", "--objectives", "cir:lin", "vse++", "--seeds", "1"]
+    assert systems.main([*small, "--epochs", "1", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "vse++ of 128 dimensions, batch 64, Adam at 0.001, 1 epochs, 1 seeds" in told
+    assert "python -m benchmarks.experiments.systems --data emoji" in told
+
+
+def test_full_size_measures_a_small_one(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model", "vse++", "--images", "200", "--held-out", "8", "--regions", "2", "--features", "6"]
+    assert full_size.main([*small, "--steps", "3", "--threads", "1"]) == 0
+    head, _, row = capsys.readouterr().out.strip().splitlines()[:3]
+    found = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert found["model"] == "vse++"
+    assert float(found["file GB"]) == pytest.approx(200 * 2 * 6 * 4 / 1e9, rel=0.01)
+    assert float(found["step s"]) > 0

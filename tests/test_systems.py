@@ -370,9 +370,8 @@ def test_captions_may_come_as_features_of_sentences_or_tokens(grid: Path, tmp_pa
         for path in grid.iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         for name, count in (("train", 80), ("val", 40), ("test", 40)):
-            np.save(
-                folder / f"{name}_caps.npy", rng.standard_normal((count, 4, 5)[: ndim - 1] + (5,)).astype(np.float32)
-            )
+            shape = (count, 5) if ndim == 2 else (count, 4, 5)
+            np.save(folder / f"{name}_caps.npy", rng.standard_normal(shape).astype(np.float32))
         config = system("vse-infinity", folder, texts="features", epochs=1)
         train(config, folder / "run")
         run = load_trained(folder / "run")

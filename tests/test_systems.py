@@ -317,6 +317,38 @@ def test_stages_change_when_they_should(clips: Path, tmp_path: Path) -> None:
     assert seen == [0, 1, 1, 1]
 
 
+def test_a_new_stage_has_its_own_patience(clips: Path, tmp_path: Path) -> None:
+    config = system("audio-visual", clips, curriculum="plain", patience=2, eval_every=1, lr=1e-12, average=0.0)
+    run = loop._Run(config, loop.read(config), tmp_path)
+    seen = []
+    while run.state.stopped is None:
+        run.interval()
+        seen.append((run.objective.stage, run.state.stale, run.state.drops))
+    assert seen == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1), (1, 2, 1)]
+    assert run.state.stopped == "plateau"
+
+
+def test_each_system_is_its_own_model(grid: Path, tmp_path: Path) -> None:
+    def model(name: str, **changes: Any) -> Any:
+        config = system(name, grid, **changes)
+        return loop._Run(config, loop.read(config), tmp_path).model
+
+    assert [model(name).order for name in ("vse++", "order0", "order++")] == [False, True, False]
+    assert model("vse++", recipe="order0").order
+    assert [model(name).image.residual for name in ("vse-infinity", "rvse++")] == ["input", "projected"]
+    assert model("vse-infinity").text.states.masking == model("vse-infinity").image.drop == 0.2
+    assert model("vse++").text.states.gru.bidirectional is False
+
+
+def test_heads_are_scored_on_scaled_features(tmp_path: Path) -> None:
+    train(TrainConfig(limit=60, hidden=8, dim=6, batch=20, max_steps=3, eval_every=3), tmp_path)
+    run = load_trained(tmp_path)
+    part = run.split("val")
+    with torch.no_grad():
+        expected = goal.evaluate(*run.model(part.x, part.y), part.image_of)
+    assert score(run.config, run.model, part).t2i_ranks.tolist() == expected.t2i_ranks.tolist()
+
+
 def test_the_warm_up_is_one_epoch_of_all_negatives(grid: Path, tmp_path: Path) -> None:
     config = system("vse-infinity", grid)
     run = loop._Run(config, loop.read(config), tmp_path)

@@ -138,7 +138,7 @@ def test_stages_follow_one_another_as_asked(clips: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "vse"}, "Did you mean 'vse"),
+        ({"model": "vse"}, "model: must be one of heads, .*, got 'vse'"),
         ({"model": "vse++", "hidden": 4}, r"hidden: model vse\+\+ has none, got 4"),
         ({"word_dim": 4}, "word_dim: model heads has none"),
         ({"texts": "words"}, "texts: must be features, got 'words'"),

@@ -101,7 +101,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.model not in SYSTEMS:
-            raise goal.terms.unknown("model", self.model, list(SYSTEMS))
+            raise ValueError(f"model: must be one of {', '.join(SYSTEMS)}, got {self.model!r}")
         for spec in dataclasses.fields(self):
             if spec.name != "params":
                 object.__setattr__(self, spec.name, self._resolved(spec))

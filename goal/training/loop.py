@@ -248,7 +248,7 @@ class _Run:
         self.end = min(n for n in (config.max_steps, config.epochs * self.epoch, sys.maxsize) if n)
         self.generator = _generator(self.device)
         self.metric = _metric(config)
-        self.diagnosis: goal.diagnosis.Diagnosis | None = None
+        self.diagnosis: goal.Diagnosis | None = None
         self.every = 0  # steps between two rows of the diagnosis
 
     @contextmanager

@@ -116,8 +116,18 @@ def test_t_and_p_take_the_place_of_a_systems_recipe_and_keep_the_rest() -> None:
     assert str(first.settings.product.T) == str(then.settings.product.T) == "T.nca(tau=10.0)"
     assert (first.settings.mining.dense, first.settings.mining.average) == ("always", False)
     assert then.settings.mining.name == "hardest"
+    assert objective.settings.reduction == config.reduction == "sum"  # what the published clip goes with
     order = TrainConfig(model="order0", T="nca", P="lin").objective()
     assert order.settings.similarity.name == "order"
+
+
+def test_a_reduction_may_be_chosen() -> None:
+    assert TrainConfig().reduction == TrainConfig(model="rvse++", T="nca").reduction == "mean"
+    assert TrainConfig(model="rvse++").reduction == "mean"
+    assert TrainConfig(recipe="vse++").reduction == "sum"
+    for chosen in ({"recipe": "vse++", "reduction": "mean"}, {"model": "scan", "T": "nca", "reduction": "mean"}):
+        assert TrainConfig(**chosen).objective().settings.reduction == "mean"  # type: ignore[arg-type]
+    assert TrainConfig(recipe="infonce").reduction is None
 
 
 def test_stages_follow_one_another_as_asked(clips: Path) -> None:
@@ -146,6 +156,8 @@ def test_stages_follow_one_another_as_asked(clips: Path) -> None:
         ({"model": "vse++", "optimizer": "SGD"}, "optimizer: must be Adam or AdamW"),
         ({"model": "vse++", "epochs": 0}, "until a plateau, which needs patience"),
         ({"model": "vse-infinity", "eval_every": 5}, "all_first: counts epochs"),
+        ({"reduction": "median"}, "reduction: must be mean or sum"),
+        ({"reduction": "sum", "recipe": "infonce"}, "reduction: infonce has its own"),
         ({"curriculum": "cutmix"}, "curriculum: must be plain, interpolate or mixup"),
         ({"curriculum": "mixup", "model": "scan", "switch": "2"}, "scan makes similarities"),
         ({"curriculum": "plain", "recipe": "infonce"}, "infonce, curriculum plain mines nothing"),

@@ -62,7 +62,7 @@ def test_every_field_changes_the_digest() -> None:
         "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1, "batch": 3, "lr": 0.1, "weight_decay": 0.5,
         "warmup": 3, "clip": 1.0, "average": 0.5, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3,
         "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3, "model": "scan", "optimizer": "Adam",
-        "all_first": 1, "epochs": 2, "drop_epoch": 1, "curriculum": "mixup", "switch": "3",
+        "all_first": 1, "epochs": 2, "drop_epoch": 1, "curriculum": "mixup", "switch": "3", "reduction": "sum",
     }  # fmt: skip
     of_words = {"texts": "features", "word_dim": 7}  # heads have none
     assert {*changed, *of_words} == {spec.name for spec in dataclasses.fields(TrainConfig)}

@@ -57,6 +57,7 @@ class TrainConfig:
     P: str | None = _option(None, "pair weight (default: the same; of heads, sig-ms)")
     recipe: str | None = _option(None, "a recipe of the literature, in place of T and P")
     mining: str | None = _option(None, "which negatives T × P meets (default: hardest; of clips, semi-hard)")
+    reduction: str | None = _option(None, "mean or sum over the batch (default: the recipe's; of T × P, the model's)")
     params: dict[str, float] = field(default_factory=dict, hash=False)  # tau, margin, …; defaults are filled in
     all_first: int = _of_model("first epochs in which T × P meets all negatives (VSE∞'s warm-up)", low=0)
     curriculum: str | None = _option(
@@ -113,7 +114,14 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
         _check_device(self.device)
         self._name_objective()
-        own = _parameters(self._base())
+        if self.reduction not in ("mean", "sum", None):
+            raise ValueError(f"reduction: must be mean or sum, got {self.reduction!r}")
+        base = self._base()
+        if isinstance(base, goal.Objective):
+            object.__setattr__(self, "reduction", base.settings.reduction)
+        elif self.reduction is not None:
+            raise ValueError(f"reduction: {self.label} has its own, got {self.reduction!r}")
+        own = _parameters(base)
         if stray := sorted(set(self.params) - set(own)):
             raise ValueError(f"params: {self.label} has no {stray[0]!r}; known: {', '.join(own) or 'none'}")
         checked = {name: _number(f"params[{name!r}]", value) for name, value in self.params.items()}
@@ -208,10 +216,14 @@ class TrainConfig:
         return goal.Objective(**bound, **{**own, **changes}, check_finite=False)
 
     def _base(self) -> nn.Module:
+        system = SYSTEMS[self.model]
         if self.recipe is not None:
-            return goal.recipe(self.recipe)
+            base = goal.recipe(self.recipe)
+            other = self.reduction is not None and isinstance(base, goal.Objective)
+            return goal.recipe(self.recipe, reduction=self.reduction) if other else base
         T, P = (_definition(name, str(getattr(self, name))) for name in KINDS)
-        return goal.Objective(T, P, mining=str(self.mining), similarity="order" if SYSTEMS[self.model].order else "dot")
+        similarity, reduction = "order" if system.order else "dot", self.reduction or system.reduction
+        return goal.Objective(T, P, mining=str(self.mining), reduction=reduction, similarity=similarity)
 
     @property
     def label(self) -> str:

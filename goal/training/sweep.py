@@ -176,6 +176,8 @@ class Sweep:
             f"A run ends {'when validation RSUM has stopped rising' if not base.epochs else 'after its epochs'}; "
             "the weights with the best validation RSUM are the ones tested.",
         ]
+        if any(entry.config.recipe is None and entry.config.reduction == "sum" for entry in self.entries):
+            sentences.append("T × P is summed over the batch, as the system's own objective is.")
         if self.quick:
             sentences.insert(0, QUICK_NOTE)
         if rising := sum(record["stopped"] == "max_steps" for record in records):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import goal
 from goal.models import SCAN, SETTINGS, AudioVisual, GRUText, Joint, Projection, RegionImage, TokenText
 from goal.training.features import Features, Images, Split, Texts
 from goal.training.heads import Heads
@@ -31,6 +32,7 @@ class System(NamedTuple):
     recipe: str | None = None  # its objective, with `margin`
     margin: float = 0.2
     order: bool = False  # s = −‖max(0, y − x)‖
+    reduction: str = "mean"  # of T × P, in place of the recipe; the clip that was published goes with the recipe's
 
 
 def _published(name: str, images: Images, what: str) -> System:
@@ -43,7 +45,9 @@ def _published(name: str, images: Images, what: str) -> System:
         "eval_every": 0, "drops": 1,
     }  # fmt: skip
     order = its.recipe.startswith("order")
-    return System(what, images, ("words", "features"), defaults, its.recipe, its.margin, order)
+    recipe: Any = goal.recipe(its.recipe)
+    reduction = recipe.settings.reduction
+    return System(what, images, ("words", "features"), defaults, its.recipe, its.margin, order, reduction)
 
 
 _HEADS = {

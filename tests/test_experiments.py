@@ -11,7 +11,7 @@ import torch
 
 import goal
 from benchmarks import full_size
-from benchmarks.experiments import cold_start, curriculum, hinges, runs, systems
+from benchmarks.experiments import clipping, cold_start, curriculum, hinges, runs, systems
 from goal.training import TrainConfig, TrainingError
 from goal.training.features import Split, split
 
@@ -184,3 +184,17 @@ def test_full_size_measures_a_small_one(capsys: pytest.CaptureFixture[str]) -> N
     assert found["model"] == "vse++"
     assert float(found["file GB"]) == pytest.approx(200 * 2 * 6 * 4 / 1e9, rel=0.01)
     assert float(found["step s"]) > 0
+
+
+def test_a_clip_of_the_mean_is_a_clip_of_the_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sum with clip c and the mean with clip c / batch take the same steps, but for what Adam adds to its root."""
+    small = ["--seeds", "1", "--epochs", "2", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]
+    assert clipping.main(small) == 0
+    rows = [
+        line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| con × con")
+    ]
+    found = [
+        dict(zip(("objective", "over", "clip", "rsum", "i2t", "t2i", "half", "end"), row, strict=True)) for row in rows
+    ]
+    assert [(row["over"], row["clip"]) for row in found] == [("sum", "2"), ("mean", "2"), ("mean", "0.0312")]
+    assert found[0]["end"] == found[2]["end"]

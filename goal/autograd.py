@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from goal import engine, ops, validation
+from goal import distributed, engine, ops, validation
+from goal.distributed import Ranks
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.ops import How
@@ -16,6 +18,9 @@ from goal.similarity import GIVEN, Gradients, Mined, Needs
 from goal.statistics import Masks
 from goal.stats import Stats, stats
 from goal.terms import Term
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def apply(
@@ -33,6 +38,9 @@ def apply(
     impl: str = "auto",
     precision: str = "fast",
     check_finite: bool | None = None,
+    group: ProcessGroup | str | None = None,
+    averaged: bool = False,
+    exchange: str = "gather",
 ) -> Tensor:
     """A scalar whose backward hands out the gradient that T and P± compose, without a loss behind it.
 
@@ -65,6 +73,13 @@ def apply(
             taken as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
             shows in the gradient.
+        group: a `torch.distributed.ProcessGroup`, or `world`: the objective is that of the global batch, the ranks'
+            rows in rank order, as many of x as of y on each; how many may differ. All ranks call it together; the value
+            is the global one, the gradient that of the own rows. See docs/scaling.md.
+        averaged: multiply the gradient, not the value, by the number of ranks: for wrappers that average the ranks'
+            parameter gradients (DDP, FSDP).
+        exchange: how rows travel between ranks: `gather`, all at once, or `ring`, block by block, which holds at most
+            two blocks of other ranks and emits the gradient in forward.
 
     Returns:
         0-d tensor. Its value is the true loss where T × P is the gradient of one that the term table carries, else
@@ -87,7 +102,8 @@ def apply(
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
-    return _run(x, y, chosen, ids, y_ids, weight, check_finite).loss
+    ranks = distributed.ranks(group, averaged, exchange)
+    return _run(x, y, chosen, ids, y_ids, weight, check_finite, ranks).loss
 
 
 def apply_similarity(
@@ -135,6 +151,9 @@ def gradients(
     impl: str = "auto",
     precision: str = "fast",
     check_finite: bool | None = None,
+    group: ProcessGroup | str | None = None,
+    averaged: bool = False,
+    exchange: str = "gather",
 ) -> tuple[Tensor, Tensor, Stats]:
     """The gradient itself, without autograd: (∂l/∂x (N, D), ∂l/∂y (M, D), `Stats`). Arguments as for `apply`.
 
@@ -145,12 +164,19 @@ def gradients(
         tensor([1., 1.])
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
+    ranks, both = distributed.ranks(group, averaged, exchange), (True, True)
     with torch.no_grad():
-        batch, outcome, _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
-        gx, gy = _emit(x, y, chosen, batch, outcome.mined, outcome.dense, None, (True, True))
+        if ranks is not None:
+            found = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, both, shown=True)
+            gx, gy = found.emit(x, y, None, both)
+            seen, batch = found.seen, None
+        else:
+            batch, (_, mined, dense, seen), _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
+            assert batch is not None
+            gx, gy = _emit(x, y, chosen, batch, mined, dense, None, both)
         assert gx is not None
         assert gy is not None
-        return gx, gy, stats(batch, chosen, outcome.seen)
+        return gx, gy, stats(batch, chosen, seen)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:
@@ -231,7 +257,7 @@ def explain(
 class Run(NamedTuple):
     """One call of an objective."""
 
-    batch: Batch
+    batch: Batch | None  # None where it is spread over ranks
     outcome: Outcome
     loss: Tensor  # 0-d, with the emitted gradient behind it
 
@@ -244,8 +270,11 @@ def _run(
     y_ids: object = None,
     weight: object = None,
     check_finite: bool | None = None,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Validate, go forward, attach the gradient. `y` is None where x is a similarity matrix."""
+    if ranks is not None:
+        return _run_spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
     if y is None:
         x = validation.similarity_matrix(x)
         y = x.new_empty(x.shape[1], 0)
@@ -269,6 +298,43 @@ def _run(
         attach: Any = _Emit.apply
         loss = attach(x, y, (loss,), chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
     return Run(batch, outcome, loss)
+
+
+def _run_spread(
+    x: Any,
+    y: Any,
+    chosen: Settings,
+    ids: object,
+    y_ids: object,
+    weight: object,
+    check_finite: bool | None,
+    ranks: Ranks,
+) -> Run:
+    """`_run` over the ranks of a group."""
+    tracked = torch.is_grad_enabled()
+    of_x, of_y = (tracked and getattr(side, "requires_grad", False) for side in (x, y))
+    value, emit, seen = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, (of_x, of_y), shown=False)
+    loss = value
+    if of_x or of_y:
+        attach: Any = _EmitOwn.apply
+        loss = attach(x, y, (value,), emit)
+    return Run(None, Outcome(value, None, None, seen), loss)
+
+
+def _spread(
+    x: Any,
+    y: Any,
+    chosen: Settings,
+    ids: object,
+    y_ids: object,
+    weight: object,
+    check_finite: bool | None,
+    ranks: Ranks,
+    needs: Needs,
+    shown: bool,
+) -> distributed.Result:
+    with torch.no_grad(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
+        return distributed.run(x, y, chosen, ids, y_ids, weight, check_finite, ranks, needs, shown)
 
 
 def _emit(
@@ -317,11 +383,34 @@ class _Emit(torch.autograd.Function):
         with torch.no_grad(), _no_autocast(x.device.type):
             batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
             gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled():  # create_graph=True: a second backward has to meet a refusal, not silence
-            refuse: Any = _NoSecondDerivative.apply
-            gx = None if gx is None else refuse(gx, x, y, incoming)
-            gy = None if gy is None else refuse(gy, x, y, incoming)
+        gx, gy = _once(gx, gy, x, y, incoming)
         return gx, gy, None, None, None, None, None, None, None
+
+
+class _EmitOwn(torch.autograd.Function):
+    """As `_Emit`, for the own rows of a batch that is spread over ranks; nothing is sent in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.emit = emit
+        return value[0]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        with torch.no_grad(), _no_autocast(x.device.type):
+            gx, gy = ctx.emit(x, y, incoming, ctx.needs_input_grad[:2])
+        return *_once(gx, gy, x, y, incoming), None, None
+
+
+def _once(gx: Tensor | None, gy: Tensor | None, x: Tensor, y: Tensor, incoming: Tensor) -> Gradients:
+    """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
+    if torch.is_grad_enabled():
+        refuse: Any = _NoSecondDerivative.apply
+        gx = None if gx is None else refuse(gx, x, y, incoming)
+        gy = None if gy is None else refuse(gy, x, y, incoming)
+    return gx, gy
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -156,6 +156,10 @@ class Dense(NamedTuple):
     relative: dict[str, Tensor]  # each (2, K)
 
 
+def _not_mined() -> Statistics:
+    raise RuntimeError("nothing was mined")
+
+
 class Outcome(NamedTuple):
     """What forward knows at its end: the value, and all that backward needs besides x and y."""
 
@@ -172,7 +176,7 @@ class Seen(NamedTuple):
     statistics: Statistics | None
     weights: tuple[Any, Any, Any] | None  # T, P⁺, P⁻ of the mined triplets, each (2, K) or a number
     fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
-    later: Callable[[], Statistics] | None = None  # mines them when asked; None: from the batch
+    later: Callable[[], Statistics] = _not_mined  # what mines them where there is no batch to do it from
 
 
 def implementation(chosen: Settings, x: Tensor, y: Tensor) -> tuple[How, str]:

@@ -361,9 +361,9 @@ def _share(wire: Wire, own: Local, chosen: Settings, agreed: Agreed, x: Tensor, 
     if own.ids is not None and own.y_ids is not None:
         columns += [own.ids] if own.y_ids is own.ids else [own.ids, own.y_ids]
     if own.weight is not None:
-        columns.append(own.weight.to(x.dtype).T)
+        columns.append(own.weight.to(x.dtype).movedim(-1, 0))
     s_pos, *rest = unpack(wire.gather(pack(*columns), agreed.counts).wait(), columns)
-    weight = rest.pop().T if own.weight is not None else None
+    weight = rest.pop().movedim(0, -1) if own.weight is not None else None
     ids, y_ids = reference.id_codes(rest[0], rest[-1], x.dtype) if rest else (None, None)
     request = chosen.request
     tie = reference.rounding_of(x.shape[1], x.dtype, *agreed.longest) if request.compares else 0.0
@@ -607,11 +607,12 @@ class Ring:
             return pack(there[cols], *([] if at_y is None else [at_y]))
 
         def join(a: Tensor, b: Tensor) -> Tensor:
-            return (a.view(gx.dtype) + b.view(gx.dtype)).view(torch.uint8)
+            return (a.view(gx.dtype) + b.view(gx.dtype)).view(torch.uint8) if any(needs) else a
 
-        home = self._round(meet, join).view(gx.dtype)
+        home = self._round(meet, join)
         if not any(needs):
             return value, (None, None)
+        home = home.view(gx.dtype)
         pair_x, pair_y = spread.pairs(-(pull[own] + home[:, 0]), needs)
         return value, (_sum(gx, pair_x) if needs[0] else None, _sum(home[:, 1:], pair_y) if needs[1] else None)
 
@@ -729,30 +730,46 @@ run._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compil
 # ── what it costs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def traffic(chosen: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> dict[str, int]:
-    """Bytes that a rank sends in a step, of `ranks` with n rows each, by exchange; ids, y_ids and weights come on top.
+def size_of(group: object, ranks_: int | None, exchange: str) -> int | None:
+    """How many ranks `goal.explain` is asked about; None without any."""
+    checked = ranks(group, False, exchange)
+    if ranks_ is None:
+        return None if checked is None else Wire(checked.group).size
+    if checked is not None:
+        raise ValueError("ranks and group are both given: ranks is for a plan without a group.")
+    if isinstance(ranks_, bool) or not isinstance(ranks_, int) or ranks_ < 1:
+        raise ValueError(f"ranks must be a whole number >= 1, got {ranks_!r}.")
+    return ranks_
+
+
+class Traffic(NamedTuple):
+    """What a rank sends in a step, forward and backward together."""
+
+    gather: int  # bytes; exact
+    ring: int  # bytes, at most, on average over the ranks: a negative that is near, or shared, costs less
+    rounds: int  # times that y goes round the ring
+    held: dict[str, int]  # bytes of others' rows, and of gradients on their way, by exchange
+
+
+def traffic(chosen: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> Traffic:
+    """The same for ranks of n rows each whose x and y need gradients; ids, y_ids and weights come on top.
 
     Args:
         x_size, y_size: bytes of an element of x and y as they come.
         size: the same in the computing dtype.
-
-    Exact for "gather"; "ring" is the most that mined objectives may send on average over the ranks: a negative on its
-    own rank, or one that several anchors share, costs less.
     """
-    request, dense, others = chosen.request, chosen.mining.dense != "never", ranks - 1
+    request, others, mined = chosen.request, ranks - 1, chosen.mining.mined != "none"
+    dense = chosen.mining.dense != "never"
+    rounds = chosen.mines + dense
+    blocks = 2 * y_size + dense * 2 * size
+    held = {"gather": ranks * n * d * (x_size + y_size), "ring": n * d * (blocks + mined * 3 * size)}
     if not others:
-        return dict.fromkeys(EXCHANGES, 0)
-    extremum = (size + 8) * (1 + (request.semi_hard is not None))
-    partial = extremum + size * (3 * request.lin + 2 * (request.beta is not None))
-    finished = 2 * extremum + 2 * size * (request.lin + (request.beta is not None))
-    line, own = 64, n * size
-    always = others * (line + own + (n * finished if chosen.mines else 0) + (size if dense else 0))
-    gather = always + others * n * d * (x_size + y_size) + (others * n * partial if chosen.mines else 0)
-    ring = always
-    if chosen.mines:
-        ring += others * n * d * y_size + ranks * n * partial
-    if chosen.mining.mined != "none":
-        ring += n * d * (x_size + 2 * size)
-    if dense:
-        ring += others * n * d * y_size + ranks * n * (d + 1) * size
-    return {"gather": gather, "ring": ring}
+        return Traffic(0, 0, rounds, held)
+    extrema, sums = 1 + (request.semi_hard is not None), request.lin + (request.beta is not None)
+    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None))
+    finished = 2 * (extrema * (size + 8) + sums * size)
+    always = others * (64 + n * size + chosen.mines * n * finished + dense * size)  # 64: the line
+    gather = others * n * d * (x_size + y_size) + chosen.mines * others * n * partial
+    ring = rounds * others * n * d * y_size + chosen.mines * ranks * n * partial
+    ring += mined * n * d * (x_size + 2 * size) + dense * ranks * n * (d + 1) * size
+    return Traffic(always + gather, always + ring, rounds, held)

@@ -4,7 +4,6 @@ A job is plain data: which group, the global batch, how it is cut, the arguments
 """
 
 import datetime
-import importlib.util
 import os
 import time
 import traceback
@@ -403,56 +402,60 @@ def apart(model: nn.Module, expected: nn.Module) -> float:
     return max(gap(*both) for both in zip(whole, (one.detach() for one in expected.parameters()), strict=True))
 
 
-def training(group: Any, wrapper: str) -> list[str]:
+def wrapped(model: Encoders, wrapper: str, group: Any) -> nn.Module:
+    """The model under what spreads its gradients over the ranks."""
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model, process_group=group)
+    if wrapper == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(group),))
+        for tower in (model.x, model.y):
+            fully_shard(tower, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    rank, size = str(dist.get_rank(group)), str(dist.get_world_size(group))  # what torchrun tells its processes
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
+    with mock.patch.dict(os.environ, told):
+        if wrapper == "accelerate":
+            from accelerate import Accelerator
+
+            prepared = Accelerator(cpu=True).prepare(model)
+            assert isinstance(prepared, nn.parallel.DistributedDataParallel)
+            return prepared
+        if wrapper == "lightning":
+            from lightning.fabric import Fabric
+
+            fabric = Fabric(accelerator="cpu", devices=int(size), strategy="ddp")
+            fabric.launch()
+            return fabric.setup(model)
+    return model
+
+
+def training(
+    group: Any, wrapper: str, trainings: Sequence[tuple[str, str, str]], trained: Sequence[nn.Module]
+) -> list[str]:
     """A model trained under a wrapper has the parameters of the large batch in one process."""
     wrong, (rank, size) = [], place(group)
     counts = {1: [24], 2: [5, 19], 3: [1, 13, 10], 4: [6, 1, 9, 8]}[size]
-    here, the_group = own(counts, rank), Wire(group).group
-    for reduction in ("mean", "sum"):
-        for exchange, mining in (("gather", "hardest"), ("ring", "hardest"), ("gather", "selective"), ("ring", "all")):
-            arguments = {"mining": mining, "reduction": reduction}
-            start = Encoders()
-            untrained = apart(Encoders(), steps(start, goal.Objective(**arguments), slice(0, 24)))
-            model: nn.Module = Encoders()
-            after = lambda: None  # noqa: E731
-            averaged = wrapper != "plain"
-            if wrapper == "ddp":
-                model = nn.parallel.DistributedDataParallel(model, process_group=the_group)
-            elif wrapper == "fsdp":
-                from torch.distributed.device_mesh import init_device_mesh
-                from torch.distributed.fsdp import fully_shard
+    here, members = own(counts, rank), Wire(group).group
+    for (reduction, exchange, mining), expected in zip(trainings, trained, strict=True):
+        model = wrapped(Encoders(), wrapper, members)
 
-                mesh = init_device_mesh("cpu", (size,))
-                for tower in (model.x, model.y):
-                    fully_shard(tower, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-            else:
+        def added(model: nn.Module = model) -> None:
+            if wrapper == "plain":  # nobody averages: the ranks' parts are added
+                for one in model.parameters():
+                    dist.all_reduce(one.grad, group=members)
 
-                def after(model: nn.Module = model) -> None:
-                    for one in model.parameters():
-                        dist.all_reduce(one.grad, group=the_group)
-
-            objective = goal.Objective(**arguments, group=group, averaged=averaged, exchange=exchange)
-            error = apart(steps(model, objective, here, after), start)
-            if not error <= 1e-10 or not untrained > 0.1:
-                wrong.append(f"{wrapper} {reduction} {exchange} {mining}: {error:.1e} apart, moved by {untrained:.1e}")
+        averaged = wrapper != "plain"
+        objective = goal.Objective(
+            mining=mining, reduction=reduction, group=group, averaged=averaged, exchange=exchange
+        )
+        error = apart(steps(model, objective, here, added), expected)
+        if not error <= 1e-10:
+            wrong.append(f"{wrapper} {reduction} {exchange} {mining}: {error:.1e} apart")
     return wrong
-
-
-def accelerated(group: Any) -> list[str]:
-    """Accelerate's `prepare` wraps in DDP: averaged=True."""
-    from accelerate import Accelerator
-
-    rank, _ = place(group)
-    counts = [6, 1, 9, 8]
-    model = Encoders()
-    expected = steps(Encoders(), goal.Objective(), slice(0, 24))
-    objective = goal.Objective(group="world", averaged=True)
-    prepared = Accelerator(cpu=True).prepare(model)
-    if not isinstance(prepared, nn.parallel.DistributedDataParallel):
-        return [f"Accelerate made a {type(prepared).__name__}"]
-    error = apart(steps(prepared, objective, own(counts, rank)), expected)
-    return [] if error <= 1e-10 else [f"{error:.1e} apart"]
 
 
 # ── the processes ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -517,6 +520,3 @@ def fail(rank: int, folder: str, how: str, at: int, exchange: str) -> None:
         said = f"RuntimeError: {error}"
     Path(folder, f"said-{rank}").write_text(f"{time.monotonic() - start:.2f} {said}")
     os._exit(0)
-
-
-HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None

@@ -724,9 +724,6 @@ def _seen(spread: Spread, outcome: Outcome, found: Statistics | None, later: Cal
     return Seen(s_pos[own], found, weights, None if fallback is None else fallback[:, own], later)
 
 
-run._torchdynamo_disable = True  # type: ignore[attr-defined]  # as torch.compiler.disable, which would import Dynamo
-
-
 # ── what it costs ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

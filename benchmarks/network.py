@@ -11,8 +11,9 @@ Four ways to the gradient of a batch of R · n pairs. The first two are this lib
                           2 (R − 1) n D e + 4 R n D bytes, 4 products
 
 Time is that of the products at a sustained rate, and of the bytes at a link's; of the shorter of the two a share
-`overlap` is hidden behind the longer. Each block's start costs a latency. Encoders, all that is O(N), and all that is done to a tile
-beside the product are left out: a bound. Tiles are those of the PyTorch reference; of "ring + grad" none is counted.
+`overlap` is hidden behind the longer. Each block's start costs a latency. Encoders, all that is O(N), and all that is
+done to a tile beside the product are left out: a bound. Tiles are those of the PyTorch reference; of "ring + grad" none
+is counted.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 First the gate: the gradient of every rank against that of one process on the whole batch, before any number. A step is
 forward and backward. Bytes are those that a rank hands to torch.distributed, counted; beside them those that crossed
-the loopback device meanwhile, per rank, to which Gloo's headers add, and other programs on the machine may (the least of
-the rounds). Memory is what a rank needs beyond its own rows at the peak. "all-gather + grad" is the usual loss, the
+the loopback device meanwhile, per rank, to which Gloo's headers add and other programs on the machine may: the least of
+the rounds. Memory is what a rank needs beyond its own rows at the peak. "all-gather + grad" is the usual loss, the
 maximum over masked hinges of gathered embeddings, differentiated by autograd through the gather.
 """
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import distributed, engine, ops, validation
-from goal.distributed import Ranks
+from goal import distributed, engine, ops, validation, wire
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.ops import How
@@ -18,6 +17,7 @@ from goal.similarity import GIVEN, Gradients, Mined, Needs
 from goal.statistics import Masks
 from goal.stats import Stats, stats
 from goal.terms import Term
+from goal.wire import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,7 +102,7 @@ def apply(
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
-    ranks = distributed.ranks(group, averaged, exchange)
+    ranks = wire.ranks(group, averaged, exchange)
     return _run(x, y, chosen, ids, y_ids, weight, check_finite, ranks).loss
 
 
@@ -164,7 +164,7 @@ def gradients(
         tensor([1., 1.])
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
-    ranks, both = distributed.ranks(group, averaged, exchange), (True, True)
+    ranks, both = wire.ranks(group, averaged, exchange), (True, True)
     with torch.no_grad():
         if ranks is not None:
             found = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, both, shown=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from goal import distributed, engine, mining, terms, validation
+from goal import engine, mining, terms, validation, wire
 from goal.autograd import _run
 from goal.engine import Batch, Seen, Settings
 from goal.stats import Stats, stats
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         super().__init__()
         self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
         self.check_finite = check_finite
-        self._ranks = distributed.ranks(group, averaged, exchange)
+        self._ranks = wire.ranks(group, averaged, exchange)
         self._seen: tuple[Settings, Batch | None, Seen] | None = None
 
     def _bind(self, settings: Settings) -> None:

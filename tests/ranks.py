@@ -21,8 +21,8 @@ from torch.nn.functional import normalize
 import goal
 import goal.distributed
 from goal import reference
-from goal.distributed import Coming, Wire
 from goal.similarity import Dot
+from goal.wire import Coming, Wire
 
 WORLD = 4
 MEMBERS = {1: [1], 2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}  # ranks of the world in the group of each size
@@ -250,8 +250,8 @@ def traffic(group: Any) -> list[str]:
     ids = torch.arange(n)
     for dtype, number in ((torch.float32, 0), (torch.float64, 1), (torch.bfloat16, 2)):
         x, y = (unit(n, d, seed + rank, dtype).requires_grad_() for seed in (0, 10))
-        for P in ("con", "lin-ms", "sig-ms"):
-            for mining in ("hardest", "semi-hard", "all", "selective"):
+        for P in ("con", "lin-ms", "sig-ms") if number == 0 else ("sig-ms",):
+            for mining in MININGS:
                 plan = goal.explain(x, y, P=P, mining=mining, group=group)
                 extra = [{}, {"ids": ids}, {"ids": ids, "weight": torch.ones(2, n)}][number]
                 more = (size - 1) * n * [0, 8, 8 + 2 * 4][number]
@@ -361,6 +361,20 @@ def shown(group: Any) -> list[str]:
     if rank == 0 and not torch.equal(gather.stats.index, stats.index):  # nothing is sent for it: rank 0 asks alone
         wrong.append(f"{gather.stats.index} is not {stats.index}")
     return wrong
+
+
+def compiled(group: Any) -> list[str]:
+    """A graph ends at the objective and goes on after it."""
+    x, y = unit(6, 4, 0).requires_grad_(), unit(6, 4, 1)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return goal.apply(2 * x, y, group=group) + 1
+
+    expected = loss(x, y)
+    (true,) = torch.autograd.grad(expected, x)
+    found = torch.compile(loss, backend="aot_eager")(x, y)
+    (gx,) = torch.autograd.grad(found, x)
+    return [] if torch.equal(found, expected) and torch.equal(gx, true) else [f"{found} is not {expected}"]
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────

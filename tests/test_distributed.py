@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def square_cases() -> Iterator[Case]:
 
 
 def table_jobs() -> Iterator[Job]:
-    """Every combination with two of the four sizes, one by gather and one by ring."""
+    """Every combination with two of the four sizes, one by gather and one by ring; of some layouts of ids, with one."""
     for number, case in enumerate(square_cases()):
         x, y, ids, y_ids, weight = tensors(*make_inputs(case, 0))
         data = {"ids": ids, "y_ids": y_ids, "weight": weight}
@@ -101,7 +102,9 @@ def table_jobs() -> Iterator[Job]:
                 torch.from_numpy(true.gy),
             )
             expected, tolerance = Expected(*as_tensors, index, None), 1e-10  # as in test_contract.py
-        for size, exchange in zip(SIZES_OF[(number + number // 8) % len(SIZES_OF)], EXCHANGES, strict=True):
+        for turn, (size, exchange) in enumerate(zip(SIZES_OF[(number + number // 8) % 8], EXCHANGES, strict=True)):
+            if case.ids_case in ("equal", "unrelated") and turn == number // 8 % 2:
+                continue
             what = {
                 "x": x,
                 "y": y,
@@ -117,7 +120,7 @@ def table_jobs() -> Iterator[Job]:
             yield Job(f"{size} {exchange} {case.id}", size, "objective", what)
 
 
-SIZES_OF = ((2, 3), (3, 4), (4, 2), (3, 2), (1, 3), (2, 4), (4, 3), (2, 1))  # by gather, by ring
+SIZES_OF = ((2, 3), (3, 4), (4, 2), (3, 2), (1, 3), (2, 4), (4, 3), (2, 1))  # the group's, by gather and by ring
 
 
 # ── other batches ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +182,7 @@ TRAININGS = (("mean", "gather", "hardest"), ("sum", "ring", "hardest"), ("sum", 
 def other_jobs() -> Iterator[Job]:
     for size in (2, 3, 4):
         yield from (Job(f"{name} {size}", size, name, {}) for name in TOGETHER)
+    yield Job("compiled 1", 1, "compiled", {})  # a process alone: Dynamo takes its time
     objectives = [goal.Objective(mining=mining, reduction=reduction) for reduction, _, mining in TRAININGS]
     trained = [ranks.steps(ranks.Encoders(), objective, slice(0, 24)) for objective in objectives]
     assert all(ranks.apart(ranks.Encoders(), model) > 0.1 for model in trained)
@@ -196,7 +200,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("ranks")
     jobs = [*table_jobs(), *float32_jobs(), *large_jobs(), *other_jobs()]
     if ONLY:
-        jobs = [job for job in jobs if ONLY in job.name]
+        jobs = [job for job in jobs if re.search(ONLY, job.name)]
     jobs.sort(key=lambda job: (1, 3, 2, 4).index(job.size))  # 1 beside 3, which it is not a member of
     torch.save(jobs, folder / "jobs.pt")
     torch.multiprocessing.spawn(ranks.work, (str(folder),), nprocs=WORLD)
@@ -219,7 +223,7 @@ def wrong(found: dict[str, list[str]], beginning: str, least: int) -> dict[str, 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("size", MEMBERS)
 def test_the_table_in_float64(found: dict[str, list[str]], size: int, exchange: str) -> None:
-    assert wrong(found, f"{size} {exchange} ", 60) == {}
+    assert wrong(found, f"{size} {exchange} ", 50) == {}
 
 
 def test_float32_is_as_exact_as_a_dense_version(found: dict[str, list[str]]) -> None:
@@ -238,6 +242,10 @@ def test_half_precision(found: dict[str, list[str]]) -> None:
 @pytest.mark.parametrize("name", TOGETHER)
 def test_the_ways_of_ranks(found: dict[str, list[str]], name: str, size: int) -> None:
     assert wrong(found, f"{name} {size}", 1) == {}
+
+
+def test_a_graph_ends_at_the_objective_and_goes_on(found: dict[str, list[str]]) -> None:
+    assert wrong(found, "compiled 1", 1) == {}
 
 
 @pytest.mark.parametrize(("wrapper", "size"), TRAINED)

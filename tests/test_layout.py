@@ -144,7 +144,8 @@ def test_only_the_public_face_builds_on_the_engine() -> None:
 def test_only_one_file_speaks_to_other_ranks() -> None:
     for name, path in MODULES.items():
         taken = {each for module, each, _ in imports(path) if module.startswith("torch.distributed")}
-        assert name == "goal.distributed" or taken <= {"ProcessGroup"}, name
+        assert name == "goal.wire" or taken <= {"ProcessGroup"}, name
+    assert of("wire") == {"terms"}
     assert not {"autograd", "objective", "stats"} & of("distributed")
 
 

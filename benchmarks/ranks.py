@@ -10,6 +10,7 @@ maximum over masked hinges of gathered embeddings, differentiated by autograd th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import json
 import platform
@@ -128,6 +129,7 @@ def work(rank: int, size: int, folder: str, sizes: list[int], rounds: int) -> No
                 run(x, y).backward()
 
             step()
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that the peak does not start from it
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
             before = resident("VmHWM")
             step()

@@ -229,7 +229,7 @@ def _difference(texts: list[str], refused: list[bool], error: Exception | None) 
     for name in tables[0]:
         values: dict[str, list[str]] = {}
         for rank, table in enumerate(tables):
-            values.setdefault(table[name], []).append(str(rank))
+            values.setdefault(table.get(name, "unknown"), []).append(str(rank))
         if len(values) > 1:
             each = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in values.items())
             found.append(f"{name} is {each}")

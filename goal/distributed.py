@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from goal import engine, reference, validation
-from goal.engine import Outcome, Seen, Settings, Whole
-from goal.similarity import Entries, Gradients, Needs
-from goal.statistics import Masks, Pairs, Partial, Statistics, finish, merge
+from goal.engine import Dense, Outcome, Seen, Settings, Whole
+from goal.similarity import Entries, Gradients, Mined, Needs
+from goal.statistics import Limits, Masks, Pairs, Partial, Statistics, finish, merge
 from goal.wire import Agreed, Ranks, Wire, agree, counting, pack, ranks, unpack
 
 __all__ = ["Result", "counting", "run", "size_of", "traffic"]
@@ -100,8 +100,7 @@ class Spread(NamedTuple):
     y_ids: Tensor | None  # (K,)
     weight: Tensor | None  # (K,) or (2, K)
     needs: Needs  # of any rank
-    tie: float
-    threshold: float
+    limits: Limits
 
     def of(self, rank: int) -> slice:
         """A rank's rows in the global batch."""
@@ -123,33 +122,30 @@ class Spread(NamedTuple):
     def mine(self, x: Tensor, rows: slice, y: Tensor, cols: slice) -> tuple[Partial, Partial]:
         """Both directions' partials of a block of S."""
         chosen = self.chosen
-        return reference.mine(chosen.similarity, x, y, self.s_pos, chosen.request, self.masks(rows, cols), tie=self.tie)
+        masks = self.masks(rows, cols)
+        return reference.mine(chosen.similarity, x, y, self.s_pos, chosen.request, masks, self.limits)
 
     def merge(self, a: Partial, b: Partial) -> Partial:
-        return merge(a, b, self.chosen.request, self.threshold, self.tie)
+        return merge(a, b, self.chosen.request, *self.limits)
 
     def embed(self, rows: Tensor, like: Tensor) -> Tensor:
         """Rows that came as bytes of `like`'s dtype, embedded."""
         return self.chosen.similarity.embed(rows.view(like.dtype).to(self.x.dtype))
 
-    def dense_value(self, y: Tensor, cols: slice, outcome: Outcome) -> Tensor:
+    def dense_value(self, y: Tensor, cols: slice, dense: Dense) -> Tensor:
         """What the negatives in own rows × some columns add to the value."""
-        assert outcome.dense is not None
-        chosen, share, masks = self.chosen, outcome.dense.share, self.masks(self.own, cols)
-        return reference.dense_value(chosen.similarity, self.x, y, self.s_pos, share, masks, chosen.product)
+        chosen, masks = self.chosen, self.masks(self.own, cols)
+        return reference.dense_value(chosen.similarity, self.x, y, self.s_pos, dense.share, masks, chosen.product)
 
     def dense_block(
-        self, x: Tensor, rows: slice, y: Tensor, cols: slice, share: Tensor, outcome: Outcome, needs: Needs
-    ) -> tuple[Gradients, tuple[Tensor, Tensor]]:
-        """What the negatives in a block of S give its rows and columns, and to −G at the pairs, (K,) each direction."""
-        assert outcome.dense is not None
-        chosen, finite = self.chosen, self.local.finite
-        pull = torch.zeros_like(self.s_pos), torch.zeros_like(self.s_pos)
-        relative, masks = outcome.dense.relative, self.masks(rows, cols)
-        found = reference.dense_block(
-            chosen.similarity, x, y, self.s_pos, share, relative, masks, chosen.product, needs, finite, pull
+        self, x: Tensor, rows: slice, y: Tensor, cols: slice, dense: Dense, pull: tuple[Tensor, Tensor], needs: Needs
+    ) -> Gradients:
+        """What the negatives in a block of S give its rows and columns; to `pull`, (K,) each, as `reference` says."""
+        similarity, product, masks = self.chosen.similarity, self.chosen.product, self.masks(rows, cols)
+        (s_pos, _), share, relative = dense
+        return reference.dense_block(
+            similarity, x, y, s_pos, share, relative, masks, product, needs, self.local.finite, pull
         )
-        return found, pull
 
     def pairs(self, value: Tensor, needs: Needs) -> Gradients:
         """∂l/∂x and ∂l/∂y of entries of G at the own pairs, (n,)."""
@@ -167,10 +163,9 @@ def _share(wire: Wire, own: Local, chosen: Settings, agreed: Agreed, x: Tensor, 
     s_pos, *rest = unpack(wire.gather(pack(*columns), agreed.counts).wait(), columns)
     weight = rest.pop().movedim(0, -1) if own.weight is not None else None
     ids, y_ids = reference.id_codes(rest[0], rest[-1], x.dtype) if rest else (None, None)
-    request = chosen.request
-    tie = reference.rounding_of(x.shape[1], x.dtype, *agreed.longest) if request.compares else 0.0
-    threshold = reference.threshold(s_pos, request)
-    return Spread(wire, agreed.counts, chosen, own, x, y, s_pos, ids, y_ids, weight, agreed.needs, tie, threshold)
+    tie = reference.rounding_of(x.shape[1], x.dtype, *agreed.longest)
+    limits = reference.limits(s_pos, chosen.request, tie)
+    return Spread(wire, agreed.counts, chosen, own, x, y, s_pos, ids, y_ids, weight, agreed.needs, limits)
 
 
 def _fields(part: Partial) -> list[Tensor]:
@@ -247,7 +242,7 @@ class Gathered:
         spread, mined, dense = self.spread, outcome.mined, outcome.dense
         own, everything = spread.own, spread.everything
         similarity = spread.chosen.similarity
-        value = None if dense is None else spread.dense_value(self.y, everything, outcome)
+        value = None if dense is None else spread.dense_value(self.y, everything, dense)
         of_rows, of_cols = None, None
         if mined is not None:
             entries = mined.entries()
@@ -264,14 +259,15 @@ class Gathered:
                     _, gy = similarity.vjp(self.x, spread.y, _times(of_cols, incoming), (False, True))
             if dense is None:
                 return gx, gy
-            share = dense.share if incoming is None else dense.share * incoming
-            (dense_x, _), (pull, _) = spread.dense_block(
-                spread.x, own, self.y, everything, share, outcome, (needs[0], False)
+            scaled = dense if incoming is None else dense._replace(share=dense.share * incoming)
+            forth, back, partly = (torch.zeros_like(spread.s_pos) for _ in range(3))  # own rows and columns are whole
+            dense_x, _ = spread.dense_block(
+                spread.x, own, self.y, everything, scaled, (forth, partly), (needs[0], False)
             )
-            (_, dense_y), (_, pull_back) = spread.dense_block(
-                self.x, everything, spread.y, own, share, outcome, (False, needs[1])
+            _, dense_y = spread.dense_block(
+                self.x, everything, spread.y, own, scaled, (partly, back), (False, needs[1])
             )
-            pair_x, pair_y = spread.pairs(-(pull + pull_back)[own], needs)
+            pair_x, pair_y = spread.pairs(-(forth + back)[own], needs)
             return _sum(gx, dense_x, pair_x), _sum(gy, dense_y, pair_y)
 
         return value, emit
@@ -306,7 +302,8 @@ class Ring:
 
     def __init__(self, spread: Spread) -> None:
         self.spread = spread
-        self._won = torch.empty_like(spread.x)  # (n, D) the negatives of the own x
+        keeps = any(spread.needs) and spread.chosen.mining.mined != "none"
+        self._won = torch.empty_like(spread.x) if keeps else None  # (n, D) the negatives of the own x
 
     def _round(self, meet: Callable[[Tensor, slice], Tensor], join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Meets each block of y with the own x; returns what all ranks found for the own block.
@@ -339,9 +336,10 @@ class Ring:
             rows, found = spread.mine(spread.x, spread.own, y, cols)
             before = of_rows.pop() if of_rows else None
             merged = rows if before is None else spread.merge(before, rows)
-            index = _negative(merged)
-            new = torch.ones_like(index, dtype=torch.bool) if before is None else index != _negative(before)
-            self._won[new] = y[index[new] - cols.start]
+            if self._won is not None:
+                index = _negative(merged)
+                new = torch.ones_like(index, dtype=torch.bool) if before is None else index != _negative(before)
+                self._won[new] = y[index[new] - cols.start]
             of_rows.append(merged)
             like[:] = [found]
             return pack(*_fields(found))
@@ -363,9 +361,9 @@ class Ring:
         """The own rows' part of the dense value, and what emits."""
         value, gx, gy = None, None, None
         if outcome.mined is not None and any(self.spread.needs):
-            gx, gy = self._mined(outcome)
+            gx, gy = self._mined(outcome.mined)
         if outcome.dense is not None:
-            value, (dense_x, dense_y) = self._dense(outcome)
+            value, (dense_x, dense_y) = self._dense(outcome.dense)
             gx, gy = _sum(gx, dense_x), _sum(gy, dense_y)
 
         def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
@@ -375,14 +373,14 @@ class Ring:
 
         return value, emit
 
-    def _mined(self, outcome: Outcome) -> Gradients:
+    def _mined(self, mined: Mined) -> Gradients:
         """An anchor's owner has its negative's row, and sends that row's gradient to its owner."""
-        assert outcome.mined is not None
-        spread, (negative, pull, push) = self.spread, outcome.mined
+        spread, (negative, pull, push) = self.spread, mined
         vjp, own, needs = spread.chosen.similarity.vjp, spread.own, spread.needs
         k = torch.arange(len(spread.x), device=spread.x.device)
         forth, back = _Routes(spread, negative[0]), _Routes(spread, negative[1])
         won = spread.embed(back.fetch(spread.local.x.contiguous().view(torch.uint8)), spread.local.x)
+        assert self._won is not None
         gx, to_y = vjp(spread.x, self._won, Entries(k, k, push[0, own]), needs)
         to_x, gy = vjp(won, spread.y, Entries(k, k, push[1, own]), needs)
         pair_x, pair_y = spread.pairs(pull.sum(0)[own], needs)
@@ -390,23 +388,20 @@ class Ring:
         from_x = None if to_y is None else forth.deliver(to_y)
         return _sum(gx, pair_x, from_y), _sum(gy, pair_y, from_x)
 
-    def _dense(self, outcome: Outcome) -> tuple[Tensor, Gradients]:
+    def _dense(self, dense: Dense) -> tuple[Tensor, Gradients]:
         """A round of its own: the value, and with it the gradients if anybody needs them."""
-        spread, needs = self.spread, self.spread.needs
-        assert outcome.dense is not None
-        share, own = outcome.dense.share, spread.own
-        value = spread.s_pos.new_zeros(())
-        gx, pull = torch.zeros_like(spread.x), torch.zeros_like(spread.s_pos)
+        spread, needs, own = self.spread, self.spread.needs, self.spread.own
+        value, gx = spread.s_pos.new_zeros(()), torch.zeros_like(spread.x)
+        forth, back = torch.zeros_like(spread.s_pos), torch.zeros_like(spread.s_pos)
 
         def meet(y: Tensor, cols: slice) -> Tensor:
-            value.add_(spread.dense_value(y, cols, outcome))
+            value.add_(spread.dense_value(y, cols, dense))
             if not any(needs):
                 return y.new_empty(len(y), 0, dtype=torch.uint8)
-            (at_x, at_y), (here, there) = spread.dense_block(spread.x, own, y, cols, share, outcome, needs)
-            pull.add_(here)
+            at_x, at_y = spread.dense_block(spread.x, own, y, cols, dense, (forth, back), needs)
             if at_x is not None:
                 gx.add_(at_x)
-            return pack(there[cols], *([] if at_y is None else [at_y]))
+            return pack(back[cols], *([] if at_y is None else [at_y]))
 
         def join(a: Tensor, b: Tensor) -> Tensor:
             return (a.view(gx.dtype) + b.view(gx.dtype)).view(torch.uint8) if any(needs) else a
@@ -415,7 +410,7 @@ class Ring:
         if not any(needs):
             return value, (None, None)
         home = home.view(gx.dtype)
-        pair_x, pair_y = spread.pairs(-(pull[own] + home[:, 0]), needs)
+        pair_x, pair_y = spread.pairs(-(forth[own] + home[:, 0]), needs)
         return value, (_sum(gx, pair_x) if needs[0] else None, _sum(home[:, 1:], pair_y) if needs[1] else None)
 
 
@@ -525,7 +520,8 @@ def _seen(spread: Spread, outcome: Outcome, found: Statistics | None, later: Cal
     if weights is not None:
         t, p_pos, p_neg = (one[..., own] if isinstance(one, Tensor) and one.dim() else one for one in weights)
         weights = t, p_pos, p_neg
-    return Seen(s_pos[own], found, weights, None if fallback is None else fallback[:, own], later)
+    seen = Seen(s_pos[own], found, weights, None if fallback is None else fallback[:, own])
+    return seen if found is not None else seen._replace(later=later)  # which keeps all rows alive
 
 
 # ── what it costs ───────────────────────────────────────────────────────────────────────────────────────────────────

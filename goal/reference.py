@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from goal.similarity import Dot, Entries, Gradients, Needs
-from goal.statistics import BAND, Masks, Partial, Plan, Request, Statistics, finish, merge
+from goal.statistics import BAND, Limits, Masks, Partial, Plan, Request, Statistics, finish, merge
 from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once
@@ -52,9 +52,10 @@ def longest(x: Tensor) -> float:
     return found
 
 
-def threshold(s_pos: Tensor, request: Request) -> float:
-    """The similarity from which a negative is valid for the sums; 0 where none are requested."""
-    return s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
+def limits(s_pos: Tensor, request: Request, tie: float) -> Limits:
+    """The limits of a batch; 0 where nothing that is requested asks for them."""
+    threshold = s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
+    return Limits(threshold, tie if request.compares else 0.0)
 
 
 def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
@@ -88,7 +89,7 @@ def mine(
     s_pos: Tensor,
     request: Request,
     masks: Masks,
-    tie: float | None = None,
+    whole: Limits | None = None,
 ) -> tuple[Partial, Partial]:
     """Both directions' partials of one block of S, from one pass over its tiles.
 
@@ -97,7 +98,7 @@ def mine(
         y: (m, D) embedded columns.
         s_pos: (K,) of the whole batch.
         request: what is to be reduced.
-        tie: `rounding` of the whole batch; by default that of the block, which is right where it is all there is.
+        whole: the limits of the whole batch; by default those of the block, which are right where it is all there is.
 
     Returns:
         The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
@@ -105,7 +106,7 @@ def mine(
     """
     n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
     n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
-    reduce = _Reduction(similarity, x, y, s_pos, request, tie)
+    reduce = _Reduction(similarity, x, y, s_pos, request, whole)
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
     for rows in tiles(x.shape[0], y.shape[0]):
@@ -162,12 +163,12 @@ class _Reduction:
     """
 
     def __init__(
-        self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, tie: float | None = None
+        self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, whole: Limits | None = None
     ) -> None:
         self.request = request
-        # the similarity from which a negative is valid for the relative similarities
-        self.threshold = threshold(s_pos, request)
-        self.tie = tie if tie is not None else rounding(similarity, x, y) if request.compares else 0.0
+        if whole is None:
+            whole = limits(s_pos, request, rounding(similarity, x, y) if request.compares else 0.0)
+        self.threshold, self.tie = whole
         self._memory: dict[str, Tensor] = {}
 
     def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -488,7 +488,7 @@ def join(rank: int, size: int, folder: str, seconds: int) -> None:
 
 def work(rank: int, folder: str) -> None:
     """One process: all jobs of the groups that it is in, in the same order as everybody else."""
-    join(rank, WORLD, folder, seconds=60)
+    join(rank, WORLD, folder, seconds=300)  # of a machine that is busy with other things
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     groups = {size: dist.new_group(members) if size < WORLD else "world" for size, members in MEMBERS.items()}
     found: dict[str, list[str]] = {}

@@ -171,6 +171,20 @@ def large_jobs() -> Iterator[Job]:
                 yield Job(f"half {size} {exchange} {P} {mining}", size, "objective", what)
 
 
+def tie_jobs() -> Iterator[Job]:
+    """What counts as equal is decided by the longest row of all ranks: here by the last, of length 1e9."""
+    c = torch.tensor([0.5, 0.5 - 1e-7, 0.3, 0.2, 0.1, 0.4, 0.45, 0.0], dtype=torch.float64)
+    x, y = torch.eye(4, dtype=torch.float64)[[0] * 7 + [3]], torch.zeros(8, 4, dtype=torch.float64)
+    x[7] *= 1e9
+    y[:, 0], y[7, 3] = c, 1e-9
+    arguments = {"T": ("con", {}), "P": ("lin-ms", {}), "mining": ("hardest", {})}
+    expected = alone(x, y, arguments)
+    for size, exchange in itertools.product((2, 3), EXCHANGES):
+        data = {"x": x, "y": y, "ids": None, "y_ids": None, "weight": None, "counts": counts_of(8, size, 1)}
+        what = {"arguments": arguments, "expected": expected, "tolerance": 1e-12, "exchange": exchange}
+        yield Job(f"tie {size} {exchange}", size, "objective", data | what)
+
+
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 TOGETHER = ("overlap", "backward", "tiles_once", "traffic", "disagreement", "nan_passes", "shown")
@@ -197,7 +211,7 @@ def other_jobs() -> Iterator[Job]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What is wrong, by the name of the job: all jobs are run once, by the same four processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = [*table_jobs(), *float32_jobs(), *large_jobs(), *other_jobs()]
+    jobs = [*table_jobs(), *float32_jobs(), *large_jobs(), *tie_jobs(), *other_jobs()]
     jobs.sort(key=lambda job: (1, 3, 2, 4).index(job.size))  # 1 beside 3, which it is not a member of
     torch.save(jobs, folder / "jobs.pt")
     torch.multiprocessing.spawn(ranks.work, (str(folder),), nprocs=WORLD)
@@ -226,6 +240,10 @@ def test_float32_is_as_exact_as_a_dense_version(found: dict[str, list[str]]) -> 
 
 def test_blocks_of_several_tiles_full_of_ties(found: dict[str, list[str]]) -> None:
     assert wrong(found, "large ", 24) == {}
+
+
+def test_equality_is_that_of_the_whole_batch(found: dict[str, list[str]]) -> None:
+    assert wrong(found, "tie ", 4) == {}
 
 
 def test_half_precision(found: dict[str, list[str]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from goal import engine, ops, validation
+from goal import distributed, engine, ops, validation, wire
 from goal.engine import Batch, Dense, Outcome, Settings
 from goal.mining import Mining
 from goal.ops import How
@@ -16,6 +17,10 @@ from goal.similarity import GIVEN, Gradients, Mined, Needs
 from goal.statistics import Masks
 from goal.stats import Stats, stats
 from goal.terms import Term
+from goal.wire import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def apply(
@@ -33,6 +38,9 @@ def apply(
     impl: str = "auto",
     precision: str = "fast",
     check_finite: bool | None = None,
+    group: ProcessGroup | str | None = None,
+    averaged: bool = False,
+    exchange: str = "gather",
 ) -> Tensor:
     """A scalar whose backward hands out the gradient that T and P± compose, without a loss behind it.
 
@@ -65,6 +73,13 @@ def apply(
             taken as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
             shows in the gradient.
+        group: a `torch.distributed.ProcessGroup`, or `world`: the objective is that of the global batch, the ranks'
+            rows in rank order, as many of x as of y on each; how many may differ. All ranks call it together; the value
+            is the global one, the gradient that of the own rows. See docs/scaling.md.
+        averaged: multiply the gradient, not the value, by the number of ranks: for wrappers that average the ranks'
+            parameter gradients (DDP, FSDP).
+        exchange: how rows travel between ranks: `gather`, all at once, or `ring`, block by block, which holds at most
+            two blocks of other ranks and emits the gradient in forward.
 
     Returns:
         0-d tensor. Its value is the true loss where T × P is the gradient of one that the term table carries, else
@@ -87,7 +102,8 @@ def apply(
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
-    return _run(x, y, chosen, ids, y_ids, weight, check_finite).loss
+    ranks = wire.ranks(group, averaged, exchange)
+    return _run(x, y, chosen, ids, y_ids, weight, check_finite, ranks).loss
 
 
 def apply_similarity(
@@ -135,6 +151,9 @@ def gradients(
     impl: str = "auto",
     precision: str = "fast",
     check_finite: bool | None = None,
+    group: ProcessGroup | str | None = None,
+    averaged: bool = False,
+    exchange: str = "gather",
 ) -> tuple[Tensor, Tensor, Stats]:
     """The gradient itself, without autograd: (∂l/∂x (N, D), ∂l/∂y (M, D), `Stats`). Arguments as for `apply`.
 
@@ -145,12 +164,19 @@ def gradients(
         tensor([1., 1.])
     """
     chosen = engine.settings(T, P, mining, similarity, reduction, impl, precision)
+    ranks, both = wire.ranks(group, averaged, exchange), (True, True)
     with torch.no_grad():
-        batch, outcome, _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
-        gx, gy = _emit(x, y, chosen, batch, outcome.mined, outcome.dense, None, (True, True))
+        if ranks is not None:
+            found = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, both, shown=True)
+            gx, gy = found.emit(x, y, None, both)
+            seen, batch = found.seen, None
+        else:
+            batch, (_, mined, dense, seen), _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
+            assert batch is not None
+            gx, gy = _emit(x, y, chosen, batch, mined, dense, None, both)
         assert gx is not None
         assert gy is not None
-        return gx, gy, stats(batch, chosen, outcome.seen)
+        return gx, gy, stats(batch, chosen, seen)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[None]:
@@ -172,9 +198,13 @@ class Explanation(NamedTuple):
     flops: int  # of the products, forward and backward together
     moved: int  # bytes of inputs and gradients that have to pass through the processor, at the least
     held: int  # bytes beyond the inputs and their gradients, at the peak
+    ranks: int | None = None  # with ranks all of this is one rank's, of whose rows S has all columns
+    gather: int | None = None  # bytes that a rank sends in a step with exchange="gather"
+    ring: int | None = None  # the same with "ring": at most, on average over the ranks
+    rounds: int | None = None  # times that y goes round with "ring"
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:8} {value}" for name, value in self._asdict().items())
+        return "\n".join(f"{name:8} {value}" for name, value in self._asdict().items() if value is not None)
 
 
 def explain(
@@ -187,8 +217,16 @@ def explain(
     similarity: str = "dot",
     impl: str = "auto",
     precision: str = "fast",
+    group: ProcessGroup | str | None = None,
+    exchange: str = "gather",
+    ranks: int | None = None,
 ) -> Explanation:
     """Which implementation takes these arguments, what it mines and what that costs; nothing is computed.
+
+    Args: as for `goal.apply`, and
+        ranks: so many ranks with as many rows each as x and y have here, without a group; by default the group's.
+
+    Ids add 8 bytes · (ranks − 1) a row to what is sent, `y_ids` as much again, `weight` an element or two.
 
     Example:
         >>> import goal, torch
@@ -203,9 +241,19 @@ def explain(
         flops    137438953472
         moved    134217728
         held     50331648
+        >>> shared = goal.explain(torch.empty(1024, 1024), torch.empty(1024, 1024), P="sig-ms", ranks=8)
+        >>> shared.gather, shared.ring
+        (59122112, 42365376)
     """
     chosen = engine.settings(T, P, mining, similarity, "mean", impl, precision)
     x, y = validation.embeddings(x, y)
+    size = distributed.size_of(group, ranks, exchange)
+    if size is None:
+        return _explanation(chosen, x, y)
+    return _explanation_spread(engine.settings(T, P, mining, similarity, "mean", "torch"), x, y, size, exchange)
+
+
+def _explanation(chosen: Settings, x: Tensor, y: Tensor) -> Explanation:
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     how, why = engine.implementation(chosen, x, y)
     request, dtype, dense = chosen.request, engine.computing_dtype(x, y), chosen.mining.dense
@@ -228,10 +276,33 @@ def explain(
     )
 
 
+def _explanation_spread(chosen: Settings, x: Tensor, y: Tensor, size: int, exchange: str) -> Explanation:
+    """One rank's share: its rows of S, block by block or whole, and in backward its columns if they are all here."""
+    n, d = x.shape
+    if len(y) != n:
+        raise ValueError(f"x and y must have the same number of rows on each rank, got {n} and {len(y)}.")
+    gathers, dense, width = exchange == "gather", chosen.mining.dense != "never", y.element_size()
+    here = _explanation(chosen, x, y.new_empty(n * size, d, device="meta") if gathers else y)
+    strips = 2 * n * n * size * d  # the products of one pass
+    again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
+    sent = distributed.traffic(chosen, n, d, x.element_size(), width, engine.computing_dtype(x, y).itemsize, size)
+    return here._replace(
+        why="the kernels take whole batches, and the batch is spread over ranks",
+        passes=here.passes + again,
+        flops=here.flops * (1 if gathers else size) + again * strips,
+        moved=(here.passes + again + 1) * d * n * (x.element_size() + size * width),
+        held=here.held + sent.held[exchange],
+        ranks=size,
+        gather=sent.gather,
+        ring=sent.ring,
+        rounds=sent.rounds,
+    )
+
+
 class Run(NamedTuple):
     """One call of an objective."""
 
-    batch: Batch
+    batch: Batch | None  # None where it is spread over ranks
     outcome: Outcome
     loss: Tensor  # 0-d, with the emitted gradient behind it
 
@@ -244,8 +315,12 @@ def _run(
     y_ids: object = None,
     weight: object = None,
     check_finite: bool | None = None,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Validate, go forward, attach the gradient. `y` is None where x is a similarity matrix."""
+    if ranks is not None:
+        call = torch.compiler.disable(_run_spread) if torch.compiler.is_compiling() else _run_spread  # a graph ends
+        return call(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
     if y is None:
         x = validation.similarity_matrix(x)
         y = x.new_empty(x.shape[1], 0)
@@ -269,6 +344,43 @@ def _run(
         attach: Any = _Emit.apply
         loss = attach(x, y, (loss,), chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
     return Run(batch, outcome, loss)
+
+
+def _run_spread(
+    x: Any,
+    y: Any,
+    chosen: Settings,
+    ids: object,
+    y_ids: object,
+    weight: object,
+    check_finite: bool | None,
+    ranks: Ranks,
+) -> Run:
+    """`_run` over the ranks of a group."""
+    tracked = torch.is_grad_enabled()
+    of_x, of_y = (tracked and getattr(side, "requires_grad", False) for side in (x, y))
+    value, emit, seen = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, (of_x, of_y), shown=False)
+    loss = value
+    if of_x or of_y:
+        attach: Any = _EmitOwn.apply
+        loss = attach(x, y, (value,), emit)
+    return Run(None, Outcome(value, None, None, seen), loss)
+
+
+def _spread(
+    x: Any,
+    y: Any,
+    chosen: Settings,
+    ids: object,
+    y_ids: object,
+    weight: object,
+    check_finite: bool | None,
+    ranks: Ranks,
+    needs: Needs,
+    shown: bool,
+) -> distributed.Result:
+    with torch.no_grad(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
+        return distributed.run(x, y, chosen, ids, y_ids, weight, check_finite, ranks, needs, shown)
 
 
 def _emit(
@@ -317,11 +429,34 @@ class _Emit(torch.autograd.Function):
         with torch.no_grad(), _no_autocast(x.device.type):
             batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
             gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
-        if torch.is_grad_enabled():  # create_graph=True: a second backward has to meet a refusal, not silence
-            refuse: Any = _NoSecondDerivative.apply
-            gx = None if gx is None else refuse(gx, x, y, incoming)
-            gy = None if gy is None else refuse(gy, x, y, incoming)
+        gx, gy = _once(gx, gy, x, y, incoming)
         return gx, gy, None, None, None, None, None, None, None
+
+
+class _EmitOwn(torch.autograd.Function):
+    """As `_Emit`, for the own rows of a batch that is spread over ranks; nothing is sent in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.emit = emit
+        return value[0]
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        with torch.no_grad(), _no_autocast(x.device.type):
+            gx, gy = ctx.emit(x, y, incoming, ctx.needs_input_grad[:2])
+        return *_once(gx, gy, x, y, incoming), None, None
+
+
+def _once(gx: Tensor | None, gy: Tensor | None, x: Tensor, y: Tensor, incoming: Tensor) -> Gradients:
+    """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
+    if torch.is_grad_enabled():
+        refuse: Any = _NoSecondDerivative.apply
+        gx = None if gx is None else refuse(gx, x, y, incoming)
+        gy = None if gy is None else refuse(gy, x, y, incoming)
+    return gx, gy
 
 
 class _NoSecondDerivative(torch.autograd.Function):

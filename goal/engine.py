@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,12 +139,25 @@ class Batch(NamedTuple):
     finite: bool  # known to be; else a NaN has to show in the gradient, whatever the terms
 
 
+class Whole(NamedTuple):
+    """What weighing has to know of the whole batch besides its statistics."""
+
+    rows: int  # N
+    cols: int  # M
+    masks: Masks
+    finite: bool  # as in `Batch`
+
+
 class Dense(NamedTuple):
     """What emits G for anchors that meet all their negatives."""
 
     pairs: Pairs
     share: Tensor  # (2, K), what each of an anchor's negatives weighs
     relative: dict[str, Tensor]  # each (2, K)
+
+
+def _not_mined() -> Statistics:
+    raise RuntimeError("nothing was mined")
 
 
 class Outcome(NamedTuple):
@@ -163,6 +176,7 @@ class Seen(NamedTuple):
     statistics: Statistics | None
     weights: tuple[Any, Any, Any] | None  # T, P⁺, P⁻ of the mined triplets, each (2, K) or a number
     fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
+    later: Callable[[], Statistics] = _not_mined  # what mines them where there is no batch to do it from
 
 
 def implementation(chosen: Settings, x: Tensor, y: Tensor) -> tuple[How, str]:
@@ -229,10 +243,9 @@ def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
 
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
     """pair, mine and weigh: the value and the entries of G. `weight` is (K,), or (2, K), a row for each direction."""
-    x, y, how, masks, _ = batch
+    x, y, how, masks, finite = batch
     pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs, chosen.mining.dense == "never")
-    s_pos = pairs.s_pos
-    scale = _scale(s_pos, weight, chosen.reduction)  # what an anchor's selection weighs
+    scale = _scale(pairs.s_pos, weight, chosen.reduction)  # what an anchor's selection weighs
     statistics = None
     if chosen.mines:
         statistics = ops.statistics(how, chosen.similarity, x, y, pairs, chosen.request, masks)
@@ -243,7 +256,24 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
         and ops.weighs(how, chosen.product, chosen.mining.dense == "never", masks.pairs)
     ):
         weighed, value = ops.weigh(statistics, chosen.product, scale)
-        return Outcome(value, weighed, None, Seen(s_pos, statistics, None, None))
+        return Outcome(value, weighed, None, Seen(pairs.s_pos, statistics, None, None))
+    outcome = _weighed(chosen, Whole(x.shape[0], y.shape[0], masks, finite), pairs, statistics, scale)
+    if outcome.dense is None:
+        return outcome
+    every, share = chosen.mining.dense == "always", outcome.dense.share
+    value = ops.dense_value(how, chosen.similarity, x, y, pairs, share, masks, chosen.product, every)
+    return outcome._replace(value=outcome.value + value)
+
+
+def weigh(
+    chosen: Settings, whole: Whole, pairs: Pairs, statistics: Statistics | None, weight: Tensor | None
+) -> Outcome:
+    """The weighing stage alone, of a batch that somebody else has mined: all but the value of dense anchors."""
+    return _weighed(chosen, whole, pairs, statistics, _scale(pairs.s_pos, weight, chosen.reduction))
+
+
+def _weighed(chosen: Settings, whole: Whole, pairs: Pairs, statistics: Statistics | None, scale: Any) -> Outcome:
+    s_pos = pairs.s_pos
     relative = {} if statistics is None else chosen.relative(statistics)
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
@@ -251,12 +281,9 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
     value = s_pos.new_zeros(())
     mined, weights, dense = None, None, None
     if chosen.mining.mined != "none" and statistics is not None:
-        mined, weights, value = _weigh(chosen, batch, statistics, relative, scale, fallback)
+        mined, weights, value = _weigh(chosen, whole, statistics, relative, scale, fallback)
     if chosen.mining.dense != "never":
-        share = _shares(batch, chosen.mining, scale, fallback, s_pos)
-        dense = Dense(pairs, share, relative)
-        every = chosen.mining.dense == "always"
-        value = value + ops.dense_value(how, chosen.similarity, x, y, pairs, share, masks, chosen.product, every)
+        dense = Dense(pairs, _shares(whole, chosen.mining, scale, fallback, s_pos), relative)
     return Outcome(value, mined, dense, Seen(s_pos, statistics, weights, fallback))
 
 
@@ -273,7 +300,7 @@ def _scale(s_pos: Tensor, weight: Tensor | None, reduction: str) -> Any:
 
 def _weigh(
     chosen: Settings,
-    batch: Batch,
+    whole: Whole,
     statistics: Statistics,
     relative: dict[str, Tensor],
     scale: Any,
@@ -285,7 +312,7 @@ def _weigh(
     if statistics.semi is not None and statistics.semi_negative is not None:
         s_neg, index = statistics.semi, statistics.semi_negative
     share: Any = scale
-    if statistics.semi is not None or batch.masks.may_lack(batch.x.shape[0], batch.y.shape[0]):
+    if statistics.semi is not None or whole.masks.may_lack(whole.rows, whole.cols):
         has = s_neg != -torch.inf
         s_neg = torch.where(has, s_neg, s_pos)  # a stand-in where there is no negative: its share is 0
         share = has.to(s_pos.dtype) * share
@@ -293,7 +320,7 @@ def _weigh(
         share = (~fallback).to(s_pos.dtype) * share
     t, p_pos, p_neg = chosen.product.weights(s_pos, s_neg, relative)
     value = (chosen.product.value(s_pos, s_neg) * share).sum()
-    if not batch.finite:
+    if not whole.finite:
         seen = statistics.s_neg - s_pos  # a NaN anywhere in the anchor's similarities is in its maximum
         share = share + torch.where(seen.isnan(), seen, 0)
     selected = t * share
@@ -306,11 +333,11 @@ def _spread(weight: Any, like: Tensor) -> Tensor:
     return weight.expand_as(like) if isinstance(weight, Tensor) else torch.full_like(like, weight)
 
 
-def _shares(batch: Batch, mining: Mining, scale: Any, fallback: Tensor | None, s_pos: Tensor) -> Tensor:
+def _shares(whole: Whole, mining: Mining, scale: Any, fallback: Tensor | None, s_pos: Tensor) -> Tensor:
     """(2, K): what each negative weighs of the anchors that meet all of theirs; 0 for the others."""
-    n, m, k = batch.x.shape[0], batch.y.shape[0], batch.masks.pairs
+    n, m, k = whole.rows, whole.cols, whole.masks.pairs
     sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, k)  # number of negatives
-    ids, y_ids = batch.masks.ids, batch.masks.y_ids
+    ids, y_ids = whole.masks.ids, whole.masks.y_ids
     if ids is not None and y_ids is not None:
         own = (ids[:k] != y_ids[:k]).to(s_pos.dtype)  # the pair, where its ids do not remove it already
         sizes = torch.stack((m - _occurrences(ids[:k], y_ids) - own, n - _occurrences(y_ids[:k], ids) - own))

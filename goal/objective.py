@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from goal import engine, mining, terms, validation
+from goal import engine, mining, terms, validation, wire
 from goal.autograd import _run
 from goal.engine import Batch, Seen, Settings
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Objective(nn.Module):
@@ -46,11 +49,15 @@ class Objective(nn.Module):
         impl: str = "auto",
         precision: str = "fast",
         check_finite: bool | None = None,
+        group: ProcessGroup | str | None = None,
+        averaged: bool = False,
+        exchange: str = "gather",
     ) -> None:
         super().__init__()
         self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
         self.check_finite = check_finite
-        self._seen: tuple[Settings, Batch, Seen] | None = None
+        self._ranks = wire.ranks(group, averaged, exchange)
+        self._seen: tuple[Settings, Batch | None, Seen] | None = None
 
     def _bind(self, settings: Settings) -> None:
         self.settings = settings
@@ -68,7 +75,7 @@ class Objective(nn.Module):
         settings = self.settings
         if torch.compiler.is_compiling():  # a graph takes single numbers as its inputs, and settings as constants
             settings = engine.renumbered(settings, *self._numbers)
-        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite)
+        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite, self._ranks)
         self._seen = self.settings, batch, outcome.seen
         return loss
 
@@ -86,7 +93,10 @@ class Objective(nn.Module):
 
     @property
     def stats(self) -> Stats:
-        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings."""
+        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings.
+
+        With `group=` they are this rank's anchors, their negatives' indices global; any rank may ask, or none.
+        """
         if self._seen is None:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
         with torch.no_grad():
@@ -95,7 +105,8 @@ class Objective(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.settings
-        return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}"
+        ranks = "" if self._ranks is None else f", over ranks by {self._ranks.exchange}"
+        return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}{ranks}"
 
 
 def _logits(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:

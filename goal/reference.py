@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from goal.similarity import Dot, Entries, Gradients, Needs
-from goal.statistics import BAND, Masks, Partial, Plan, Request, Statistics, finish, merge
+from goal.statistics import BAND, Limits, Masks, Partial, Plan, Request, Statistics, finish, merge
 from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once
@@ -38,8 +38,24 @@ def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
     """Similarities closer than this are equal for the arithmetic of one product: 2√D · eps · max‖x‖ · max‖y‖."""
     if similarity.name == "given":
         return 0.0
-    longest: list[float] = [torch.linalg.vector_norm(side, dim=1).max().item() for side in (x, y)]
-    return 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * longest[0] * longest[1]
+    return rounding_of(x.shape[1], x.dtype, longest(x), longest(y))
+
+
+def rounding_of(d: int, dtype: torch.dtype, longest_x: float, longest_y: float) -> float:
+    """The same from max‖x‖ and max‖y‖."""
+    return 2 * math.sqrt(d) * torch.finfo(dtype).eps * longest_x * longest_y
+
+
+def longest(x: Tensor) -> float:
+    """max‖x‖ over the rows."""
+    found: float = torch.linalg.vector_norm(x, dim=1).max().item()
+    return found
+
+
+def limits(s_pos: Tensor, request: Request, tie: float) -> Limits:
+    """The limits of a batch; 0 where nothing that is requested asks for them."""
+    threshold = s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
+    return Limits(threshold, tie if request.compares else 0.0)
 
 
 def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
@@ -67,7 +83,13 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
 
 
 def mine(
-    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    s_pos: Tensor,
+    request: Request,
+    masks: Masks,
+    whole: Limits | None = None,
 ) -> tuple[Partial, Partial]:
     """Both directions' partials of one block of S, from one pass over its tiles.
 
@@ -76,6 +98,7 @@ def mine(
         y: (m, D) embedded columns.
         s_pos: (K,) of the whole batch.
         request: what is to be reduced.
+        whole: the limits of the whole batch; by default those of the block, which are right where it is all there is.
 
     Returns:
         The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
@@ -83,7 +106,7 @@ def mine(
     """
     n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
     n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
-    reduce = _Reduction(similarity, x, y, s_pos, request)
+    reduce = _Reduction(similarity, x, y, s_pos, request, whole)
     of_rows: list[Partial] = []
     of_cols: Partial | None = None
     for rows in tiles(x.shape[0], y.shape[0]):
@@ -139,11 +162,13 @@ class _Reduction:
     It keeps the memory of tile-sized intermediates from one tile to the next: fresh pages cost more than the sums.
     """
 
-    def __init__(self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request) -> None:
+    def __init__(
+        self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, whole: Limits | None = None
+    ) -> None:
         self.request = request
-        # the similarity from which a negative is valid for the relative similarities
-        self.threshold = s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
-        self.tie = rounding(similarity, x, y) if request.compares else 0.0
+        if whole is None:
+            whole = limits(s_pos, request, rounding(similarity, x, y) if request.compares else 0.0)
+        self.threshold, self.tie = whole
         self._memory: dict[str, Tensor] = {}
 
     def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -268,12 +293,12 @@ def _rescore(part: Partial, lacking: bool, pairs: Callable[[Tensor], Tensor]) ->
 def dense_value(
     similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, product: Product
 ) -> Tensor:
-    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions, 0-d; `share` is (2, K)."""
+    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions in a block of S, 0-d; `share` is (2, K)."""
     total = s_pos.new_zeros(())
     for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
         live = inside.live(tile)
-        for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
+        for dim, part, at in _directions(tile, inside):
             s, on = tile[part], live[part]
             total += (share[1 - dim, at].unsqueeze(dim) * product.value(s_pos[at].unsqueeze(dim), s) * on).sum()
     return total
@@ -291,7 +316,7 @@ def dense_emit(
     needs: Needs,
     finite: bool,
 ) -> Gradients:
-    """∂l/∂x and ∂l/∂y of anchors that meet all their negatives: G is made tile by tile, S a second time.
+    """∂l/∂x and ∂l/∂y of anchors that meet all their negatives, over the whole batch.
 
     Args:
         share: (2, K), what each of an anchor's negatives weighs; 0 for anchors that do not meet all of them.
@@ -300,23 +325,48 @@ def dense_emit(
         needs: whether x and y need a gradient.
         finite: whether x and y are known to be.
     """
+    pull = torch.zeros_like(s_pos)  # both directions' in one
+    gx, gy = dense_block(similarity, x, y, s_pos, share, relative, masks, product, needs, finite, (pull, pull))
+    pairs = torch.arange(s_pos.shape[0], device=x.device)
+    _accumulate(gx, gy, slice(None), similarity.vjp(x, y, Entries(pairs, pairs, -pull), needs))
+    return gx, gy
+
+
+def dense_block(
+    similarity: Dot,
+    x: Tensor,
+    y: Tensor,
+    s_pos: Tensor,
+    share: Tensor,
+    relative: dict[str, Tensor],
+    masks: Masks,
+    product: Product,
+    needs: Needs,
+    finite: bool,
+    pull: tuple[Tensor, Tensor],
+) -> Gradients:
+    """What the negatives in one block of S give its rows and columns: G is made tile by tile, S a second time.
+
+    The arguments as for `dense_emit`; x and y are those of the block, and the masks know where it lies.
+
+    Args:
+        pull: (K,) each, of x→y and of y→x: the block's share of −G at the pairs is added there.
+    """
     gx = torch.zeros_like(x) if needs[0] else None
     gy = torch.zeros_like(y) if needs[1] else None
-    pull = torch.zeros_like(s_pos)  # (K,) −G at the pairs
     for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
         live, g = inside.live(tile), torch.zeros_like(tile)
-        for dim, part, at in _directions(tile.shape[0], s_pos.shape[0], rows.start):
+        for dim, part, at in _directions(tile, inside):
             own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
             t, p_pos, p_neg = product.weights(s_pos[at].unsqueeze(dim), tile[part], own)
             selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
             if not finite:  # a NaN shows whatever the terms, as 0 · NaN
                 selected = selected + 0 * (tile[part] - s_pos[at].unsqueeze(dim))
             g[part] += selected * p_neg
-            pull[at] += (selected * p_pos).sum(dim)
-        _accumulate(gx, gy, rows, similarity.tile_vjp(x[rows], y, g, needs))
-    pairs = torch.arange(s_pos.shape[0], device=x.device)
-    _accumulate(gx, gy, slice(None), similarity.vjp(x, y, Entries(pairs, pairs, -pull), needs))
+            pull[1 - dim][at] += (selected * p_pos).sum(dim)
+        if any(needs):
+            _accumulate(gx, gy, rows, similarity.tile_vjp(x[rows], y, g, needs))
     return gx, gy
 
 
@@ -330,8 +380,9 @@ def _accumulate(gx: Tensor | None, gy: Tensor | None, rows: slice, found: Gradie
 Index = tuple[slice, slice]
 
 
-def _directions(height: int, pairs: int, start: int) -> Iterator[tuple[int, Index, slice]]:
+def _directions(tile: Tensor, masks: Masks) -> Iterator[tuple[int, Index, slice]]:
     """For x→y and y→x: the candidates' dimension, a tile's part with anchors, and which anchors those are."""
-    anchors = max(0, min(pairs - start, height))
-    yield 1, (slice(0, anchors), slice(None)), slice(start, start + anchors)
-    yield 0, (slice(None), slice(0, pairs)), slice(0, pairs)
+    n = max(0, min(masks.pairs - masks.row_offset, tile.shape[0]))
+    m = max(0, min(masks.pairs - masks.col_offset, tile.shape[1]))
+    yield 1, (slice(0, n), slice(None)), slice(masks.row_offset, masks.row_offset + n)
+    yield 0, (slice(None), slice(0, m)), slice(masks.col_offset, masks.col_offset + m)

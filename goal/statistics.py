@@ -82,6 +82,13 @@ class Request(NamedTuple):
         return self.lin or self.semi_hard is not None
 
 
+class Limits(NamedTuple):
+    """What the reductions of any block compare with: numbers of the whole batch."""
+
+    threshold: float  # min s⁺ − 0.1: the similarity from which a negative is valid for the sums
+    tie: float  # similarities closer than this are equal (the rounding of one product)
+
+
 class Plan(NamedTuple):
     """How an implementation would go about a batch, for `goal.explain`."""
 

@@ -14,7 +14,8 @@ from goal.engine import Batch, Seen, Settings
 class Stats(NamedTuple):
     """One batch as the objective saw it: detached tensors in the computing dtype; row 0 is x→y, row 1 is y→x.
 
-    The negative is the one that the mining selects; with all negatives, the hardest.
+    The negative is the one that the mining selects; with all negatives, the hardest. With `group=` the K anchors, and
+    every share, are this rank's; an index is a row of the global batch.
     """
 
     s_pos: Tensor  # (K,) similarity of each pair
@@ -28,9 +29,14 @@ class Stats(NamedTuple):
     recall_at_1: Tensor  # (2,) share of anchors with s⁺ > every negative in the batch (ties count against)
 
 
-def stats(batch: Batch, chosen: Settings, seen: Seen) -> Stats:
-    """The statistics of a batch that `engine.forward` has seen; mines only what forward did not need."""
-    found = seen.statistics if seen.statistics is not None else engine.mine(batch, chosen, chosen.request)
+def stats(batch: Batch | None, chosen: Settings, seen: Seen) -> Stats:
+    """The statistics of a batch that `engine.forward` has seen; mines only what forward did not need.
+
+    `batch` may be None where `seen` knows how to mine: the batch is spread over ranks, and these are the own anchors.
+    """
+    found = seen.statistics
+    if found is None:
+        found = seen.later() if batch is None else engine.mine(batch, chosen, chosen.request)
     s_neg, index = found.s_neg, found.negative
     if found.semi is not None and found.semi_negative is not None:
         s_neg, index = found.semi, found.semi_negative

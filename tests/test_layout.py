@@ -138,7 +138,15 @@ def test_the_library_has_no_cycles() -> None:
 
 def test_only_the_public_face_builds_on_the_engine() -> None:
     users = {name for name, path in MODULES.items() if "goal.engine" in known(path)}
-    assert users <= {"goal.autograd", "goal.objective", "goal.stats"}
+    assert users <= {"goal.autograd", "goal.distributed", "goal.objective", "goal.stats"}
+
+
+def test_only_one_file_speaks_to_other_ranks() -> None:
+    for name, path in MODULES.items():
+        taken = {each for module, each, _ in imports(path) if module.startswith("torch.distributed")}
+        assert name == "goal.wire" or taken <= {"ProcessGroup"}, name
+    assert of("wire") == {"terms"}
+    assert not {"autograd", "objective", "stats"} & of("distributed")
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
@@ -155,6 +163,7 @@ def test_heavy_packages_are_imported_where_they_are_used(heavy: str) -> None:
 PACKAGES = (
     "goal.augment",
     "goal.data",
+    "goal.distributed",
     "goal.lab",
     "goal.models",
     "goal.pictures",
@@ -170,7 +179,7 @@ OUTSIDE = {
 
 def private_uses(path: Path) -> Iterator[str]:
     """What a file takes from the library that is not public."""
-    public = {*goal.__all__, "augment", "data", "lab", "models", "pictures", "training", "evaluation", "__version__"}
+    public = {*goal.__all__, *(name.removeprefix("goal.") for name in PACKAGES), "__version__"}
     for module, name, _ in imports(path):
         if module.split(".")[0] != "goal":
             continue
@@ -266,8 +275,9 @@ def test_what_the_project_promises_is_public() -> None:
     assert all(name in vars(goal.mining) for name in SELECTIONS)
     expected = ["T", "P", "mining", "reduction", "ids", "y_ids", "weight", "similarity"]
     expected += ["impl", "precision", "check_finite"]
-    assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected]
-    assert list(inspect.signature(goal.gradients).parameters) == ["x", "y", *expected]
+    over_ranks = ["group", "averaged", "exchange"]
+    assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected, *over_ranks]
+    assert list(inspect.signature(goal.gradients).parameters) == ["x", "y", *expected, *over_ranks]
     given = [name for name in expected if name not in ("similarity", "precision")]
     assert list(inspect.signature(goal.apply_similarity).parameters) == ["S", *given]
 

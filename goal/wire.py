@@ -1,0 +1,236 @@
+"""What ranks say to each other: every exchange between the processes of a group, and the count of what it sends.
+
+`Wire` has the three exchanges that an objective needs, of rows of bytes, whatever is in them: `pack` makes such rows of
+columns and `unpack` takes them apart. `agree` is the first exchange of every call. This is the only file that calls
+torch.distributed; it knows nothing of objectives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from goal import terms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+EXCHANGES = ("gather", "ring")
+
+
+class Ranks(NamedTuple):
+    """What the arguments say about ranks, checked."""
+
+    group: ProcessGroup | str  # "world": the default group at the time of the call
+    averaged: bool
+    exchange: str
+
+
+def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
+    """The arguments `group`, `averaged` and `exchange` of `goal.apply`, checked; None without a group."""
+    if not isinstance(averaged, bool):
+        raise TypeError(f"averaged must be True or False, got {averaged!r}.")
+    if exchange not in EXCHANGES:
+        raise terms.unknown("exchange", exchange, EXCHANGES)
+    if group is None:
+        if averaged:
+            raise ValueError("averaged=True multiplies the gradient by the number of ranks: it needs group=.")
+        return None
+    if not dist.is_available():
+        raise ValueError("group is given, but this PyTorch was built without torch.distributed.")
+    if not (isinstance(group, dist.ProcessGroup) or (isinstance(group, str) and group == "world")):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, 'world' or None, got {group!r}.")
+    return Ranks(group, averaged, exchange)
+
+
+# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Sent:
+    """Bytes that this rank has sent to others."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+_counting: list[Sent] = []
+
+
+@contextmanager
+def counting() -> Iterator[Sent]:
+    """Counts the bytes that this rank sends to others for objectives with `group=` within the block.
+
+    Example:
+        >>> import goal.distributed
+        >>> with goal.distributed.counting() as sent:
+        ...     pass  # goal.apply(x, y, group="world").backward()
+        >>> sent.bytes
+        0
+    """
+    sent = Sent()
+    _counting.append(sent)
+    try:
+        yield sent
+    finally:
+        _counting.remove(sent)
+
+
+class Coming(NamedTuple):
+    """Rows on their way, and what has to stay in memory until they are here."""
+
+    rows: Tensor  # (n, B) uint8, undefined before `wait`
+    works: list[Any]
+    kept: tuple[Tensor, ...] = ()
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        return self.rows
+
+
+class Wire:
+    """The three exchanges between the ranks of a group, all of rows of bytes (n, B)."""
+
+    def __init__(self, group: ProcessGroup | str) -> None:
+        if not dist.is_initialized():
+            raise ValueError("group needs torch.distributed.init_process_group() before the call.")
+        self.group: Any = dist.group.WORLD if isinstance(group, str) else group
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise ValueError("this process is not a member of group.")
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Coming:
+        """All ranks' rows in rank order, `counts` of them."""
+        if self.size == 1:
+            return Coming(rows, [])
+        self._count(rows.numel() * (self.size - 1))
+        out = rows.new_empty(sum(counts), rows.shape[1])
+        if len(set(counts)) == 1:
+            whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+            return Coming(out, [whole(out, rows, group=self.group, async_op=True)], (rows,))
+        parts = out.split(list(counts))
+        parts[self.rank].copy_(rows)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        works = self._point_to_point(
+            *((dist.isend, rows, rank) for rank in others), *((dist.irecv, parts[rank], rank) for rank in others)
+        )
+        return Coming(out, works, (rows,))
+
+    def swap(self, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
+        """`to[r]` of the rows to each rank r in turn; `of[r]` rows come from it."""
+        if self.size == 1:
+            return rows
+        self._count((rows.shape[0] - to[self.rank]) * rows.shape[1])
+        out = rows.new_empty(sum(of), rows.shape[1])
+        dist.all_to_all_single(out, rows, list(of), list(to), group=self.group)
+        return out
+
+    def shift(self, rows: Tensor, height: int) -> Coming:
+        """The rows to the next rank; `height` rows come from the one before."""
+        if self.size == 1:
+            return Coming(rows, [])
+        self._count(rows.numel())
+        out = rows.new_empty(height, rows.shape[1])
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        works = self._point_to_point((dist.isend, rows, after), (dist.irecv, out, before))
+        return Coming(out, works, (rows,))
+
+    def _point_to_point(self, *calls: tuple[Any, Tensor, int]) -> list[Any]:
+        return dist.batch_isend_irecv(
+            [dist.P2POp(call, rows, group=self.group, group_peer=peer) for call, rows, peer in calls]
+        )
+
+    def _count(self, size: int) -> None:
+        for sent in _counting:
+            sent.bytes += size
+
+
+def pack(*columns: Tensor) -> Tensor:
+    """(n, B) uint8: each row the bytes of the columns' entries, (n,) or (n, c)."""
+    return torch.cat([one.reshape(len(one), -1).contiguous().view(torch.uint8) for one in columns], 1)
+
+
+def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The columns again, with the dtypes and widths of `like`."""
+    found, start = [], 0
+    for one in like:
+        width = one.shape[1:].numel() * one.itemsize
+        part = rows[:, start : start + width].clone(memory_format=torch.contiguous_format).view(one.dtype)
+        found.append(part[:, 0] if one.dim() == 1 else part)
+        start += width
+    return found
+
+
+# ── agree ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Agreed(NamedTuple):
+    """What one line from each rank tells."""
+
+    counts: list[int]  # rows of each rank
+    needs: tuple[bool, bool]  # whether any rank needs a gradient of its x, of its y
+    longest: tuple[float, float]  # max‖x‖ and max‖y‖ over all rows; 0 where nobody asks
+
+
+def agree(
+    wire: Wire,
+    rows: int,
+    arguments: dict[str, object],
+    error: Exception | None,
+    needs: tuple[bool, bool],
+    longest: tuple[float, float],
+    device: torch.device,
+) -> Agreed:
+    """One line from each rank. Where arguments differ, or one rank has refused its own, all ranks raise.
+
+    The digest of the arguments travels with every call, in 8 bytes: a rank cannot know that another's have changed. The
+    texts are exchanged only where digests differ.
+
+    Args:
+        arguments: what has to be the same on all ranks.
+        error: why this rank refuses its arguments, or None.
+
+    Raises:
+        ValueError: on every rank, naming the ranks that differ and what differs, or that refuse and why.
+        TypeError: on a rank that refuses its own for that.
+    """
+    text = "\n".join(f"{name}={value}" for name, value in arguments.items())
+    message = text if error is None else f"{type(error).__name__}: {error}"
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    spoken = list(message.encode())
+    line = torch.tensor([[rows, digest, *needs, error is not None, len(spoken)]], device=device)
+    norms = torch.tensor([longest], dtype=torch.float64, device=device)
+    lines, norms = unpack(wire.gather(pack(line, norms), [1] * wire.size).wait(), (line, norms))
+    counts, digests, of_x, of_y, refused, lengths = lines.T.tolist()
+    if any(refused) or len(set(digests)) > 1:
+        said = torch.tensor(spoken, dtype=torch.uint8, device=device)[:, None]
+        heard = bytes(wire.gather(said, lengths).wait().flatten().tolist())
+        ends = list(itertools.accumulate(lengths, initial=0))
+        texts = [heard[a:b].decode() for a, b in itertools.pairwise(ends)]
+        raise _difference(texts, [bool(one) for one in refused], error) from error
+    largest: list[float] = norms.amax(0).tolist()
+    return Agreed(counts, (any(of_x), any(of_y)), (largest[0], largest[1]))
+
+
+def _difference(texts: list[str], refused: list[bool], error: Exception | None) -> Exception:
+    """What is said on all ranks when they do not agree."""
+    if any(refused):
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
+        return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(found))
+    tables = [dict(line.split("=", 1) for line in text.splitlines()) for text in texts]
+    found = []
+    for name in tables[0]:
+        values: dict[str, list[str]] = {}
+        for rank, table in enumerate(tables):
+            values.setdefault(table.get(name, "unknown"), []).append(str(rank))
+        if len(values) > 1:
+            each = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in values.items())
+            found.append(f"{name} is {each}")
+    return ValueError("the ranks of group do not agree: " + ". ".join(found) + ".")

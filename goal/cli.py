@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import os
 import shlex
 import sys
 import typing
@@ -10,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+
+import torch
+import torch.distributed as dist
 
 import goal
 from goal import data
@@ -68,14 +72,40 @@ def _train(options: argparse.Namespace, command: str) -> None:
     params = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
     config = TrainConfig(**_settings(options), params=params)
     folder = options.root / (options.name or config.run_name)
-    with _progress(config) as show:
-        record = train(config, folder, options.save_every, diagnose=options.diagnose, on_evaluation=show)
+    with _ranks(options.distributed, config.device) as first, _progress(config, first) as show:
+        record = train(
+            config,
+            folder,
+            options.save_every,
+            diagnose=options.diagnose,
+            distributed=options.distributed,
+            on_evaluation=show,
+        )
+    if not first:
+        return
     test = " ".join(f"{name} {value:.1f}" for name, value in record["test"].items())
     metric = "MAP@all" if "best_val_map" in record else "RSUM"
     print(
         f"{config.setting}\n{record['label']}, seed {config.seed}: best validation {metric} {best(record):.1f} ", end=""
     )
     print(f"at step {record['best_step']} of {record['steps']}\ntest: {test}\n{folder}")
+
+
+@contextmanager
+def _ranks(distributed: bool, device: str) -> Iterator[bool]:
+    """The process group that torchrun has prepared, if it is asked for; whether this is the rank that speaks."""
+    if not distributed:
+        yield True
+        return
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal.cli train --distributed …")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def _sweep(options: argparse.Namespace, command: str) -> None:
@@ -251,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("train", "train one objective; the same command continues a run that was stopped", _train)
     _add_settings(sub, without=())
+    sub.add_argument("--distributed", action="store_true", help="one rank of many, under torchrun")
     sub.add_argument(
         "--diagnose", type=int, default=0, metavar="N", help="watch similarities and gradients every N steps"
     )
@@ -357,8 +388,11 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def _progress(config: TrainConfig) -> Iterator[Callable[[Row], None]]:
+def _progress(config: TrainConfig, speaks: bool) -> Iterator[Callable[[Row], None]]:
     """What to call after each evaluation of a run: a bar on a terminal, a line elsewhere."""
+    if not speaks:
+        yield lambda row: None
+        return
     if not sys.stdout.isatty():
         yield lambda row: print(_line(row), flush=True)
         return

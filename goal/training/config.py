@@ -1,6 +1,7 @@
 """Everything that decides the result of a run, in one frozen object."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -180,23 +181,28 @@ class TrainConfig:
         if self.switch not in ("plateau", "few-semi-hard") and not (self.switch.isdecimal() and int(self.switch) > 0):
             raise ValueError(f"switch: must be plateau, few-semi-hard or a number of evaluations, got {self.switch!r}")
 
-    def objective(self) -> nn.Module:
-        """The objective itself, its parameters bound; NaN passes into its gradient, where the loop sees it."""
+    def objective(self, group: str | None = None) -> nn.Module:
+        """The objective itself, its parameters bound; NaN passes into its gradient, where the loop sees it.
+
+        Args:
+            group: of ranks whose batches are one, for a model under `DistributedDataParallel`; see `goal.apply`.
+        """
         base = self._base()
         if not isinstance(base, goal.Objective):
             return goal.recipe(str(self.recipe), **self.params)
+        bound = functools.partial(self._bound, group=group, averaged=group is not None)
         stages: list[nn.Module] = []
         until: list[Until] = []
         if self.all_first and base.settings.mining.dense != "always":
-            stages.append(self._bound(mining=goal.mining.all_negatives(average=False)))
+            stages.append(bound(mining=goal.mining.all_negatives(average=False)))
             until.append(self.all_first)
         if self.curriculum is not None:
-            stages.append(self._bound(mining="semi-hard"))
+            stages.append(bound(mining="semi-hard"))
             until.append(self._switch())
-            hardest = self._bound(mining="hardest")
+            hardest = bound(mining="hardest")
             stages.append(hardest if self.curriculum == "plain" else Augmented(hardest, self.curriculum))
         else:
-            stages.append(self._bound())
+            stages.append(bound())
         return Curriculum(stages, until) if until else stages[0]
 
     def _switch(self) -> Until:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import goal
@@ -78,6 +79,7 @@ def train(
     *,
     test: bool = True,
     diagnose: int = 0,
+    distributed: bool = False,
     on_evaluation: Callable[[Row], None] = lambda row: None,
 ) -> Record:
     """Train to a plateau on the validation split or for so many epochs, and score the best weights on the test split.
@@ -90,6 +92,9 @@ def train(
         save_every: seconds between checkpoints; they are written after an evaluation.
         test: score the test split at the end. Without, as for trials of a search, it is not looked at.
         diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`.
+        distributed: over the ranks of the default process group, each with its part of every batch: the objective is
+            that of the whole batch, and so is its gradient. Rank 0 evaluates and writes; a checkpoint goes on with
+            any number of ranks. Batch norm sees a rank's own rows.
         on_evaluation: called with each new row of the curve: step, loss, lr, val_rsum, val_i2t_r1, val_t2i_r1 (of
             clips val_map, val_x2y, val_y2x), the mean s⁺ and hardest s⁻ on the validation split, and end, the last
             step there can be.
@@ -101,7 +106,8 @@ def train(
     Raises:
         Diverged: a loss or a gradient that is not finite.
         ValueError: a folder that holds another run, or one on other data; whatever the data's readers refuse;
-            diagnose with a model that makes similarities.
+            diagnose with a model that makes similarities; distributed with what one rank cannot know (scan, InfoNCE
+            and SigLIP, rows made of a batch, the share of semi-hard negatives, a diagnosis).
 
     >>> import tempfile
     >>> config = TrainConfig(recipe="infonce", hidden=8, dim=4, batch=64, max_steps=2, eval_every=2)
@@ -111,6 +117,8 @@ def train(
     """
     if diagnose and config.model == "scan":
         raise ValueError("diagnose: looks at x and y, and scan makes similarities of them")
+    if distributed:
+        _check_distributed(config, diagnose)
     features = read(config)
     versions = _versions(config, features)
     if (run_dir / "record.json").is_file():
@@ -118,20 +126,38 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     with _computing(config.threads, device):
-        run = _Run(config, features, run_dir)
-        if not run.restore(versions):
+        run = _Run(config, features, run_dir, distributed)
+        if not run.restore(versions) and run.writes:
             _write_json(run_dir / "config.json", json.loads(config.to_json()))
             _write_json(run_dir / "versions.json", versions)
-        run.write_log()
+        if run.writes:
+            run.write_log()
         saved = time.monotonic()
         with run.watched(diagnose):
             while run.state.stopped is None:
                 row = run.interval()
                 on_evaluation({**row, "end": run.end})
-                if time.monotonic() - saved >= save_every:
+                if run.writes and time.monotonic() - saved >= save_every:
                     run.save()
                     saved = time.monotonic()
-        return run.finish(test)
+        record: Record = run.told(run.finish(test) if run.writes else None)
+        return record
+
+
+def _check_distributed(config: TrainConfig, diagnose: int) -> None:
+    made = config.curriculum in ("interpolate", "mixup")
+    obstacles = {
+        f"{config.model} makes similarities, which no rank has all of": config.model == "scan",
+        f"{config.label} is an ordinary loss of one process's batch": config.reduction is None,
+        f"curriculum {config.curriculum} makes rows of one rank's batch": made,
+        "few-semi-hard looks at one rank's anchors": config.curriculum is not None and config.switch == "few-semi-hard",
+        "a diagnosis looks at one rank's batch": bool(diagnose),
+        f"{dist.get_world_size()} ranks have too few rows of a batch of {config.batch}": (
+            config.batch < dist.get_world_size()
+        ),
+    }
+    if found := [what for what, there in obstacles.items() if there]:
+        raise ValueError(f"distributed: {found[0]}")
 
 
 def read(config: TrainConfig) -> Features:
@@ -223,9 +249,11 @@ def _seen(stats: goal.Stats) -> Row:
 class _Run:
     """A run's modules and state."""
 
-    def __init__(self, config: TrainConfig, features: Features, run_dir: Path) -> None:
+    def __init__(self, config: TrainConfig, features: Features, run_dir: Path, distributed: bool = False) -> None:
         self.config, self.run_dir, self.features = config, run_dir, features
         self.device = torch.device(config.device)
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.writes = self.rank == 0
         self.state = State()
         self.inputs = systems.inputs_of(features)
         torch.manual_seed(config.seed)
@@ -234,7 +262,10 @@ class _Run:
         self.model.to(config.device)
         self.mean = copy.deepcopy(self.model).eval()
         self.best = _copied(self.mean)
-        self.objective: Any = config.objective().to(config.device)
+        self.objective: Any = config.objective(group="world" if distributed else None).to(config.device)
+        self.encode: nn.Module = self.model if isinstance(self.model, SCAN) else systems.Encoders(self.model)
+        if distributed:
+            self.encode = nn.parallel.DistributedDataParallel(self.encode)
         self.modules = nn.ModuleDict({"model": self.model, "objective": self.objective})
         groups = [
             {"params": list(self.model.parameters()), "weight_decay": config.weight_decay},
@@ -275,7 +306,8 @@ class _Run:
         while state.step < until:
             losses.append(self._step())
             state.step += 1
-        row = {"step": state.step, "loss": math.fsum(losses) / len(losses), "lr": self._lr(), **self._validate()}
+        validated = self.told(self._validate() if self.writes else None)
+        row = {"step": state.step, "loss": math.fsum(losses) / len(losses), "lr": self._lr(), **validated}
         state.curve.append(row)
         value = row[f"val_{self.metric}"]
         if value > state.best:
@@ -290,9 +322,18 @@ class _Run:
             self._plateau()
         if state.step >= self.end and state.stopped is None:
             state.stopped = "max_steps" if self.end == config.max_steps else "epochs"
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes:
+            with (self.run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
         return row
+
+    def told(self, what: Any) -> Any:
+        """What rank 0 has, on all ranks."""
+        if self.ranks == 1:
+            return what
+        box = [what]
+        dist.broadcast_object_list(box)
+        return box[0]
 
     def _plateau(self) -> None:
         """Nothing better for long: the rate drops and the best weights come back, or it ends."""
@@ -317,15 +358,16 @@ class _Run:
 
     def _step(self) -> float:
         config, step = self.config, self.state.step
-        self.generator.manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))  # of dropout
-        images, captions = self.sampler(step)
+        own = [config.seed, step, *([self.rank] if self.rank else [])]
+        self.generator.manual_seed(int(np.random.SeedSequence(own).generate_state(1)[0]))  # of dropout
+        images, captions = (rows.tensor_split(self.ranks)[self.rank] for rows in self.sampler(step))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         x, y = (
             systems.moved(side[rows], self.device) for side, rows in ((self.train.x, images), (self.train.y, captions))
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            loss = systems.loss_of(self.model, self.objective, x, y, self.train.ids[images].to(self.device))
+            loss = systems.loss_of(self.encode, self.objective, x, y, self.train.ids[images].to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
         if self.diagnosis is not None and step % self.every == 0:

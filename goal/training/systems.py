@@ -145,13 +145,22 @@ def moved(values: Any, device: torch.device) -> Any:
     return tuple(part.to(device) for part in values) if isinstance(values, tuple) else values.to(device)
 
 
+class Encoders(nn.Module):
+    """A model that embeds, as `DistributedDataParallel` wraps it: x and y of a batch's inputs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+        return self.model.embed_x(x), self.model.embed_y(y)
+
+
 def loss_of(model: nn.Module, objective: Any, x: Any, y: Any, ids: Tensor) -> Tensor:
-    """The objective of a batch: of x and y, or of the S that a model makes."""
-    if isinstance(model, SCAN):
-        loss: Tensor = objective.apply_similarity(model(x, y), ids=ids)
-        return loss
-    a, b = model.embed_x(x), model.embed_y(y)  # type: ignore[operator]
-    return objective(a, b, ids=ids)  # type: ignore[no-any-return]
+    """The objective of a batch: of the x and y that a model makes of it, or of its S."""
+    made = model(x, y)
+    loss: Tensor = objective(*made, ids=ids) if isinstance(made, tuple) else objective.apply_similarity(made, ids=ids)
+    return loss
 
 
 def embeddings(model: nn.Module, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:

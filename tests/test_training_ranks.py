@@ -1,0 +1,145 @@
+"""`goal train --distributed`: two ranks end where one process ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from goal.cli import main
+from goal.training import TrainConfig, loop, train
+from goal.training.loop import load_trained
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL: dict[str, Any] = {
+    "limit": 120, "hidden": 16, "dim": 8, "batch": 37, "dropout": 0.0, "eval_every": 5, "max_steps": 15, "warmup": 0,
+    "lr": 5e-3,
+}  # fmt: skip
+
+
+def under_torchrun(*arguments: str, folder: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    command += ["-m", "goal.cli", "train", "--distributed", *options, *arguments]
+    command += ["--root", str(folder.parent), "--name", folder.name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def assert_alike(record: dict[str, Any], expected: dict[str, Any]) -> None:
+    """The same but for the order of sums."""
+    assert [row["step"] for row in record["curve"]] == [row["step"] for row in expected["curve"]]
+    for name in ("loss", "s_pos", "s_neg"):
+        found, wanted = ([row[name] for row in each["curve"]] for each in (record, expected))
+        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5), name
+    assert record["test"]["rsum"] == pytest.approx(expected["test"]["rsum"], abs=1.5)  # a rank or two
+
+
+def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
+    expected = train(TrainConfig(**SMALL), tmp_path / "one")
+    told = under_torchrun(folder=tmp_path / "two")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("best validation RSUM") == 1  # one rank speaks
+    assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)
+    weights = [load_trained(tmp_path / name).model.state_dict() for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weights[1][name], weight, atol=1e-4), name
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+
+
+class Killed(BaseException):
+    """Stands in for a signal."""
+
+
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    expected = train(TrainConfig(**SMALL), tmp_path / "one")
+
+    def killed(row: loop.Row) -> None:
+        if row["step"] == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(TrainConfig(**SMALL), tmp_path / "two", save_every=0, on_evaluation=killed)
+    assert (tmp_path / "two" / "checkpoint.safetensors").exists()
+    told = under_torchrun(folder=tmp_path / "two")
+    assert told.returncode == 0, told.stderr
+    assert "step 5 " not in told.stdout  # it did not begin again
+    assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)
+    again = under_torchrun(folder=tmp_path / "two")  # it has ended: this is its record
+    assert again.returncode == 0, again.stderr
+    assert "step" not in again.stdout.split("best validation")[0]
+
+
+def test_without_torchrun_it_is_said_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main(["train", "--distributed"]) == 2
+    assert "torchrun --nproc-per-node 2 -m goal.cli train --distributed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "scan"}, "scan makes similarities"),
+        ({"recipe": "infonce"}, "infonce is an ordinary loss"),
+        ({"curriculum": "mixup"}, "curriculum mixup makes rows"),
+        ({"curriculum": "plain", "switch": "few-semi-hard"}, "few-semi-hard looks at"),
+        ({"batch": 2}, "3 ranks have too few rows of a batch of 2"),
+    ],
+)
+def test_what_one_rank_cannot_know_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**changes), tmp_path / "run", distributed=True)
+    with pytest.raises(ValueError, match="a diagnosis looks at"):
+        train(TrainConfig(batch=4), tmp_path / "run", diagnose=1, distributed=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_share_a_batch_and_draw_their_own_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(nn_parallel(), "DistributedDataParallel", lambda module: module)
+    rows, drawn = [], []
+
+    class Seen(Exception):
+        pass
+
+    def loss_of(encode: object, objective: object, x: torch.Tensor, y: object, ids: torch.Tensor) -> None:
+        rows.append(ids.tolist())
+        drawn.append(torch.rand(3).tolist())
+        raise Seen
+
+    monkeypatch.setattr("goal.training.systems.loss_of", loss_of)
+    config = TrainConfig(**SMALL)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        run = loop._Run(config, loop.read(config), tmp_path, distributed=True)
+        with pytest.raises(Seen):
+            run._step()
+    assert [len(each) for each in rows] == [19, 18]
+    assert np.concatenate(rows).tolist() == run.sampler(0).images.tolist()
+    assert drawn[0] != drawn[1]
+
+
+def nn_parallel() -> Any:
+    return torch.nn.parallel
+
+
+def test_the_gradient_is_averaged_as_the_models_is() -> None:
+    """AdamW would not show a wrong factor in a run."""
+    for objective in (TrainConfig(), TrainConfig(recipe="vse++"), TrainConfig(model="vse-infinity")):
+        made = objective.objective(group="world")
+        for stage in getattr(made, "stages", [made]):
+            assert stage._ranks.averaged
+            assert stage._ranks.group == "world"
+        alone = objective.objective()
+        assert all(stage._ranks is None for stage in getattr(alone, "stages", [alone]))

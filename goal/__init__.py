@@ -8,6 +8,7 @@ import importlib
 
 from goal import data, mining
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
+from goal.caching import Cache, cached_step
 from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
 from goal.objective import InfoNCE, Objective, SigLIP, pairs, recipe, recipes
@@ -17,6 +18,7 @@ from goal.terms import P, T, pair_weight, triplet_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cache",
     "Diagnosis",
     "Explanation",
     "InfoNCE",
@@ -27,6 +29,7 @@ __all__ = [
     "T",
     "apply",
     "apply_similarity",
+    "cached_step",
     "data",
     "diagnose",
     "evaluate",

@@ -96,6 +96,11 @@ def test_terms_and_statistics_know_nothing_else_of_the_library() -> None:
     assert of("mining") <= {"terms", "statistics"}
 
 
+def test_caching_knows_no_objective() -> None:
+    """It calls what it is given: anything with a scalar."""
+    assert of("caching") == set()
+
+
 def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
     assert not any("kernels" in name for name in of("reference"))
     for name, path in KERNELS.items():
@@ -257,6 +262,7 @@ def test_all_is_what_dir_says() -> None:
 
 PUBLIC = {"apply", "apply_similarity", "gradients", "explain", "Objective", "recipe", "recipes", "pairs"}
 PUBLIC |= {"T", "P", "mining", "triplet_weight", "pair_weight", "Stats", "InfoNCE", "SigLIP"}
+PUBLIC |= {"cached_step", "Cache"}
 SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
 
 

@@ -8,6 +8,7 @@ import importlib
 
 from goal import data, mining
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
+from goal.bank import Bank, Banked
 from goal.caching import Cache, cached_step
 from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
@@ -18,6 +19,8 @@ from goal.terms import P, T, pair_weight, triplet_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
+    "Banked",
     "Cache",
     "Diagnosis",
     "Explanation",

@@ -101,6 +101,12 @@ def test_caching_knows_no_objective() -> None:
     assert of("caching") == set()
 
 
+def test_banks_and_made_rows_go_through_objectives() -> None:
+    assert of("two_way") == {"objective", "stats", "validation"}
+    assert of("bank") == {"objective", "two_way", "validation"}
+    assert of("augment") == {"objective", "terms", "two_way", "validation"}
+
+
 def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
     assert not any("kernels" in name for name in of("reference"))
     for name, path in KERNELS.items():
@@ -262,7 +268,7 @@ def test_all_is_what_dir_says() -> None:
 
 PUBLIC = {"apply", "apply_similarity", "gradients", "explain", "Objective", "recipe", "recipes", "pairs"}
 PUBLIC |= {"T", "P", "mining", "triplet_weight", "pair_weight", "Stats", "InfoNCE", "SigLIP"}
-PUBLIC |= {"cached_step", "Cache"}
+PUBLIC |= {"cached_step", "Cache", "Bank", "Banked"}
 SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
 
 

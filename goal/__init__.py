@@ -6,7 +6,7 @@ emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 
 import importlib
 
-from goal import data, mining
+from goal import data, mining, offline
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
 from goal.bank import Bank, Banked
 from goal.caching import Cache, cached_step
@@ -41,6 +41,7 @@ __all__ = [
     "gradients",
     "map_at_all",
     "mining",
+    "offline",
     "pair_weight",
     "pairs",
     "recipe",

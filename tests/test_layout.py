@@ -19,7 +19,7 @@ import goal.training
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "goal"
-HEAVY = ("triton", "matplotlib", "rich", "optuna", "safetensors", "h5py")
+HEAVY = ("triton", "matplotlib", "rich", "optuna", "safetensors", "h5py", "pyarrow", "faiss")
 
 
 def modules(folder: Path) -> dict[str, Path]:
@@ -105,6 +105,10 @@ def test_banks_and_made_rows_go_through_objectives() -> None:
     assert of("two_way") == {"objective", "stats", "validation"}
     assert of("bank") == {"objective", "two_way", "validation"}
     assert of("augment") == {"objective", "terms", "two_way", "validation"}
+
+
+def test_offline_mining_stands_beside_evaluation() -> None:
+    assert of("offline") == {"data.files", "evaluation", "similarity", "validation"}
 
 
 def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
@@ -268,7 +272,7 @@ def test_all_is_what_dir_says() -> None:
 
 PUBLIC = {"apply", "apply_similarity", "gradients", "explain", "Objective", "recipe", "recipes", "pairs"}
 PUBLIC |= {"T", "P", "mining", "triplet_weight", "pair_weight", "Stats", "InfoNCE", "SigLIP"}
-PUBLIC |= {"cached_step", "Cache", "Bank", "Banked"}
+PUBLIC |= {"cached_step", "Cache", "Bank", "Banked", "offline"}
 SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
 
 
@@ -294,6 +298,7 @@ def documented(owner: ModuleType, names: Iterable[str]) -> Iterator[tuple[str, A
 SYMBOLS = {
     **dict(documented(goal, goal.__all__)),
     **dict(documented(goal.mining, SELECTIONS)),
+    **dict(documented(goal.offline, ["mine", "search"])),
     **dict(documented(goal.data, [name for name in vars(goal.data) if not name.startswith("_")])),
     **dict(documented(goal.models, goal.models.__all__)),
 }

@@ -200,7 +200,7 @@ def _keys(similarity: Tensor, index: Tensor) -> Tensor:
     """int64 that order as (similarity, −index) do; similarity float32, index below 2³²."""
     bits = (similarity + 0.0).view(torch.int32)  # −0 is 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_LOW - index)
+    return ordered.long().mul_(1 << 32).add_(_LOW).sub(index)
 
 
 def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,8 +297,10 @@ def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
     """
     n, k = keys.shape
     if candidates == 0:
-        maxima = tile.view(-1, _GROUP, tile.shape[1]).amax(1).T[:n]  # (n, groups)
+        grouped = tile.view(-1, _GROUP, tile.shape[1])
+        maxima, grouped = grouped.amax(1).T[:n], grouped.permute(2, 0, 1)  # (n, groups), (n or more, groups, group)
     else:
+        grouped = tile.view(len(tile), -1, _GROUP)
         maxima = max_pool1d(tile[:n, None], _GROUP)[:, 0]  # amax over short rows takes four times as long
     worst = _decoded(keys[:, -1])[1]
     if not bool((maxima.amax(1) < torch.inf).all()):
@@ -311,9 +313,8 @@ def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
         rows = order[start : start + _AT_ONCE]
         taken = int(counts[start : start + _AT_ONCE][-1])  # sorted, so that all of them need about as many
         chosen = _LOW - (_keys(maxima[rows], groups).topk(taken, dim=1).values & _LOW)  # (a, taken)
-        at = (chosen[..., None] * _GROUP + inside).flatten(1)  # (a, taken · group)
-        entries = tile[at, rows[:, None]] if candidates == 0 else tile[rows[:, None], at]
-        keys[rows] = merge(keys[rows], _keys(entries, first + at))
+        at = chosen[..., None] * _GROUP + inside  # (a, taken, group)
+        keys[rows] = merge(keys[rows], _keys(grouped[rows[:, None], chosen], first + at).flatten(1))
 
 
 # ---- a job and what is known of it -----------------------------------------------------------------------

@@ -285,7 +285,7 @@ def test_partial_results_are_of_one_call(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own account of memory")
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    for name, rows in (("x", 150_000), ("y", 4096)):
+    for name, rows in (("x", 100_000), ("y", 4096)):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=(rows, 64)).astype(np.float16))
     code = """
 import pathlib, sys, torch
@@ -296,7 +296,7 @@ def resident():
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 torch.set_num_threads(1)
-labels = torch.arange(4096) + 150_000
+labels = torch.arange(4096) + 100_000
 offline.search(torch.ones(999, 64), [torch.ones(999, 64)])  # what libraries take when they are first used
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 before = resident()

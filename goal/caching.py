@@ -385,8 +385,8 @@ def _casts(kinds: Iterable[str]) -> Casts:
 
 @contextmanager
 def _autocast(casts: Casts, on: bool = True) -> Iterator[None]:
-    """Autocast as it was, or off; without its cache, where weights cast without graph would await the second turn."""
+    """Autocast as it was, or off."""
     with ExitStack() as stack:
         for kind, dtype, enabled in casts:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled and on, cache_enabled=False))
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled and on))
         yield

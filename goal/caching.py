@@ -171,7 +171,7 @@ class Cache:
                     with ExitStack() as quiet:
                         for replica in each.replicas:
                             quiet.enter_context(replica.no_sync())
-                        if not _backward([(each, part)]):
+                        if not _backward([(each, part)]) and each.frozen:
                             break
             # with gradients reduced: in one backward, since a replica may serve several encoders with other parameters
             _backward([(each, len(each.slices) - 1) for each in due if each.replicas])
@@ -212,6 +212,11 @@ class _Encoded:
     leaf: Tensor  # (N, …), the embeddings
     gap: Tensor | None = None  # 0-d, the largest difference between the turns
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing in it is trained, so that one chunk without graph tells it of all."""
+        return isinstance(self.encoder, nn.Module) and not any(p.requires_grad for p in self.encoder.parameters())
+
     def again(self, part: int) -> tuple[Tensor, Tensor]:
         """A chunk's embeddings, with graph, and their gradient."""
         assert self.leaf.grad is not None
@@ -230,7 +235,7 @@ class _Encoded:
         dtypes = {self.leaf.dtype, *(dtype for _, dtype, on in self.casts if on)}
         dtypes |= {p.dtype for p in self.encoder.parameters()} if isinstance(self.encoder, nn.Module) else set()
         coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
-        gap, size = self.gap.item(), self.leaf.detach().abs().amax().item()
+        gap, size = self.gap.item(), torch.linalg.vector_norm(self.leaf.detach(), torch.inf).item()
         if gap > math.sqrt(coarsest) * size:
             raise RuntimeError(
                 f"Cache: the encoder {_named(self.encoder)} gave other embeddings the second time (by {gap:.1e}, where "

@@ -202,6 +202,23 @@ def test_a_frozen_side_is_encoded_once() -> None:
     assert calls.count(True) == 1, "the first chunk of the second turn tells that nothing is to be trained"
 
 
+def test_a_chunk_without_graph_stops_no_other() -> None:
+    x, y = towers()
+    inputs = batch()
+    seen: list[int] = []
+
+    def at_times_frozen(values: Tensor) -> Tensor:
+        seen.append(1)
+        return x(values).detach() if len(seen) % 5 == 1 else x(values)  # the first of five chunks
+
+    goal.cached_step(at_times_frozen, y, inputs, goal.Objective(), chunk=8)
+    found = gradients(x)
+    x.zero_grad()
+    rows = torch.cat([x(inputs[0][:8]).detach(), x(inputs[0][8:])])
+    goal.apply(rows, y(inputs[1]).detach()).backward()
+    close(found, gradients(x))
+
+
 def test_no_graph_is_larger_than_a_chunk() -> None:
     x, y = towers()
     held: list[int] = []

@@ -183,13 +183,20 @@ def mine(
         "similarity": scan.measure.name,
         **{name: _digest(side, own) for name, side, own in zip(("x", "y"), sides, labels, strict=True)},
     }
-    store = _Store(path.with_name(f"{path.name}.partial"), job, k, m, device)
+    folder, done = (path.with_name(f"{path.name}.{word}") for word in ("partial", "done"))
+    shutil.rmtree(done, ignore_errors=True)  # of a call that was stopped at its last line
+    if path.exists() and not folder.exists():
+        raise ValueError(f"out: {str(out)!r} exists. Delete it, or choose another.")
+    store = _Store(folder, job, k, m, device)
+    if path.exists() and store.start < n:
+        raise ValueError(f"out: {str(out)!r} exists, and what {folder} holds is not finished. Delete one of them.")
     with torch.inference_mode(), _exact_float32(device):
         while store.start < n:
             _mine_rows(store, scan, sides, labels, rows, save_every)
     with _replaced(path) as file:
         _WRITERS[path.suffix](file, store, n, m, k)
-    shutil.rmtree(store.folder)
+    folder.rename(done)
+    shutil.rmtree(done)
     return path
 
 
@@ -538,8 +545,6 @@ def _opened(name: str, source: Source) -> _Side:
             raise ValueError(f"{name}: {path} must be a .npy file, which can be read piece by piece.")
         array = read_array(path, name)
         shape, dtype = array.shape, str(array.dtype)
-        if array.dtype.kind != "f":
-            raise TypeError(f"{name}: {path} must be floating point, got {dtype}.")
 
         def rows(first: int, last: int) -> Any:
             return np.array(np.load(path, mmap_mode="r")[first:last])
@@ -556,7 +561,9 @@ def _opened(name: str, source: Source) -> _Side:
 
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{name} must have shape (N, D) with rows and columns, got {shape}.")
-    return _Side(name, (int(shape[0]), int(shape[1])), dtype, rows)
+    side = _Side(name, (int(shape[0]), int(shape[1])), dtype, rows)
+    side.read(0, 1, torch.device("cpu"))  # what kind of rows they are, before anything is begun
+    return side
 
 
 def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> Tensor:
@@ -597,8 +604,6 @@ def _checked(out: Path) -> Path:
         import pyarrow  # noqa: F401  # its absence is told before the work, not after it
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}.")
-    if out.exists():
-        raise ValueError(f"out: {str(out)!r} exists. Delete it, or choose another.")
     return out
 
 

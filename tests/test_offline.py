@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -271,6 +272,31 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     check(out, x @ y.T, np.arange(30), np.arange(60), 3)
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("at", ["rename", "rmtree"])
+def test_stopped_at_the_very_end(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, out = grid(60), tmp_path / "a.npz"
+
+    def stop(folder: Path, *_: object, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            if at == "rmtree":
+                next(iter(folder.iterdir())).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((offline.shutil, "rmtree", stop) if at == "rmtree" else (Path, "rename", stop)))
+        with pytest.raises(KeyboardInterrupt):
+            offline.mine(x, x, 3, out=out)
+    check(out, x @ x.T, np.arange(60), np.arange(60), 3)
+    if at == "rmtree":
+        with pytest.raises(ValueError, match="exists"):
+            offline.mine(x, x, 3, out=out)
+    else:
+        offline.mine(x, x, 3, out=out)
+        check(out, x @ x.T, np.arange(60), np.arange(60), 3)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_partial_results_are_of_one_call(tmp_path: Path) -> None:
     x, y = grid(110, seed=1), Interrupting(grid(110, seed=2))
     y.left = 0
@@ -341,12 +367,17 @@ def test_what_is_refused(tmp_path: Path) -> None:
     for kind, message, changed in refused:
         with pytest.raises(kind, match=message):
             offline.mine(**{"x": x, "y": x + 1, "out": out, **changed})
-        if (tmp_path / "a.npz.partial").exists():
-            for file in (tmp_path / "a.npz.partial").iterdir():
-                file.unlink()
+        partial = tmp_path / "a.npz.partial"
+        if kind is not ValueError or "finite" not in message:
+            assert not partial.exists(), "refused before anything is written"
+        shutil.rmtree(partial, ignore_errors=True)
     out.write_bytes(b"")
     with pytest.raises(ValueError, match=r"exists\. Delete it, or choose another"):
         offline.mine(x, x, out=out)
+    partial.mkdir()
+    with pytest.raises(ValueError, match=r"exists, and what .* holds is not finished"):
+        offline.mine(x, x, out=out)
+    assert out.read_bytes() == b""
 
 
 def test_what_a_search_refuses() -> None:

@@ -368,7 +368,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             offline.mine(**{"x": x, "y": x + 1, "out": out, **changed})
         partial = tmp_path / "a.npz.partial"
-        if kind is not ValueError or "finite" not in message:
+        if not message.startswith(("row 3", "not finite")):  # which only reading all of it tells
             assert not partial.exists(), "refused before anything is written"
         shutil.rmtree(partial, ignore_errors=True)
     out.write_bytes(b"")

@@ -6,8 +6,10 @@ emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 
 import importlib
 
-from goal import data, mining
+from goal import data, mining, offline
 from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
+from goal.bank import Bank, Banked
+from goal.caching import Cache, cached_step
 from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
 from goal.objective import InfoNCE, Objective, SigLIP, pairs, recipe, recipes
@@ -17,6 +19,9 @@ from goal.terms import P, T, pair_weight, triplet_weight
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
+    "Banked",
+    "Cache",
     "Diagnosis",
     "Explanation",
     "InfoNCE",
@@ -27,6 +32,7 @@ __all__ = [
     "T",
     "apply",
     "apply_similarity",
+    "cached_step",
     "data",
     "diagnose",
     "evaluate",
@@ -35,6 +41,7 @@ __all__ = [
     "gradients",
     "map_at_all",
     "mining",
+    "offline",
     "pair_weight",
     "pairs",
     "recipe",

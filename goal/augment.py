@@ -6,16 +6,16 @@ What is made is ordinary differentiable torch, so what an objective emits at a m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from goal import validation
 from goal.objective import Objective
-from goal.stats import Stats, stats
 from goal.terms import unknown
+from goal.two_way import TwoWay
 
 _SHORT = 1e-3  # a made row shorter than this is not normalised: its direction says nothing, its gradient is huge
 
@@ -132,12 +132,11 @@ def _groups(ids: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _BY_NAME: dict[str, Callable[[Tensor, Tensor, int], Made]] = {"interpolate": interpolate, "mixup": mixup}
 
 
-class Augmented(nn.Module):
+class Augmented(TwoWay):
     """An objective that mines in the augmented space: negatives are the batch's, and rows made of the batch.
 
     With C made of the 2K embeddings, the anchors xᵢ meet the candidates y ∪ C, the anchors yᵢ meet x ∪ C. Pairs,
-    anchors and positive sets stay those of the batch. It takes two calls, (x, [y; C]) for x→y and ([x; C], y) for y→x,
-    each with weight 0 for the other direction, since rows of C on both sides would be taken for pairs.
+    anchors and positive sets stay those of the batch; `TwoWay` says how.
 
     Args:
         objective: what is emitted; its mining is that in the augmented space. Similarity `dot` or `cosine`.
@@ -159,16 +158,13 @@ class Augmented(nn.Module):
     """
 
     def __init__(self, objective: Objective, augment: str = "interpolate", n: int = 2) -> None:
-        super().__init__()
-        if not isinstance(objective, Objective):
-            raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
+        super().__init__(objective)
         if objective.settings.similarity.name not in ("dot", "cosine"):
             raise ValueError(f"similarity={objective.settings.similarity.name!r}: made rows are unit vectors.")
         if augment not in _BY_NAME:
             raise unknown("augment", augment, list(_BY_NAME))
         _checked(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), n)
-        self.objective, self.augment, self.n = objective, augment, n
-        self._seen: list[Any] = []  # what each of the two calls saw
+        self.augment, self.n = augment, n
 
     def forward(
         self,
@@ -199,42 +195,7 @@ class Augmented(nn.Module):
         if self.objective.settings.similarity.name == "cosine":
             x, y = normalize(x, dim=1), normalize(y, dim=1)
         made = _BY_NAME[self.augment](torch.cat([x, y]), torch.cat([rows, cols]), self.n)
-        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check=False)
-        assert scale is not None
-        one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
-        candidate_ids = [torch.cat([own, made.ids]) for own in (rows, cols)]
-        forth = self.objective(x, torch.cat([y, made.rows]), rows, candidate_ids[1], one_way[0])
-        seen_forth = self.objective._seen
-        back = self.objective(torch.cat([x, made.rows]), y, candidate_ids[0], cols, one_way[1])
-        self._seen = [seen_forth, self.objective._seen]
-        loss: Tensor = forth + back
-        return loss
-
-    @property
-    def settings(self) -> Any:
-        """The objective's."""
-        return self.objective.settings
-
-    @property
-    def stats(self) -> Stats:
-        """`goal.Stats` of the last call; an index from K on is that of a made row."""
-        if not self._seen:
-            raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
-        with torch.no_grad():
-            forth, back = (stats(batch, settings, seen) for settings, batch, seen in self._seen)
-            fallback = [
-                seen.fallback[side] for side, (_, _, seen) in enumerate(self._seen) if seen.fallback is not None
-            ]
-        both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in _OF_EACH_DIRECTION}
-        return Stats(
-            s_pos=forth.s_pos,
-            active=(both["T"] != 0).to(both["T"].dtype).mean(),
-            fallback=torch.stack(fallback).to(forth.s_pos.dtype).mean() if fallback else forth.fallback,
-            **both,
-        )
+        return self._emit(x, y, rows, cols, weight, made, made)
 
     def extra_repr(self) -> str:
         return f"{self.augment}, n={self.n}"
-
-
-_OF_EACH_DIRECTION = ("s_neg", "index", "T", "P_pos", "P_neg", "recall_at_1")

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 import goal
-from goal import data
+from goal import data, offline
 from goal.data.audio_visual import holds_clips
-from goal.data.files import write_atomically
+from goal.data.files import read_array, write_atomically
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
 from goal.training.loop import Row, best, load_trained, score
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options, command)
     except ModuleNotFoundError as error:
-        hint = "" if "pip install" in str(error) else ". It comes with: pip install 'goal-objectives[train]'"
+        extra = "mine" if options.command == "mine" else "train"
+        hint = "" if "pip install" in str(error) else f". It comes with: pip install 'goal-objectives[{extra}]'"
         print(f"{error}{hint}", file=sys.stderr)
         return 2
     except (ValueError, TypeError) as error:
@@ -146,6 +147,22 @@ def _eval(options: argparse.Namespace, command: str) -> None:
         assert pairs.y is not None
         metrics = evaluate(pairs.x, pairs.y, pairs.image_of, similarity=options.similarity, folds=options.folds)
     print("\n".join(str(metrics).split(" | ")))
+
+
+def _mine(options: argparse.Namespace, command: str) -> None:
+    image_of = None if options.image_of is None else read_array(options.image_of, "image_of")
+    out = offline.mine(
+        options.images,
+        options.texts,
+        options.k,
+        out=options.out,
+        y_ids=image_of,
+        similarity=options.similarity,
+        memory=round(options.memory * 1e9),
+        device=options.device,
+        save_every=options.save_every,
+    )
+    print(out)
 
 
 def _build(options: argparse.Namespace, command: str) -> None:
@@ -308,6 +325,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-of", type=Path, help="row of x for each row of y; without it equally many, in order")
     sub.add_argument("--similarity", default="cosine", help="of the files: cosine, dot or order")
     sub.add_argument("--folds", type=int, default=1, help="average over so many equal parts (COCO 1K: 5)")
+
+    sub = command("mine", "write the k hardest negatives of each row of two files of embeddings; resumes", _mine)
+    sub.add_argument("--images", type=Path, required=True, help="(N, D) embeddings, .npy")
+    sub.add_argument("--texts", type=Path, required=True, help="(M, D) embeddings, .npy")
+    sub.add_argument("-k", type=int, default=10, help="negatives of each row")
+    sub.add_argument("--out", type=Path, required=True, help="file to write: .parquet, .csv or .npz")
+    sub.add_argument("--image-of", type=Path, help="row of images for each text; without it equally many, in order")
+    sub.add_argument("--similarity", default="cosine", help="cosine, dot or order")
+    sub.add_argument("--memory", type=float, default=1.0, help="gigabytes (10⁹ bytes) to use")
+    sub.add_argument("--device", default="cpu", help="where products are made")
+    sub.add_argument("--save-every", type=float, default=30.0, help="seconds between saves of what is known so far")
 
     datasets = commands.add_parser("data", help="build or describe data").add_subparsers(required=True)
     sub = command("build", "make a dataset from ordinary packages", _build, within=datasets)

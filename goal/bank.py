@@ -1,0 +1,179 @@
+"""More negatives than the batch holds: embeddings of past batches, kept as candidates."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from goal import validation
+from goal.objective import Objective
+from goal.two_way import TwoWay
+
+
+class Past(NamedTuple):
+    """Embeddings of earlier batches."""
+
+    rows: Tensor  # (A, D)
+    ids: Tensor  # (A,) int64
+
+
+class Ring(nn.Module):
+    """The last `size` rows of all that were pushed, with their ids: one side of a `Bank`."""
+
+    rows: Tensor
+    ids: Tensor
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))  # row p, pushed p-th, at p modulo size
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
+        self.pushed = 0
+
+    @property
+    def held(self) -> Past:
+        """What it holds, (A, D) and (A,), in no particular order; views, which the next push overwrites."""
+        count = min(self.pushed, len(self.rows))
+        return Past(self.rows[:count], self.ids[:count])
+
+    def push(self, rows: Tensor, ids: Tensor) -> None:
+        """Put rows (n, D) in the place of the oldest."""
+        size = len(self.rows)
+        first = max(0, len(rows) - size)  # the last ones stay where there are more than it holds
+        at = (self.pushed + torch.arange(first, len(rows), device=self.rows.device)) % size
+        self.rows.index_copy_(0, at, rows.detach()[first:].to(self.rows.dtype))
+        self.ids.index_copy_(0, at, ids[first:])
+        self.pushed += len(rows)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.pushed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.pushed = int(state)
+
+
+class Bank(nn.Module):
+    """The embeddings of the last `size` items of each side, first in, first out, with their ids.
+
+    `Banked` takes them as candidates. They are in the state dict, and move with ``to(device)``. What is pushed is
+    detached. The encoders have moved on since: a row is as old as size / (batch size) steps at most, so either the bank
+    is short against the speed of learning (Wang et al. begin when that has slowed down), or what is pushed comes from a
+    slow copy of the encoders, `torch.optim.swa_utils.AveragedModel`.
+
+    Args:
+        size: rows kept of each side, ≥ 1.
+        dim: D.
+        dtype: in which they are kept; they are used in that of the batch.
+
+    Raises:
+        ValueError, TypeError: a size, dim or dtype that is not allowed, at construction.
+
+    Example:
+        >>> import goal, torch
+        >>> bank = goal.Bank(size=3, dim=2)
+        >>> bank.push(torch.eye(2), torch.eye(2), ids=torch.tensor([4, 5]))
+        >>> bank.push(-torch.eye(2), -torch.eye(2), ids=torch.tensor([6, 7]))
+        >>> bank.x.held.ids, len(bank)
+        (tensor([7, 5, 6]), 3)
+
+    Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
+    """
+
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for name, value in (("size", size), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}.")
+        self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
+
+    def push(self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None) -> None:
+        """Keep these rows, after the loss of their batch: before it they would meet themselves.
+
+        Args:
+            x: (N, D) embeddings.
+            y: (M, D) of the other side.
+            ids: (N,) integers.
+            y_ids: (M,), by default `ids`.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device that does not fit.
+        """
+        x, y = self._fitting(x, y)
+        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+        if rows is None or cols is None:
+            raise TypeError("ids must be integers, one for each row of x, got None.")
+        self.x.push(x, rows)
+        self.y.push(y, cols)
+
+    def _fitting(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = validation.embeddings(x, y)
+        dim, device = self.x.rows.shape[1], self.x.rows.device
+        if x.shape[1] != dim:
+            raise ValueError(f"x and y must have the bank's {dim} columns, got {x.shape[1]}.")
+        if x.device != device:
+            raise ValueError(f"x and y are on {x.device} and the bank is on {device}: bank.to({str(x.device)!r}).")
+        return x, y
+
+    def __len__(self) -> int:
+        """Rows held of x."""
+        return len(self.x.held.ids)
+
+    def extra_repr(self) -> str:
+        return f"size={len(self.x.rows)}, dim={self.x.rows.shape[1]}"
+
+
+class Banked(TwoWay):
+    """An objective whose negatives are the batch's and a bank's: xᵢ meets y and the bank's y, yⱼ meets x and its x.
+
+    It is exactly the objective with the bank's rows as constant candidates. They receive no gradient. They are no
+    anchors and no positives, so they enter neither minₖ s⁺ₖ nor the positive sets, and K and what `mean` divides by are
+    the batch's. They are negatives like any other: of every anchor of another id, in the negative sets of
+    multi-similarity, and counted in the mean over all negatives.
+
+    Args:
+        objective: what is emitted.
+        bank: where the candidates come from; `Bank.push` fills it, a call of the objective does not.
+
+    Raises:
+        TypeError: an objective that is no `goal.Objective`, or a bank that is none.
+
+    Example:
+        >>> import goal, torch
+        >>> bank = goal.Bank(size=64, dim=4)
+        >>> objective = goal.Banked(goal.Objective(similarity="cosine"), bank)
+        >>> for step in range(3):
+        ...     x, y, ids = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4), torch.arange(8) + 8 * step
+        ...     objective(x, y, ids).backward()
+        ...     bank.push(x, y, ids)
+        >>> objective.stats.index.max() >= 8  # a bank's row is somebody's hardest negative
+        tensor(True)
+    """
+
+    def __init__(self, objective: Objective, bank: Bank) -> None:
+        super().__init__(objective)
+        if not isinstance(bank, Bank):
+            raise TypeError(f"bank must be a goal.Bank, got {type(bank).__name__}.")
+        self.bank = bank
+
+    def forward(
+        self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """The scalar of (N, D) and (M, D) embeddings.
+
+        Args:
+            x, y, y_ids, weight: as for `goal.apply`.
+            ids: (N,) integers, which are needed: an item that comes again meets its own past.
+
+        Raises:
+            ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device.
+        """
+        x, y = self.bank._fitting(x, y)
+        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+        if rows is None or cols is None:
+            raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
+        past_x, past_y = self.bank.x.held, self.bank.y.held
+        beside_x, beside_y = (past_x.rows.to(x.dtype), past_x.ids), (past_y.rows.to(y.dtype), past_y.ids)
+        return self._emit(x, y, rows, cols, weight, beside_x, beside_y)

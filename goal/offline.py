@@ -1,0 +1,615 @@
+"""Hard negatives of whole datasets: the exact k most similar of every row, both ways, from files larger than memory.
+
+The unit of work is a tile of S, as everywhere in the library: made, reduced along both sides, dropped. What a tile
+leaves of a row is its k best negatives as sorted *keys*, integers that order by similarity and then by the lowest
+index. So merging is taking the k largest: associative, commutative, and repeatable, as a key that comes twice counts
+once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from goal import validation
+from goal.data.files import bar, read_array, write_atomically
+from goal.evaluation import _exact_float32
+from goal.similarity import Dot, bind
+
+BLOCK = 4096  # rows of y read at once, and in one file of what is known so far
+_ROWS = 1024  # rows of x in a tile
+_GROUP = 16  # entries of a tile whose maximum is taken before one of them is looked at
+_AT_ONCE = 512  # rows of a tile that are looked into at once
+_LOW = 0xFFFFFFFF
+
+
+class Sliced(Protocol):
+    """Anything with rows to slice: an array, a memory map, a dataset of h5py, an object that makes its rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+Source = str | Path | Tensor | NDArray[Any] | Sliced
+
+
+class Found(NamedTuple):
+    """The hardest negatives of some rows, hardest first; −1 and −inf where there are fewer than k."""
+
+    index: Tensor  # type: ignore[assignment]  # (N, k) int64
+    similarity: Tensor  # (N, k) float32
+
+
+def search(
+    x: Tensor,
+    blocks: Iterable[Any],
+    k: int = 10,
+    *,
+    ids: Any = None,
+    y_ids: Any = None,
+    similarity: str = "dot",
+) -> Found:
+    """The k most similar negatives of every row of x in a stream, of which each block is looked at once.
+
+    Args:
+        x: (N, D) floating point, the queries. They stay in memory; on a GPU the work is done there.
+        blocks: (b, D) arrays or tensors, one after the other, of any number of rows.
+        k: negatives for each row, ≥ 1.
+        ids: (N,) integers; rows with equal ids are never negatives of each other. Without, all of the stream are
+            negatives of all of x.
+        y_ids: (M,) integers, of all rows of the stream; given together with `ids`.
+        similarity: `dot`, `cosine` or `order` (x images, the stream captions), as for `goal.apply`.
+
+    Returns:
+        `Found`; indices count the rows of the stream. Similarities are float32 products. Equal ones go to the lowest
+        index; those that differ by less than the rounding of a product may change places.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or id that does not fit; an embedding or a similarity that is not finite.
+
+    Example:
+        >>> import goal, torch
+        >>> x = torch.eye(3)
+        >>> goal.offline.search(x, [-x, x / 2], k=2).index
+        tensor([[3, 1],
+                [4, 0],
+                [5, 0]])
+    """
+    x = validation.matrix("x", x, "(N, D)")
+    scan, k = _Scan(bind(similarity), x.device), _count("k", k)
+    if (ids is None) != (y_ids is None):
+        raise ValueError("ids and y_ids are given together, or neither.")
+    own = others = None
+    if ids is not None:
+        own = validation.identity("ids", ids, len(x), "x", x.device)
+        others = validation.identity("y_ids", y_ids, len(y_ids), "the stream", x.device)
+    keys, first = _no_keys(len(x), k, x.device), 0
+    with torch.inference_mode(), _exact_float32(x.device):
+        queries = _Rows(scan.measure.embed(_float32("x", x, 0, x.shape[1], x.device)), own, 0)
+        for block in blocks:
+            for rows in _float32("the stream", block, first, x.shape[1], x.device).split(BLOCK):
+                of = None if others is None else others[first : first + len(rows)]
+                first += len(rows)
+                if of is not None and len(of) < len(rows):
+                    raise ValueError(f"y_ids has {len(y_ids)} integers, and the stream has at least {first} rows.")
+                scan(queries, _Rows(scan.measure.embed(rows), of, first - len(rows)), keys, None)
+    if others is not None and len(others) != first:
+        raise ValueError(f"y_ids has {len(others)} integers, and the stream has {first} rows.")
+    return Found(*_decoded(keys))
+
+
+def mine(
+    x: Source,
+    y: Source,
+    k: int = 10,
+    *,
+    out: str | Path,
+    ids: Any = None,
+    y_ids: Any = None,
+    similarity: str = "dot",
+    memory: int = 1 << 30,
+    device: str | torch.device = "cpu",
+    save_every: float = 30.0,
+) -> Path:
+    """Write the k most similar negatives of every row of x in y, and of every row of y in x, from one pass over S.
+
+    As many rows of x as fit are in memory; y streams by. What is known so far lies in the folder ``<out>.partial``, so
+    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed. The
+    folder is gone when `out` is there.
+
+    Args:
+        x: (N, D) floating point: a .npy file, read piece by piece, or anything whose rows can be sliced.
+        y: (M, D) of the other side.
+        k: negatives for each row, ≥ 1.
+        out: a file to write. `.parquet` (with pyarrow) and `.csv` have the columns side (x: row is one of x and
+            negative one of y; or y), row, rank (from 1), negative, similarity. `.npz` has x_index (N, k), x_similarity,
+            y_index (M, k) and y_similarity, with −1 and −inf where a row has fewer than k negatives.
+        ids: (N,) integers; rows with equal ids are never negatives of each other. By default each row of x has its own,
+            0 … N − 1.
+        y_ids: (M,) integers, by default `ids`, for which N = M. For captions of images this is the row of x that each
+            belongs to (`image_of`).
+        similarity: `dot`, `cosine` or `order`.
+        memory: bytes to be used, beyond Python, torch and the ids; more means fewer passes over y.
+        device: where the products are made.
+        save_every: seconds after which what is known of the rows of x in memory is written.
+
+    Returns:
+        The path `out`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, id or ending that does not fit; a memory that is too small, with what is
+            needed; an `out` that exists, or whose partial results are those of another call; an embedding or a
+            similarity that is not finite.
+
+    Example:
+        >>> import goal, numpy as np, tempfile
+        >>> rng = np.random.default_rng(0)
+        >>> images, texts = rng.normal(size=(20, 8)), rng.normal(size=(100, 8))
+        >>> image_of = np.arange(20).repeat(5)
+        >>> out = tempfile.mkdtemp() + "/negatives.npz"
+        >>> with np.load(goal.offline.mine(images, texts, k=3, y_ids=image_of, out=out)) as found:
+        ...     found["x_index"].shape, found["y_index"].shape
+        ((20, 3), (100, 3))
+    """
+    sides = _opened("x", x), _opened("y", y)
+    (n, d), (m, width) = (side.shape for side in sides)
+    if d != width:
+        raise ValueError(f"x and y must have the same D, got x {(n, d)} and y {(m, width)}.")
+    if max(n, m) > _LOW:
+        raise ValueError(f"x and y may have up to {_LOW} rows, got {max(n, m)}.")
+    k, device, path = _count("k", k), torch.device(device), _checked(Path(out))
+    labels = _identities(ids, y_ids, n, m)
+    scan = _Scan(bind(similarity), device)
+    rows = _rows_in(memory, n, m, d, k)
+    job = {
+        "k": k,
+        "similarity": scan.measure.name,
+        **{name: _digest(side, own) for name, side, own in zip(("x", "y"), sides, labels, strict=True)},
+    }
+    folder, done = (path.with_name(f"{path.name}.{word}") for word in ("partial", "done"))
+    shutil.rmtree(done, ignore_errors=True)  # of a call that was stopped at its last line
+    if path.exists() and not folder.exists():
+        raise ValueError(f"out: {str(out)!r} exists. Delete it, or choose another.")
+    store = _Store(folder, job, k, m, device)
+    if path.exists() and store.start < n:
+        raise ValueError(f"out: {str(out)!r} exists, and what {folder} holds is not finished. Delete one of them.")
+    with torch.inference_mode(), _exact_float32(device):
+        while store.start < n:
+            _mine_rows(store, scan, sides, labels, rows, save_every)
+    with _replaced(path) as file:
+        _WRITERS[path.suffix](file, store, n, m, k)
+    folder.rename(done)
+    shutil.rmtree(done)
+    return path
+
+
+# ---- keys: (similarity, index) as one integer ------------------------------------------------------------
+
+
+def _keys(similarity: Tensor, index: Tensor) -> Tensor:
+    """int64 that order as (similarity, −index) do; similarity float32, index below 2³²."""
+    bits = (similarity + 0.0).view(torch.int32)  # −0 is 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ordered.long().mul_(1 << 32).add_(_LOW).sub(index)
+
+
+def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(index, similarity) of keys; index −1 where the similarity is −inf."""
+    ordered = (keys >> 32).int()
+    similarity = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return torch.where(similarity == -torch.inf, -1, _LOW - (keys & _LOW)), similarity
+
+
+def _no_keys(rows: int, k: int, device: torch.device) -> Tensor:
+    """(rows, k): nothing found yet."""
+    return _keys(torch.full((rows, k), -torch.inf, device=device), torch.full((rows, k), _LOW, device=device))
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """The k largest of both sets of each row, every key once: (A, k), (A, any) → (A, k), sorted.
+
+    >>> merge(torch.tensor([[9, 5, 2]]), torch.tensor([[7, 5, 9, 1]]))
+    tensor([[9, 7, 5]])
+    """
+    k = a.shape[1]
+    both = torch.cat([a, b], 1)
+    top = both.topk(min(2 * k, both.shape[1]), dim=1).values  # a key is in either at most once
+    again = top[:, 1:] == top[:, :-1]
+    if again.any():
+        top[:, 1:].masked_fill_(again, int(_no_keys(1, 1, torch.device("cpu"))))
+        top = top.topk(k, dim=1).values
+    return top[:, :k]
+
+
+# ---- a tile of S -----------------------------------------------------------------------------------------
+
+
+class _Rows(NamedTuple):
+    """Some rows of one side."""
+
+    rows: Tensor  # (n, D) float32, embedded
+    ids: Tensor | None  # (n,) int64; None: all different from the other side's
+    first: int  # index of the first among all
+
+
+class _Scan:
+    """Tiles of S for one similarity on one device; the memory of a tile is kept from one to the next."""
+
+    def __init__(self, measure: Dot, device: torch.device) -> None:
+        self.measure, self._tile = measure, torch.empty(0, device=device)
+
+    def __call__(self, x: _Rows, y: _Rows, x_keys: Tensor, y_keys: Tensor | None) -> None:
+        """Improve the keys of x (n, k), and of y (m, k) if they are wanted, by each other's rows, in place."""
+        ordered = None if y.ids is None else y.ids.sort()
+        for start in range(0, len(x.rows), _ROWS):
+            part = slice(start, min(start + _ROWS, len(x.rows)))
+            tile = self._similarities(x.rows[part], y.rows)
+            if ordered is not None and x.ids is not None and y.ids is not None:
+                _hide(tile, x.ids[part], y.ids, *ordered)
+            _improve(x_keys[part], tile, 0, y.first)
+            if y_keys is not None:
+                _improve(y_keys, tile, 1, x.first + start)
+
+    def _similarities(self, x: Tensor, y: Tensor) -> Tensor:
+        """(m, n), both filled up with −inf to whole groups."""
+        n, m = len(x), len(y)
+        height, width = (-(-size // _GROUP) * _GROUP for size in (m, n))
+        if self._tile.numel() < height * width:
+            self._tile = x.new_empty(height * width)
+        tile = self._tile[: height * width].view(height, width)
+        if self.measure.name == "order":  # not the same the other way round
+            tile[:m, :n] = self.measure.tile(x, y).T
+        else:
+            self.measure.tile(y, x, out=tile[:m, :n])
+        tile[m:], tile[:, n:] = -torch.inf, -torch.inf
+        return tile
+
+
+def _hide(tile: Tensor, x_ids: Tensor, y_ids: Tensor, ordered: Tensor, order: Tensor) -> None:
+    """−inf where ids are equal; one by one where there are few of them. `ordered`, `order`: y_ids sorted."""
+    low, high = (torch.searchsorted(ordered, x_ids, right=right) for right in (False, True))
+    count = high - low
+    total = int(count.sum())
+    if total > tile.numel() // 32:
+        tile[: len(y_ids), : len(x_ids)].masked_fill_(y_ids[:, None] == x_ids, -torch.inf)
+        return
+    column = torch.repeat_interleave(count)
+    place = torch.arange(total, device=tile.device) + (low - count.cumsum(0) + count)[column]
+    tile[order[place], column] = -torch.inf
+
+
+def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
+    """The keys (n, k) merged, in place, with those of a tile in which dimension `candidates` counts from `first`.
+
+    An entry of the k best lies in one of the k groups whose maxima are largest, the first ones among equals: else each
+    of these groups has an entry that beats it. Groups count only where their maximum exceeds the k-th best so far;
+    indices grow from tile to tile, so what equals it would come after it.
+    """
+    n, k = keys.shape
+    if candidates == 0:
+        grouped = tile.view(-1, _GROUP, tile.shape[1])
+        maxima, grouped = grouped.amax(1).T[:n], grouped.permute(2, 0, 1)  # (n, groups), (n or more, groups, group)
+    else:
+        grouped = tile.view(len(tile), -1, _GROUP)
+        maxima = max_pool1d(tile[:n, None], _GROUP)[:, 0]  # amax over short rows takes four times as long
+    worst = _decoded(keys[:, -1])[1]
+    if not bool((maxima.amax(1) < torch.inf).all()):
+        raise ValueError(f"a similarity of the rows from {first} on is not finite: scale the embeddings down.")
+    counts, order = (maxima > worst[:, None]).sum(1).clamp(max=k).sort()
+    idle = int((counts == 0).sum())
+    groups = torch.arange(maxima.shape[1], device=tile.device)
+    inside = torch.arange(_GROUP, device=tile.device)
+    for start in range(idle, n, _AT_ONCE):
+        rows = order[start : start + _AT_ONCE]
+        taken = int(counts[start : start + _AT_ONCE][-1])  # sorted, so that all of them need about as many
+        chosen = _LOW - (_keys(maxima[rows], groups).topk(taken, dim=1).values & _LOW)  # (a, taken)
+        at = chosen[..., None] * _GROUP + inside  # (a, taken, group)
+        keys[rows] = merge(keys[rows], _keys(grouped[rows[:, None], chosen], first + at).flatten(1))
+
+
+# ---- a job and what is known of it -----------------------------------------------------------------------
+
+
+def _mine_rows(
+    store: _Store,
+    scan: _Scan,
+    sides: tuple[_Side, _Side],
+    labels: tuple[Tensor | None, Tensor | None],
+    rows: int,
+    save_every: float,
+) -> None:
+    """The rows of x from `store.start` on, as many as are to be in memory, against all of y."""
+    (x, y), (ids, y_ids) = sides, labels
+    (n, d), (m, _) = x.shape, y.shape
+    start = store.start
+    stop = min(start + rows, store.stop or n)
+    embedded = torch.empty(stop - start, d, device=store.device)
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        embedded[first - start : last - start] = scan.measure.embed(x.read(first, last, store.device))
+    queries = _Rows(embedded, _ids_of(ids, start, stop, store.device), start)
+    keys = store.rows_of_x(start, stop)
+    saved = time.monotonic()
+    for first in bar(range(store.column, m, BLOCK), f"rows {start} to {stop} of {n}"):
+        last = min(first + BLOCK, m)
+        block = scan.measure.embed(y.read(first, last, store.device))
+        others = store.rows_of_y(first, last)
+        scan(queries, _Rows(block, _ids_of(y_ids, first, last, store.device), first), keys, others)
+        store.keep_y(first, others)
+        if time.monotonic() - saved >= save_every and last < m:
+            store.keep_x(start, stop, last, keys)
+            saved = time.monotonic()
+    store.keep_x(start, stop, m, keys)
+
+
+class _Store:
+    """What is known so far, in a folder of its own: keys of y for each block, keys of x for each part, and the place.
+
+    Keys may be ahead of the place, never behind: what is merged again changes nothing.
+    """
+
+    def __init__(self, folder: Path, job: dict[str, Any], k: int, m: int, device: torch.device) -> None:
+        self.folder, self.k, self.m, self.device = folder, k, m, device
+        folder.mkdir(exist_ok=True)
+        known = folder / "job.json"
+        if known.exists():
+            before = json.loads(known.read_text())
+            if differing := [name for name in job if before.get(name) != job[name]]:
+                raise ValueError(
+                    f"{folder} holds what another call has found so far: {', '.join(differing)} differ. "
+                    "Delete the folder, or give another out."
+                )
+        else:
+            write_atomically(known, json.dumps(job).encode())
+        self._place = folder / "place.json"
+        at = json.loads(self._place.read_text()) if self._place.exists() else {"start": 0, "stop": 0, "column": 0}
+        self.start: int = at["start"]  # first of the rows of x that are at work
+        self.stop: int = at["stop"]  # their end, 0 where they have not begun
+        self.column: int = at["column"]  # rows of y that they have met
+
+    def _file(self, side: str, first: int) -> Path:
+        return self.folder / f"{side}-{first:010}.npy"
+
+    def _read(self, side: str, first: int, last: int) -> Tensor:
+        path = self._file(side, first)
+        if not path.exists():
+            return _no_keys(last - first, self.k, self.device)
+        keys = np.load(path, mmap_mode="r")[: last - first]  # fewer, where there is less memory than before
+        return torch.from_numpy(np.array(keys)).to(self.device)
+
+    def rows_of_x(self, start: int, stop: int) -> Tensor:
+        return self._read("x", start, stop)
+
+    def rows_of_y(self, first: int, last: int) -> Tensor:
+        return self._read("y", first, last)
+
+    def _write(self, side: str, first: int, keys: Tensor) -> None:
+        with _replaced(self._file(side, first)) as file:
+            np.save(file, keys.cpu().numpy())
+
+    def keep_y(self, first: int, keys: Tensor) -> None:
+        self._write("y", first, keys)
+
+    def keep_x(self, start: int, stop: int, column: int, keys: Tensor) -> None:
+        """Keys first, then the place."""
+        self._write("x", start, keys)
+        done = column == self.m
+        self.start, self.stop, self.column = (stop, 0, 0) if done else (start, stop, column)
+        place = {"start": self.start, "stop": self.stop, "column": self.column}
+        write_atomically(self._place, json.dumps(place).encode())
+
+    def found(self, side: str) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
+        """(first row, index (b, k), similarity (b, k)) of one side, in order."""
+        first = 0
+        for path in sorted(self.folder.glob(f"{side}-*.npy")):
+            keys = np.load(path, mmap_mode="r")
+            for start in range(0, len(keys), BLOCK):
+                index, similarity = _decoded(torch.from_numpy(np.array(keys[start : start + BLOCK])))
+                yield first, index.numpy(), similarity.numpy()
+                first += len(index)
+
+
+def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
+    """How many rows of x to hold, so that all arrays fit into so many bytes."""
+    memory = _count("memory", memory)
+    block = min(BLOCK, m)
+    width = min(_ROWS, n)
+    tile = (block + _GROUP) * (width + _GROUP)
+    fixed = 4 * tile * 2  # and its maxima, hidden entries, or a copy of it
+    fixed += 6 * 8 * _AT_ONCE * (block // _GROUP + min(k, block // _GROUP + 1) * _GROUP + 3 * k)  # keys on their way
+    fixed += block * (d * 4 * 4 + k * 8 * 4)  # a block as read, in float32, embedded; its keys
+    each = d * 4 + k * 8 * 2 + 16  # embeddings, keys, ids
+    least = fixed + each * min(n, _ROWS)
+    if memory < least:
+        raise ValueError(f"memory must be at least {least} bytes for D = {d} and k = {k}, got {memory}.")
+    return min(n, max(_ROWS, (memory - fixed) // each // _ROWS * _ROWS))
+
+
+def _digest(side: _Side, ids: Tensor | None) -> str:
+    """What tells this data from other data: shape, dtype, 64 rows of it, all ids."""
+    n = side.shape[0]
+    found = hashlib.blake2b(f"{side.shape} {side.dtype}".encode(), digest_size=16)
+    for row in sorted({n * i // 64 for i in range(64)} | {n - 1}):
+        found.update(np.ascontiguousarray(side.slice(row, row + 1)).tobytes())
+    found.update(b"" if ids is None else ids.numpy().tobytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its place once it is written and on disk; nothing is left of it if that fails."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)  # temporary files are private
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+# ---- what is written -------------------------------------------------------------------------------------
+
+
+def _write_npz(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        for side, rows in (("x", n), ("y", m)):
+            for at, name, kind in ((1, "index", "<i8"), (2, "similarity", "<f4")):
+                with archive.open(f"{side}_{name}.npy", "w", force_zip64=True) as member:
+                    header = {"descr": kind, "fortran_order": False, "shape": (rows, k)}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for found in store.found(side):
+                        member.write(np.ascontiguousarray(found[at], dtype=kind).tobytes())
+
+
+def _columns(store: _Store) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+    """The long form, some rows at a time: the side, then row, rank, negative, similarity; without what is missing."""
+    for side in ("x", "y"):
+        for first, index, similarity in store.found(side):
+            row, rank = (index >= 0).nonzero()
+            columns = {"row": first + row, "rank": 1 + rank}
+            yield side, {**columns, "negative": index[row, rank], "similarity": similarity[row, rank]}
+
+
+def _write_csv(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
+    file.write(b"side,row,rank,negative,similarity\n")
+    for side, columns in _columns(store):
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+        lines = (f"{side},{row},{rank},{negative},{value:.9g}\n" for row, rank, negative, value in rows)
+        file.write("".join(lines).encode())
+
+
+def _write_parquet(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = {"row": pa.int64(), "rank": pa.int32(), "negative": pa.int64(), "similarity": pa.float32()}
+    schema = pa.schema([("side", pa.string()), *kinds.items()])
+    with parquet.ParquetWriter(file, schema) as writer:
+        for side, columns in _columns(store):
+            arrays = [pa.array(columns[name], kind) for name, kind in kinds.items()]
+            sides = pa.array([side] * len(columns["row"]), pa.string())
+            writer.write_table(pa.Table.from_arrays([sides, *arrays], schema=schema))
+
+
+_WRITERS: dict[str, Callable[[IO[bytes], _Store, int, int, int], None]] = {
+    ".parquet": _write_parquet,
+    ".csv": _write_csv,
+    ".npz": _write_npz,
+}
+
+
+# ---- what is read ----------------------------------------------------------------------------------------
+
+
+class _Side(NamedTuple):
+    """One side's data, of which rows are read when they are needed."""
+
+    name: str
+    shape: tuple[int, int]  # (N, D)
+    dtype: str
+    slice: Callable[[int, int], Any]  # rows from, to → (b, D) array or tensor
+
+    def read(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Rows in float32, checked."""
+        found = _float32(self.name, self.slice(first, last), first, self.shape[1], device)
+        if len(found) != last - first:
+            raise ValueError(f"{self.name}[{first}:{last}] gave {len(found)} rows.")
+        return found
+
+
+def _opened(name: str, source: Source) -> _Side:
+    """A source as rows to read; a file is mapped anew for each piece, so that its pages do not stay in memory."""
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.suffix != ".npy":
+            raise ValueError(f"{name}: {path} must be a .npy file, which can be read piece by piece.")
+        array = read_array(path, name)
+        shape, dtype = array.shape, str(array.dtype)
+
+        def rows(first: int, last: int) -> Any:
+            return np.array(np.load(path, mmap_mode="r")[first:last])
+
+    else:
+        if not hasattr(source, "shape") or not hasattr(source, "__getitem__"):
+            raise TypeError(
+                f"{name} must be a .npy file or have a shape and rows to slice, got {type(source).__name__}."
+            )
+        shape, dtype = tuple(source.shape), str(getattr(source, "dtype", "unknown"))
+
+        def rows(first: int, last: int) -> Any:
+            return source[first:last]
+
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name} must have shape (N, D) with rows and columns, got {shape}.")
+    side = _Side(name, (int(shape[0]), int(shape[1])), dtype, rows)
+    side.read(0, 1, torch.device("cpu"))  # what kind of rows they are, before anything is begun
+    return side
+
+
+def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> Tensor:
+    """(b, D) in float32 on the device, finite."""
+    found = rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
+    if not found.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {found.dtype}.")
+    if found.dim() != 2 or found.shape[1] != d:
+        raise ValueError(f"{name} must have rows of {d} numbers, got shape {tuple(found.shape)}.")
+    found = found.to(device, torch.float32)
+    if not bool(found.sum().isfinite()):  # of all, since that is quick; then of each
+        bad = (~found.isfinite().all(1)).nonzero()
+        if len(bad):
+            raise ValueError(f"{name} must be finite in float32, but row {first + int(bad[0])} has NaN or inf.")
+    return found
+
+
+def _identities(ids: Any, y_ids: Any, n: int, m: int) -> tuple[Tensor | None, Tensor | None]:
+    """(N,) and (M,) ids on the CPU; None: the number of the row."""
+    cpu = torch.device("cpu")
+    ids, y_ids = (np.array(each) if isinstance(each, np.ndarray) else each for each in (ids, y_ids))  # not a file's map
+    own = None if ids is None else validation.identity("ids", ids, n, "x", cpu)
+    if y_ids is not None:
+        return own, validation.identity("y_ids", y_ids, m, "y", cpu)
+    if n != m:
+        raise ValueError(f"y_ids is needed where N ≠ M, to tell positives: x has {n} rows and y has {m}.")
+    return own, own
+
+
+def _ids_of(ids: Tensor | None, first: int, last: int, device: torch.device) -> Tensor:
+    return torch.arange(first, last, device=device) if ids is None else ids[first:last].to(device)
+
+
+def _checked(out: Path) -> Path:
+    if out.suffix not in _WRITERS:
+        raise ValueError(f"out must end in one of {', '.join(_WRITERS)}, got {str(out)!r}.")
+    if out.suffix == ".parquet":
+        import pyarrow  # noqa: F401  # its absence is told before the work, not after it
+    if not out.parent.is_dir():
+        raise ValueError(f"out: there is no folder {str(out.parent)!r}.")
+    return out
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value

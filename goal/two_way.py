@@ -1,0 +1,84 @@
+"""Objectives whose two directions meet candidates of their own, as two one-way calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goal import validation
+from goal.objective import Objective
+from goal.stats import Stats, stats
+
+Candidates = tuple[Tensor, Tensor]  # rows (A, D) and their ids (A,)
+
+
+class TwoWay(nn.Module):
+    """The base of objectives in which anchors of x meet y and some rows A, anchors of y meet x and some rows B.
+
+    It takes two calls, (x, [y; A]) for x→y and ([x; B], y) for y→x, each with weight 0 for the other direction: in one
+    call the rows of A and B would face each other as pairs. So they enter neither min s⁺ nor the positive sets.
+
+    Args:
+        objective: what is emitted.
+
+    Raises:
+        TypeError: an objective that is no `goal.Objective`.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
+        self.objective = objective
+        self._seen: list[Any] = []  # what each of the two calls saw
+
+    def _emit(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        y_ids: Tensor,
+        weight: Tensor | None,
+        beside_x: Candidates,
+        beside_y: Candidates,
+    ) -> Tensor:
+        """The scalar of x (N, D) and y (M, D), whose first K = min(N, M) rows are anchors."""
+        k = min(len(x), len(y))
+        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check=False)
+        assert scale is not None
+        one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
+        (b, b_ids), (a, a_ids) = beside_x, beside_y
+        forth = self.objective(x[:k], torch.cat([y, a]), ids[:k], torch.cat([y_ids, a_ids]), one_way[0])
+        seen_forth = self.objective._seen
+        back = self.objective(torch.cat([x, b]), y[:k], torch.cat([ids, b_ids]), y_ids[:k], one_way[1])
+        self._seen = [seen_forth, self.objective._seen]
+        loss: Tensor = forth + back
+        return loss
+
+    @property
+    def settings(self) -> Any:
+        """The objective's."""
+        return self.objective.settings
+
+    @property
+    def stats(self) -> Stats:
+        """`goal.Stats` of the last call; an index from M (x→y) or N (y→x) on is that of a row beside the batch."""
+        if not self._seen:
+            raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
+        with torch.no_grad():
+            forth, back = (stats(batch, settings, seen) for settings, batch, seen in self._seen)
+            fallback = [
+                seen.fallback[side] for side, (_, _, seen) in enumerate(self._seen) if seen.fallback is not None
+            ]
+        both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in _OF_EACH_DIRECTION}
+        return Stats(
+            s_pos=forth.s_pos,
+            active=(both["T"] != 0).to(both["T"].dtype).mean(),
+            fallback=torch.stack(fallback).to(forth.s_pos.dtype).mean() if fallback else forth.fallback,
+            **both,
+        )
+
+
+_OF_EACH_DIRECTION = ("s_neg", "index", "T", "P_pos", "P_neg", "recall_at_1")

@@ -5,9 +5,9 @@
     python -m benchmarks.experiments.curriculum --data path/to/ave --seeds 5
 
 The hinge of the triplet loss, margin 0.2, over semi-hard, hardest, selected or all negatives from the beginning; or
-semi-hard ones for 500 steps, and then the hardest: of the batch (plain), or also among rows that are interpolated within
-a class or mixed between classes. A random order is beside them. Items of one class are no
-negatives of each other. Each is compared with semi-hard alone by paired differences over seeds.
+semi-hard ones for 500 steps, and then the hardest: of the batch (plain), or also among rows that are interpolated
+within a class or mixed between classes. A random order is beside them. Items of one class are no negatives of each
+other. Each is compared with semi-hard alone by paired differences over seeds.
 
 Source of the claim: Zeng & Ikeda, "Two-Stage Triplet Loss Training with Curriculum Augmentation for Audio-Visual
 Retrieval", 2023.

@@ -82,7 +82,7 @@ def cached_step(x: nn.Module, y: nn.Module, batch: tuple[Tensor, Tensor], object
 
 def emission(x: nn.Module, y: nn.Module, batch: tuple[Tensor, Tensor], objective: nn.Module) -> None:
     """The objective alone, on embeddings that are there."""
-    rows = [torch.zeros(len(side), D).normal_().requires_grad_() for side in batch]
+    rows = [normalize(side[:, :D], dim=1).requires_grad_() for side in batch]
     objective(*rows).backward()
 
 

@@ -147,12 +147,13 @@ class Cache:
         slices = [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
         devices = _devices(encoder, parts)
         casts = _casts({device.type for device in devices})
-        random, rows = [], []
+        random: list[RandomState] = []
+        leaf: Tensor | None = None
         with torch.no_grad(), _autocast(casts), _modules(encoder) as (buffers, replicas):
             for part in slices:
                 random.append(_random_state(devices))
-                rows.append(_encode(encoder, parts, part))
-            leaf = _joined(rows, encoder)
+                leaf = _filled(leaf, _encode(encoder, parts, part), part, length, encoder)
+        assert leaf is not None
         self._encoded.append(_Encoded(encoder, parts, slices, random, buffers, casts, replicas, leaf.requires_grad_()))
         return leaf
 
@@ -294,11 +295,17 @@ def _encode(encoder: Encoder, inputs: Mapping[str | int, Tensor], rows: slice) -
     return found
 
 
-def _joined(rows: list[Tensor], encoder: Encoder) -> Tensor:
-    if len({(each.shape[1:], each.dtype, each.device) for each in rows}) != 1:
-        got = ", ".join(sorted({f"{_described(each)}" for each in rows}))
-        raise ValueError(f"the encoder {_named(encoder)} must return rows alike from every chunk, got {got}.")
-    return torch.cat(rows)
+def _filled(whole: Tensor | None, found: Tensor, rows: slice, length: int, encoder: Encoder) -> Tensor:
+    """The embeddings of all rows with those of a chunk set; kept apart, chunks would scatter over the memory."""
+    if whole is None:
+        whole = found.new_empty(length, *found.shape[1:])
+    if (found.shape[1:], found.dtype, found.device) != (whole.shape[1:], whole.dtype, whole.device):
+        raise ValueError(
+            f"the encoder {_named(encoder)} must return rows alike from every chunk, got {_described(found)} after "
+            f"rows of shape {tuple(whole.shape[1:])} in {str(whole.dtype).removeprefix('torch.')}."
+        )
+    whole[rows] = found
+    return whole
 
 
 def _described(value: object) -> str:

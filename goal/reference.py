@@ -107,7 +107,7 @@ def mine(
     n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
     n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
     reduce = _Reduction(similarity, x, y, s_pos, request, whole)
-    of_rows: list[Partial] = []
+    of_rows: Partial | None = None
     of_cols: Partial | None = None
     for rows in tiles(x.shape[0], y.shape[0]):
         inside = masks.rows(rows)
@@ -119,14 +119,14 @@ def mine(
         if anchors:
             own = s_pos[here : here + anchors]
             part, shared = reduce(tile[:anchors], -1, masks.col_offset, own)
-            of_rows.append(part)
+            of_rows = _filled(of_rows, part, rows.start, n_rows)
         if n_cols:
             own = s_pos[masks.col_offset : masks.col_offset + n_cols]
             if shared is not None and (anchors, n_cols) != tile.shape:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
             part, _ = reduce(tile[:, :n_cols], 0, here, own, shared)
             of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.threshold, reduce.tie)
-    x_to_y = _concatenate(of_rows) if of_rows else _nothing(s_pos, request)
+    x_to_y = of_rows if of_rows is not None else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
     lacking = masks.may_lack(x.shape[0], y.shape[0])
 
@@ -258,11 +258,20 @@ def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, group * _GROUP + within
 
 
-def _concatenate(parts: list[Partial]) -> Partial:
-    if len(parts) == 1:
-        return parts[0]
-    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    return Partial(*columns)
+def _filled(whole: Partial | None, part: Partial, start: int, size: int) -> Partial:
+    """The partial of `size` anchors with those from `start` on set.
+
+    Parts kept until all were there would lie between the memory of large tiles, and keep it from being used again.
+    """
+    if whole is None:
+        if part.s_neg.shape[0] == size:
+            return part
+        columns: list[Any] = [None if column is None else column.new_empty(size) for column in part]
+        whole = Partial(*columns)
+    for column, values in zip(whole, part, strict=True):
+        if column is not None and values is not None:
+            column[start : start + values.shape[0]] = values
+    return whole
 
 
 def _nothing(s_pos: Tensor, request: Request) -> Partial:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from goal import validation
+from goal.distributed import shared_seed, whole
 from goal.objective import Objective
 from goal.terms import unknown
 from goal.two_way import TwoWay
@@ -129,14 +130,18 @@ def _groups(ids: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shuffle[within], (sizes.cumsum(0) - sizes)[group], sizes[group]
 
 
-_BY_NAME: dict[str, Callable[[Tensor, Tensor, int], Made]] = {"interpolate": interpolate, "mixup": mixup}
+_BY_NAME: dict[str, Callable[[Tensor, Tensor, int, torch.Generator | None], Made]] = {
+    "interpolate": interpolate,
+    "mixup": mixup,
+}
 
 
 class Augmented(TwoWay):
     """An objective that mines in the augmented space: negatives are the batch's, and rows made of the batch.
 
     With C made of the 2K embeddings, the anchors xᵢ meet the candidates y ∪ C, the anchors yᵢ meet x ∪ C. Pairs,
-    anchors and positive sets stay those of the batch; `TwoWay` says how.
+    anchors and positive sets stay those of the batch; `TwoWay` says how, and what a `group=` of the objective does. All
+    ranks then make the same rows.
 
     Args:
         objective: what is emitted; its mining is that in the augmented space. Similarity `dot` or `cosine`.
@@ -185,6 +190,8 @@ class Augmented(TwoWay):
         Raises:
             ValueError, TypeError: as `goal.apply`; x and y of different lengths; no two items of an id, or no two ids.
         """
+        ranks = self.objective._ranks
+        x, y, ids, y_ids, weight = whole(ranks, str(self), x, y, ids, y_ids, weight)
         x, y = validation.embeddings(x, y)
         k = len(x)
         if len(y) != k:
@@ -194,7 +201,10 @@ class Augmented(TwoWay):
         assert cols is not None
         if self.objective.settings.similarity.name == "cosine":
             x, y = normalize(x, dim=1), normalize(y, dim=1)
-        made = _BY_NAME[self.augment](torch.cat([x, y]), torch.cat([rows, cols]), self.n)
+        generator = None
+        if ranks is not None:
+            generator = torch.Generator(x.device).manual_seed(shared_seed(ranks, x.device))
+        made = _BY_NAME[self.augment](torch.cat([x, y]), torch.cat([rows, cols]), self.n, generator)
         return self._emit(x, y, rows, cols, weight, made, made)
 
     def extra_repr(self) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from goal import validation
+from goal import distributed, validation, wire
 from goal.objective import Objective
 from goal.two_way import TwoWay
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Past(NamedTuple):
@@ -65,9 +68,11 @@ class Bank(nn.Module):
         size: rows kept of each side, ≥ 1.
         dim: D.
         dtype: in which they are kept; they are used in that of the batch.
+        group: a `ProcessGroup` or `"world"`, for an objective with that group: all ranks keep the rows of all, and so
+            the same; `size` counts them.
 
     Raises:
-        ValueError, TypeError: a size, dim or dtype that is not allowed, at construction.
+        ValueError, TypeError: a size, dim, dtype or group that is not allowed, at construction.
 
     Example:
         >>> import goal, torch
@@ -80,8 +85,11 @@ class Bank(nn.Module):
     Source: Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020.
     """
 
-    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, group: ProcessGroup | str | None = None
+    ) -> None:
         super().__init__()
+        self._ranks = wire.ranks(group, False, "gather")
         for name, value in (("size", size), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
@@ -98,11 +106,14 @@ class Bank(nn.Module):
             ids: (N,) integers.
             y_ids: (M,), by default `ids`.
 
+        With a group all ranks call it together, each with its own rows.
+
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit.
         """
-        x, y = self._fitting(x, y)
-        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+        every = distributed.whole(self._ranks, str(self), x, y, ids, y_ids)
+        x, y = self._fitting(every.x, every.y)
+        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:
             raise TypeError("ids must be integers, one for each row of x, got None.")
         self.x.push(x, rows)
@@ -134,11 +145,13 @@ class Banked(TwoWay):
     multi-similarity, and counted in the mean over all negatives.
 
     Args:
-        objective: what is emitted.
+        objective: what is emitted. With `group=` it is that of the global batch, computed on every rank
+            (`goal.distributed.gathered`), and the bank needs the same group.
         bank: where the candidates come from; `Bank.push` fills it, a call of the objective does not.
 
     Raises:
         TypeError: an objective that is no `goal.Objective`, or a bank that is none.
+        ValueError: an objective with a group, and a bank without it; exchange="ring".
 
     Example:
         >>> import goal, torch
@@ -156,6 +169,9 @@ class Banked(TwoWay):
         super().__init__(objective)
         if not isinstance(bank, Bank):
             raise TypeError(f"bank must be a goal.Bank, got {type(bank).__name__}.")
+        groups = [None if one is None else one.group for one in (objective._ranks, bank._ranks)]
+        if groups[0] != groups[1]:
+            raise ValueError(f"objective and bank must have the same group, got {groups[0]!r} and {groups[1]!r}.")
         self.bank = bank
 
     def forward(
@@ -170,10 +186,11 @@ class Banked(TwoWay):
         Raises:
             ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device.
         """
-        x, y = self.bank._fitting(x, y)
-        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+        every = distributed.whole(self.objective._ranks, str(self), x, y, ids, y_ids, weight)
+        x, y = self.bank._fitting(every.x, every.y)
+        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:
             raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
         past_x, past_y = self.bank.x.held, self.bank.y.held
         beside_x, beside_y = (past_x.rows.to(x.dtype), past_x.ids), (past_y.rows.to(y.dtype), past_y.ids)
-        return self._emit(x, y, rows, cols, weight, beside_x, beside_y)
+        return self._emit(x, y, rows, cols, every.weight, beside_x, beside_y)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from goal import engine, mining, terms, validation, wire
+from goal import distributed, engine, mining, terms, validation, wire
 from goal.autograd import _run
 from goal.engine import Batch, Seen, Settings
 from goal.similarity import GIVEN
@@ -72,10 +72,22 @@ class Objective(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
+        return self._of(x, y, ids, y_ids, weight, self._ranks)
+
+    def _of(
+        self,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor | None,
+        y_ids: Tensor | None,
+        weight: Tensor | None,
+        ranks: wire.Ranks | None,
+    ) -> Tensor:
+        """`forward` over these ranks."""
         settings = self.settings
         if torch.compiler.is_compiling():  # a graph takes single numbers as its inputs, and settings as constants
             settings = engine.renumbered(settings, *self._numbers)
-        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite, self._ranks)
+        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite, ranks)
         self._seen = self.settings, batch, outcome.seen
         return loss
 
@@ -109,23 +121,36 @@ class Objective(nn.Module):
         return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}{ranks}"
 
 
-def _logits(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """S (N, M) with −inf at equal ids off the pairs, and where those are."""
-    x, y = validation.embeddings(x, y)
-    rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
-    s = x @ y.T
-    same = torch.zeros_like(s, dtype=torch.bool)
-    if rows is not None and cols is not None:
-        same = rows[:, None] == cols
-        same.fill_diagonal_(False)
-    return s, same
+class Yardstick(nn.Module):
+    """The base of ordinary losses of the whole matrix S, with autograd.
+
+    Args:
+        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`).
+    """
+
+    def __init__(self, group: ProcessGroup | str | None, averaged: bool) -> None:
+        super().__init__()
+        self._ranks = wire.ranks(group, averaged, "gather")
+
+    def _logits(self, x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """S (N, M), and where it has equal ids off the pairs."""
+        x, y, ids, y_ids, _ = distributed.whole(self._ranks, str(self), x, y, ids, y_ids)
+        x, y = validation.embeddings(x, y)
+        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
+        s = x @ y.T
+        same = torch.zeros_like(s, dtype=torch.bool)
+        if rows is not None and cols is not None:
+            same = rows[:, None] == cols
+            same.fill_diagonal_(False)
+        return s, same
 
 
-class InfoNCE(nn.Module):
+class InfoNCE(Yardstick):
     """The symmetric cross entropy over the batch, −log softmax(τ s)ᵢᵢ, averaged over both directions; plain autograd.
 
     Args:
         tau: inverse temperature, > 0.
+        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`).
 
     Example:
         >>> import goal, torch
@@ -135,13 +160,13 @@ class InfoNCE(nn.Module):
     Source: Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
     """
 
-    def __init__(self, tau: float = 20.0) -> None:
-        super().__init__()
+    def __init__(self, tau: float = 20.0, *, group: ProcessGroup | str | None = None, averaged: bool = False) -> None:
+        super().__init__(group, averaged)
         self.tau = terms.check_number("goal.recipe('infonce')", "tau", tau)
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
         """The loss of (N, D) and (M, D) embeddings; 0-d."""
-        s, same = _logits(x, y, ids, y_ids)
+        s, same = self._logits(x, y, ids, y_ids)
         s = (self.tau * s).masked_fill(same, -torch.inf)
         k = min(s.shape)
         target = torch.arange(k, device=s.device)
@@ -151,12 +176,14 @@ class InfoNCE(nn.Module):
         return f"tau={self.tau}"
 
 
-class SigLIP(nn.Module):
+class SigLIP(Yardstick):
     """−Σᵢⱼ log σ(zᵢⱼ(e^t s + b)) / K with z = 1 at the pairs and −1 elsewhere; t and b are learned; plain autograd.
 
     Args:
         tau: initial e^t, > 0.
         bias: initial b.
+        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`). t and b
+            get their whole gradient on each: they need no `DistributedDataParallel`.
 
     Example:
         >>> import goal, torch
@@ -166,15 +193,22 @@ class SigLIP(nn.Module):
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, algorithm 1.
     """
 
-    def __init__(self, tau: float = 10.0, bias: float = -10.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        tau: float = 10.0,
+        bias: float = -10.0,
+        *,
+        group: ProcessGroup | str | None = None,
+        averaged: bool = False,
+    ) -> None:
+        super().__init__(group, averaged)
         tau = terms.check_number("goal.recipe('siglip')", "tau", tau)
         self.log_tau = nn.Parameter(torch.tensor(tau).log())
         self.bias = nn.Parameter(torch.tensor(terms.check_number("goal.recipe('siglip')", "bias", bias)))
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
         """The loss of (N, D) and (M, D) embeddings; 0-d."""
-        s, same = _logits(x, y, ids, y_ids)
+        s, same = self._logits(x, y, ids, y_ids)
         z = -torch.ones_like(s)
         z.fill_diagonal_(1.0)
         each = logsigmoid(z * (self.log_tau.exp() * s + self.bias))

@@ -20,17 +20,23 @@ class TwoWay(nn.Module):
     It takes two calls, (x, [y; A]) for x→y and ([x; B], y) for y→x, each with weight 0 for the other direction: in one
     call the rows of A and B would face each other as pairs. So they enter neither min s⁺ nor the positive sets.
 
+    With `group=` of the objective it is that of the global batch, and every rank computes all of it
+    (`goal.distributed.gathered`); `stats` are those of all ranks' anchors.
+
     Args:
         objective: what is emitted.
 
     Raises:
         TypeError: an objective that is no `goal.Objective`.
+        ValueError: one with exchange="ring", by which no rank would have all rows.
     """
 
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
+        if objective._ranks is not None and objective._ranks.exchange != "gather":
+            raise ValueError(f"exchange must be 'gather' where rows are added, got {objective._ranks.exchange!r}.")
         self.objective = objective
         self._seen: list[Any] = []  # what each of the two calls saw
 
@@ -50,9 +56,9 @@ class TwoWay(nn.Module):
         assert scale is not None
         one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
         (b, b_ids), (a, a_ids) = beside_x, beside_y
-        forth = self.objective(x[:k], torch.cat([y, a]), ids[:k], torch.cat([y_ids, a_ids]), one_way[0])
+        forth = self.objective._of(x[:k], torch.cat([y, a]), ids[:k], torch.cat([y_ids, a_ids]), one_way[0], None)
         seen_forth = self.objective._seen
-        back = self.objective(torch.cat([x, b]), y[:k], torch.cat([ids, b_ids]), y_ids[:k], one_way[1])
+        back = self.objective._of(torch.cat([x, b]), y[:k], torch.cat([ids, b_ids]), y_ids[:k], one_way[1], None)
         self._seen = [seen_forth, self.objective._seen]
         loss: Tensor = forth + back
         return loss

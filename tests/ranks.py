@@ -21,8 +21,11 @@ from torch.nn.functional import normalize
 import goal
 import goal.distributed
 from goal import reference
+from goal.augment import Augmented
+from goal.distributed import shared_seed
 from goal.similarity import Dot
-from goal.wire import Coming, Wire
+from goal.two_way import TwoWay
+from goal.wire import Coming, Ranks, Wire
 
 WORLD = 4
 MEMBERS = {1: [1], 2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}  # ranks of the world in the group of each size
@@ -375,6 +378,84 @@ def compiled(group: Any) -> list[str]:
     found = torch.compile(loss, backend="aot_eager")(x, y)
     (gx,) = torch.autograd.grad(found, x)
     return [] if torch.equal(found, expected) and torch.equal(gx, true) else [f"{found} is not {expected}"]
+
+
+# ── losses of all rows ──────────────────────────────────────────────────────────────────────────────────────────────
+
+WHOLE: dict[str, Callable[..., nn.Module]] = {
+    "infonce": lambda **of: goal.recipe("infonce", tau=7.0, **of),
+    "siglip": lambda **of: goal.recipe("siglip", **of).double(),
+    "interpolated": lambda **of: Augmented(goal.Objective("nca", "lin-ms", **of), "interpolate"),
+    "mixed": lambda **of: Augmented(goal.Objective(similarity="cosine", mining="all", **of), "mixup"),
+    "banked": lambda **of: goal.Banked(goal.Objective(**of), goal.Bank(20, 4, torch.float64, group=of.get("group"))),
+}
+
+
+def whole_losses(group: Any) -> list[str]:
+    """Losses that need all rows have one value on all ranks, and each rank's rows have theirs of its gradient."""
+    wrong, (rank, size) = [], place(group)
+    counts = [5 + one for one in range(size)]
+    n, here = sum(counts), own(counts, rank)
+    ids = torch.arange(n) % (n - 2)  # the last rank's last rows have ids of the first one's
+    for name, make in WHOLE.items():
+        alone, spread = make(), make(group=group, averaged=True)
+        extra = {"weight": torch.linspace(0.5, 2, n)} if isinstance(alone, TwoWay) else {}
+        for turn in range(2):  # in the second one the bank is full
+            x, y = unit(n, 4, turn).requires_grad_(), unit(n, 4, 10 + turn).requires_grad_()
+            torch.manual_seed(3)
+            expected = alone(x, y, ids, **extra)
+            true = torch.autograd.grad(expected, [x, y, *alone.parameters()])
+            with mock.patch("goal.augment.shared_seed", return_value=3):
+                found = spread(x[here], y[here], ids[here], **{key: one[here] for key, one in extra.items()})
+            x_grad, y_grad, *grads = torch.autograd.grad(found, [x, y, *spread.parameters()])
+            pairs = [(found.detach(), expected.detach()), *zip(grads, true[2:], strict=True)]
+            pairs += [(x_grad[here] / size, true[0][here]), (y_grad[here] / size, true[1][here])]
+            gaps = [gap(*both) for both in pairs]
+            if not max(gaps) <= 1e-12:
+                wrong.append(f"{name}, turn {turn}: {gaps}")
+            if isinstance(alone, goal.Banked):
+                spread.bank.push(x[here], y[here], ids[here])
+                alone.bank.push(x, y, ids)
+                if bool((alone.stats.index >= n).any()) != (turn == 1):
+                    wrong.append(f"{name}: the bank is not met")
+            if isinstance(alone, TwoWay) and not torch.equal(spread.stats.index, alone.stats.index):
+                wrong.append(f"{name}: {spread.stats.index} is not {alone.stats.index}")
+    torch.manual_seed(rank)
+    drawn = shared_seed(Ranks(group, False, "gather"), torch.device("cpu"))
+    torch.manual_seed(0)
+    if drawn != int(torch.randint(2**62, (1, 1))):
+        wrong.append(f"{drawn} is not the random number of rank 0")
+    x = unit(3, 4, rank)
+    last = rank == size - 1
+    said = raised(lambda: goal.InfoNCE(tau=3.0 if last else 2.0, group=group)(x, x))
+    if not ("what is InfoNCE(tau=3.0" in said or "what is InfoNCE(tau=2.0" in said):
+        wrong.append(said)
+    said = raised(lambda: goal.InfoNCE(group=group)(x, x[:2] if last else x))
+    if f"rank {size - 1}: ValueError: x and y must have the same number of rows" not in said:
+        wrong.append(said)
+    return wrong
+
+
+def cached(group: Any) -> list[str]:
+    """A cached step over ranks, each with chunks of its own number, has the gradient of the whole batch."""
+    wrong, (rank, size) = [], place(group)
+    counts = {2: [9, 4], 3: [1, 9, 3], 4: [3, 5, 1, 4]}[size]
+    here = own(counts, rank)
+    a, b = (unit(sum(counts), width, width) for width in (7, 6))
+    for exchange, mining, reduction in (("gather", "selective", "mean"), ("ring", "hardest", "sum")):
+        alone, spread = Encoders(), Encoders()
+        goal.Objective(mining=mining, reduction=reduction, similarity="cosine")(alone.x(a), alone.y(b)).backward()
+        towers = (
+            nn.parallel.DistributedDataParallel(one, process_group=Wire(group).group) for one in spread.children()
+        )
+        rest: dict[str, Any] = {"group": group, "averaged": True, "exchange": exchange, "similarity": "cosine"}
+        objective = goal.Objective(mining=mining, reduction=reduction, **rest)
+        loss, stats = goal.cached_step(*towers, (a[here], b[here]), objective, chunk=2)
+        both = zip(spread.parameters(), alone.parameters(), strict=True)
+        gaps = [gap(*(torch.as_tensor(one.grad) for one in pair)) for pair in both]
+        if not max(gaps) <= 1e-12 or stats.s_pos.shape != (counts[rank],) or not loss.isfinite():
+            wrong.append(f"{exchange} {mining}: {gaps}")
+    return wrong
 
 
 # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -187,7 +187,8 @@ def tie_jobs() -> Iterator[Job]:
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-TOGETHER = ("overlap", "backward", "tiles_once", "traffic", "disagreement", "nan_passes", "shown")
+TOGETHER = ("overlap", "backward", "tiles_once", "traffic", "disagreement", "nan_passes", "shown", "whole_losses")
+TOGETHER += ("cached",)
 TRAINED = [("ddp", 2), ("ddp", 3), ("ddp", 4), ("plain", 3), ("fsdp", 4)]
 TRAININGS = (("mean", "gather", "hardest"), ("sum", "ring", "hardest"), ("sum", "gather", "selective"))
 

@@ -103,8 +103,8 @@ def test_caching_knows_no_objective() -> None:
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
     assert of("two_way") == {"objective", "stats", "validation"}
-    assert of("bank") == {"objective", "two_way", "validation"}
-    assert of("augment") == {"objective", "terms", "two_way", "validation"}
+    assert of("bank") == {"distributed", "objective", "two_way", "validation", "wire"}
+    assert of("augment") == {"distributed", "objective", "terms", "two_way", "validation"}
 
 
 def test_offline_mining_stands_beside_evaluation() -> None:

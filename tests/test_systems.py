@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_training import Killed, killed_after
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -62,20 +63,6 @@ def system(model: str, data: Path, **changes: Any) -> TrainConfig:
         SMALL if model != "audio-visual" else {"hidden": 16, "dim": 8, "batch": 16, "eval_every": 4, "max_steps": 24}
     )
     return TrainConfig(model=model, data=str(data), **small | changes)
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing may catch it."""
-
-
-def killed_at(evaluation: int) -> Callable[[loop.Row], None]:
-    left = iter(range(evaluation))
-
-    def on_evaluation(row: loop.Row) -> None:
-        if next(left, None) is None:
-            raise Killed
-
-    return on_evaluation
 
 
 # ---- configuration ---------------------------------------------------------------------------------------
@@ -311,7 +298,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     train(config, tmp_path / "whole", diagnose=watched)
     for _ in range(2):
         with pytest.raises(Killed):
-            train(config, tmp_path / "killed", 0, diagnose=watched, on_evaluation=killed_at(1))
+            train(config, tmp_path / "killed", 0, diagnose=watched, on_evaluation=killed_after(1))
     train(config, tmp_path / "killed", diagnose=watched)
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name for path in (tmp_path / "killed").iterdir()}

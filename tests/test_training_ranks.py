@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from test_training import Killed, killed_after
 
+import goal
 from goal.cli import main
 from goal.training import TrainConfig, loop, train
 from goal.training.loop import load_trained
@@ -55,19 +58,11 @@ def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
     assert len(lines) == 3
 
 
-class Killed(BaseException):
-    """Stands in for a signal."""
-
-
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     expected = train(TrainConfig(**SMALL), tmp_path / "one")
 
-    def killed(row: loop.Row) -> None:
-        if row["step"] == 10:
-            raise Killed
-
     with pytest.raises(Killed):
-        train(TrainConfig(**SMALL), tmp_path / "two", save_every=0, on_evaluation=killed)
+        train(TrainConfig(**SMALL), tmp_path / "two", save_every=0, on_evaluation=killed_after(1))
     assert (tmp_path / "two" / "checkpoint.safetensors").exists()
     told = under_torchrun(folder=tmp_path / "two")
     assert told.returncode == 0, told.stderr
@@ -85,23 +80,27 @@ def test_without_torchrun_it_is_said_how(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "scan"}, "scan makes similarities"),
-        ({"recipe": "infonce"}, "infonce is an ordinary loss"),
-        ({"curriculum": "mixup"}, "curriculum mixup makes rows"),
-        ({"curriculum": "plain", "switch": "few-semi-hard"}, "few-semi-hard looks at"),
-        ({"batch": 2}, "3 ranks have too few rows of a batch of 2"),
-    ],
+    "changes",
+    [{"recipe": "siglip"}, {"curriculum": "plain", "switch": "few-semi-hard"}, {"curriculum": "mixup", "switch": "1"}],
 )
-def test_what_one_rank_cannot_know_is_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_of_the_whole_batch(changes: dict[str, str], tmp_path: Path) -> None:
+    """Yardsticks and made rows, which every rank computes whole; a curriculum that counts anchors of all ranks."""
+    told = under_torchrun(*(f"--{name}={of}" for name, of in changes.items()), "--diagnose=5", folder=tmp_path / "two")
+    assert told.returncode == 0, told.stderr
+    if changes.get("curriculum") != "mixup":  # that draws other mixtures
+        expected = train(TrainConfig(**SMALL, **changes), tmp_path / "one")
+        assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "diagnosis.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert (tmp_path / "two" / "diagnosis.png").exists()
+
+
+def test_what_ranks_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match=message):
-        train(TrainConfig(**changes), tmp_path / "run", distributed=True)
-    with pytest.raises(ValueError, match="a diagnosis looks at"):
-        train(TrainConfig(batch=4), tmp_path / "run", diagnose=1, distributed=True)
+    with pytest.raises(ValueError, match="scan makes similarities"):
+        train(TrainConfig(model="scan"), tmp_path / "run", distributed=True)
+    with pytest.raises(ValueError, match="3 ranks have too few rows of a batch of 2"):
+        train(TrainConfig(batch=2), tmp_path / "run", distributed=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -128,6 +127,16 @@ def test_ranks_share_a_batch_and_draw_their_own_dropout(tmp_path: Path, monkeypa
     assert [len(each) for each in rows] == [19, 18]
     assert np.concatenate(rows).tolist() == run.sampler(0).images.tolist()
     assert drawn[0] != drawn[1]
+
+
+def test_the_share_of_semi_hard_negatives_is_that_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(**SMALL, curriculum="plain", switch="few-semi-hard")
+    run = loop._Run(config, loop.read(config), tmp_path)
+    run._step()
+    index = torch.tensor([[3, -1, -1, 0], [-1, -1, -1, 2]])  # of rank 0: 3 of 8
+    monkeypatch.setattr(goal.Objective, "stats", mock.Mock(index=index))
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.add_(torch.tensor([1, 2])))  # of rank 1: 1 of 2
+    assert run._share() == pytest.approx(4 / 10)
 
 
 def nn_parallel() -> Any:

@@ -189,7 +189,7 @@ class TrainConfig:
         """
         base = self._base()
         if not isinstance(base, goal.Objective):
-            return goal.recipe(str(self.recipe), **self.params)
+            return goal.recipe(str(self.recipe), **self.params, group=group, averaged=group is not None)
         bound = functools.partial(self._bound, group=group, averaged=group is not None)
         stages: list[nn.Module] = []
         until: list[Until] = []
@@ -311,7 +311,8 @@ def _parameters(objective: nn.Module) -> Parameters:
     if isinstance(objective, goal.Objective):
         params = [item for term in _terms(objective).values() for item in term.params.items()]
         return {name: value for name, value in params if not isinstance(value, bool)}
-    return {name: p.default for name, p in inspect.signature(type(objective)).parameters.items()}
+    own = inspect.signature(type(objective)).parameters.items()
+    return {name: p.default for name, p in own if p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:

@@ -91,7 +91,8 @@ def train(
         run_dir: folder of this run alone; made if need be.
         save_every: seconds between checkpoints; they are written after an evaluation.
         test: score the test split at the end. Without, as for trials of a search, it is not looked at.
-        diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`.
+        diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`. Of
+            many ranks rank 0 watches, its own anchors among its own rows.
         distributed: over the ranks of the default process group, each with its part of every batch: the objective is
             that of the whole batch, and so is its gradient. Rank 0 evaluates and writes; a checkpoint goes on with
             any number of ranks. Batch norm sees a rank's own rows.
@@ -106,8 +107,7 @@ def train(
     Raises:
         Diverged: a loss or a gradient that is not finite.
         ValueError: a folder that holds another run, or one on other data; whatever the data's readers refuse;
-            diagnose with a model that makes similarities; distributed with what one rank cannot know (scan, InfoNCE
-            and SigLIP, rows made of a batch, the share of semi-hard negatives, a diagnosis).
+            diagnose, or distributed, with a model that makes similarities.
 
     >>> import tempfile
     >>> config = TrainConfig(recipe="infonce", hidden=8, dim=4, batch=64, max_steps=2, eval_every=2)
@@ -118,7 +118,7 @@ def train(
     if diagnose and config.model == "scan":
         raise ValueError("diagnose: looks at x and y, and scan makes similarities of them")
     if distributed:
-        _check_distributed(config, diagnose)
+        _check_distributed(config)
     features = read(config)
     versions = _versions(config, features)
     if (run_dir / "record.json").is_file():
@@ -133,7 +133,7 @@ def train(
         if run.writes:
             run.write_log()
         saved = time.monotonic()
-        with run.watched(diagnose):
+        with run.watched(diagnose if run.writes else 0):
             while run.state.stopped is None:
                 row = run.interval()
                 on_evaluation({**row, "end": run.end})
@@ -144,20 +144,11 @@ def train(
         return record
 
 
-def _check_distributed(config: TrainConfig, diagnose: int) -> None:
-    made = config.curriculum in ("interpolate", "mixup")
-    obstacles = {
-        f"{config.model} makes similarities, which no rank has all of": config.model == "scan",
-        f"{config.label} is an ordinary loss of one process's batch": config.reduction is None,
-        f"curriculum {config.curriculum} makes rows of one rank's batch": made,
-        "few-semi-hard looks at one rank's anchors": config.curriculum is not None and config.switch == "few-semi-hard",
-        "a diagnosis looks at one rank's batch": bool(diagnose),
-        f"{dist.get_world_size()} ranks have too few rows of a batch of {config.batch}": (
-            config.batch < dist.get_world_size()
-        ),
-    }
-    if found := [what for what, there in obstacles.items() if there]:
-        raise ValueError(f"distributed: {found[0]}")
+def _check_distributed(config: TrainConfig) -> None:
+    if config.model == "scan":
+        raise ValueError("distributed: scan makes similarities, which no rank has all of")
+    if config.batch < dist.get_world_size():
+        raise ValueError(f"distributed: {dist.get_world_size()} ranks have too few rows of a batch of {config.batch}")
 
 
 def read(config: TrainConfig) -> Features:
@@ -382,7 +373,8 @@ class _Run:
                 )
         self.optimizer.step()
         if isinstance(self.objective, Curriculum) and self._counts_steps:
-            self.objective.step()
+            ends = self.ranks > 1 and self.objective.stage == 0  # the second stage has no end
+            self.objective.step(self._share() if ends else None)
         keep = min(config.average, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, weight in zip(self.mean.parameters(), self.model.parameters(), strict=True):
@@ -390,6 +382,13 @@ class _Run:
             for kept, buffer in zip(self.mean.buffers(), self.model.buffers(), strict=True):
                 kept.copy_(buffer)
         return value
+
+    def _share(self) -> float:
+        """The share of anchors, of all ranks, that have a negative."""
+        has = self.objective.stats.index >= 0
+        counts = torch.tensor([has.sum(), has.numel()], dtype=torch.int64, device=self.device)
+        dist.all_reduce(counts)
+        return float((counts[0] / counts[1]).item())
 
     def _validate(self) -> Row:
         """The metrics on the validation split that choose the weights, and its mean s⁺ and hardest s⁻."""

@@ -302,7 +302,9 @@ class Curriculum(nn.Module):
         """Count a step, and go on to the next stage if this one has ended.
 
         Args:
-            value: what a `Plateau` looks at, the higher the better; for a loss, −loss. NaN is no new best.
+            value: what a `Plateau` looks at, the higher the better; for a loss, −loss. NaN is no new best. Of
+                `FewSemiHard` it is the share of anchors with a semi-hard negative, by default that of `stats`, which
+                with `group=` are one rank's.
 
         Returns:
             Whether another stage begins.
@@ -317,7 +319,7 @@ class Curriculum(nn.Module):
             self.stale = 0 if value > self.best else self.stale + 1
             self.best = max(self.best, value)
         elif isinstance(end, FewSemiHard):
-            left = (self.stats.index >= 0).double().mean().item()
+            left = (self.stats.index >= 0).double().mean().item() if value is None else value
             self.stale = self.stale + 1 if left < end.share else 0
         self.done += 1
         for module in self.current.modules():

@@ -474,16 +474,23 @@ class Encoders(nn.Module):
         return normalize(self.x(a), dim=1), normalize(self.y(b), dim=1)
 
 
-def steps(
-    model: nn.Module, objective: nn.Module, here: slice, after: Callable[[], None] = lambda: None, n: int = 24
-) -> nn.Module:
-    """20 steps on some rows of each step's global batch."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def batches(n: int = 24) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The global batches of 20 steps: the inputs of both towers, and ids."""
     draw = torch.Generator().manual_seed(1)
     for _ in range(20):
         a = torch.randn(n, 7, generator=draw, dtype=torch.float64)
         b = a[:, :6] + 0.5 * torch.randn(n, 6, generator=draw, dtype=torch.float64)
-        ids = torch.randint(0, 16, (n,), generator=draw)
+        yield a, b, torch.randint(0, 16, (n,), generator=draw)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def steps(model: nn.Module, objective: nn.Module, here: slice, after: Callable[[], None] = lambda: None) -> nn.Module:
+    """20 steps on some rows of each step's global batch."""
+    optimiser = sgd(model)
+    for a, b, ids in batches():
         optimiser.zero_grad()
         objective(*model(a[here], b[here]), ids[here]).backward()
         after()
@@ -495,6 +502,14 @@ def apart(model: nn.Module, expected: nn.Module) -> float:
     """The largest difference of two models' parameters."""
     whole = [getattr(one, "full_tensor", lambda one=one: one)().detach() for one in model.parameters()]
     return max(gap(*both) for both in zip(whole, (one.detach() for one in expected.parameters()), strict=True))
+
+
+def torchrun(rank: int, size: int, port: int = 0) -> dict[str, str]:
+    """What torchrun tells its processes; their store, where they need one, is its own, at `port`."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    told |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+    return {name: str(one) for name, one in told.items()}
 
 
 def wrapped(model: Encoders, wrapper: str, group: Any) -> nn.Module:
@@ -509,10 +524,8 @@ def wrapped(model: Encoders, wrapper: str, group: Any) -> nn.Module:
         for tower in (model.x, model.y):
             fully_shard(tower, mesh=mesh)
         return fully_shard(model, mesh=mesh)
-    rank, size = str(dist.get_rank(group)), str(dist.get_world_size(group))  # what torchrun tells its processes
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": "0"}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
-    with mock.patch.dict(os.environ, told):
+    size = dist.get_world_size(group)
+    with mock.patch.dict(os.environ, torchrun(dist.get_rank(group), size)):
         if wrapper == "accelerate":
             from accelerate import Accelerator
 
@@ -522,10 +535,13 @@ def wrapped(model: Encoders, wrapper: str, group: Any) -> nn.Module:
         if wrapper == "lightning":
             from lightning.fabric import Fabric
 
-            fabric = Fabric(accelerator="cpu", devices=int(size), strategy="ddp")
+            fabric = Fabric(accelerator="cpu", devices=size, strategy="ddp")
             fabric.launch()
             return fabric.setup(model)
     return model
+
+
+COUNTS = {1: [24], 2: [5, 19], 3: [1, 13, 10], 4: [6, 1, 9, 8]}  # rows of each rank in a batch
 
 
 def training(
@@ -533,8 +549,7 @@ def training(
 ) -> list[str]:
     """A model trained under a wrapper has the parameters of the large batch in one process."""
     wrong, (rank, size) = [], place(group)
-    counts = {1: [24], 2: [5, 19], 3: [1, 13, 10], 4: [6, 1, 9, 8]}[size]
-    here, members = own(counts, rank), Wire(group).group
+    here, members = own(COUNTS[size], rank), Wire(group).group
     for (reduction, exchange, mining), expected in zip(trainings, trained, strict=True):
         model = wrapped(Encoders(), wrapper, members)
 
@@ -582,6 +597,44 @@ def work(rank: int, folder: str) -> None:
         except Exception:
             found[job.name] = [traceback.format_exc()]
     torch.save(found, Path(folder) / f"found-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def trainer(rank: int, size: int, port: int, folder: str, trainings: Sequence[tuple[str, str, str]]) -> None:
+    """One process of torchrun, in which Lightning's Trainer makes the group, wraps the model and takes the steps."""
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def __init__(self, objective: nn.Module) -> None:
+            super().__init__()
+            self.encoders, self.objective = Encoders(), objective
+
+        def training_step(self, batch: Sequence[Tensor]) -> Tensor:
+            a, b, ids = batch
+            return self.objective(*self.encoders(a, b), ids)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self)
+
+    torch.set_num_threads(1)
+    os.environ.update(torchrun(rank, size, port))
+    here = own(COUNTS[size], rank)
+    rows = [[one[here] for one in batch] for batch in batches()]
+    loader = torch.utils.data.DataLoader(rows, batch_size=None)
+    how: dict[str, Any] = {"accelerator": "cpu", "devices": size, "strategy": "ddp", "max_epochs": 1}
+    how |= {"use_distributed_sampler": False}  # the rows are cut already, and Lightning's own sampler shuffles them
+    how |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    wrong = []
+    for reduction, exchange, mining in trainings:
+        terms = {"mining": mining, "reduction": reduction}
+        model = Module(goal.Objective(**terms, group="world", averaged=True, exchange=exchange))
+        Trainer(deterministic=True, **how).fit(model, loader)
+        assert dist.get_world_size() == size
+        error = apart(model.encoders, steps(Encoders(), goal.Objective(**terms), slice(0, 24)))
+        if not error <= 1e-10:
+            wrong.append(f"{reduction} {exchange} {mining}: {error:.1e} apart")
+    torch.save(wrong, Path(folder) / f"found-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -272,6 +272,13 @@ def test_twenty_steps_under_frameworks(found: dict[str, list[str]], name: str) -
     assert wrong(found, f"{name} ", 1) == {}
 
 
+def test_twenty_steps_of_lightnings_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(ranks.trainer, (2, store.port, str(tmp_path), TRAININGS), nprocs=2)
+    assert [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)] == [[], []]
+
+
 # ── a rank that dies or hangs ───────────────────────────────────────────────────────────────────────────────────────
 
 

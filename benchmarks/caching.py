@@ -16,11 +16,8 @@ import argparse
 import datetime
 import json
 import platform
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.cpu import RESULTS, commit, resident, show
+from benchmarks.process import apart, measured
+from benchmarks.report import RESULTS, commit, show
 
 D, WIDTH, HIDDEN, CHUNK = 64, 256, 512, 1024
 K, ROWS = 10, 1 << 16
@@ -58,15 +56,6 @@ def features(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, WIDTH, generator=generator)
     return x, 0.5 * x + torch.randn(n, WIDTH, generator=generator)
-
-
-def measured(call: Callable[[], object]) -> Row:
-    """Seconds, seconds of processor time, and megabytes of one call."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before, start, worked = resident("VmHWM"), time.perf_counter(), time.process_time()
-    call()
-    seconds, worked = time.perf_counter() - start, time.process_time() - worked
-    return {"seconds": seconds, "processor_seconds": worked, "mb": resident("VmHWM") - before}
 
 
 # ---- the cached step -------------------------------------------------------------------------------------
@@ -117,7 +106,7 @@ def cached(sizes: list[int]) -> list[Row]:
     for n in sizes:
         for way in WAYS:
             show(f"{n} pairs: {way}")
-            rows.append({"n": n, "way": way, **apart("step", n, way)})
+            rows.append({"n": n, "way": way, **apart("benchmarks.caching", "step", n, way)})
     show("")
     return rows
 
@@ -214,7 +203,7 @@ def mine(n: int, m: int, who: list[str], where: str | None) -> list[Row]:
             write(Path(folder) / f"{side}.npy", size, seed)
         for each in who:
             show(f"{n} × {m}: {each}")
-            row = {"n": n, "m": m, "who": each, **apart("mining", folder, each)}
+            row = {"n": n, "m": m, "who": each, **apart("benchmarks.caching", "mining", folder, each)}
             show(f"{n} × {m}: recall of {each}")
             rows.append({**row, "recall": recall(Path(folder), each)})
     show("")
@@ -239,17 +228,9 @@ def table_of_miners(rows: list[Row]) -> str:
 # ---- the command -----------------------------------------------------------------------------------------
 
 
-def apart(what: str, *arguments: object) -> Row:
-    """One measurement in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.caching", "one", what, *map(str, arguments)]
-    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    row: Row = json.loads(run.stdout.splitlines()[-1])
-    return row
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["one"]:
-        what, first, second = sys.argv[2:]
+    if sys.argv[1:2] in (["step"], ["mining"]):  # one measurement
+        what, first, second = sys.argv[1:]
         print(json.dumps(step(int(first), second) if what == "step" else mining(first, second)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 import goal
-from benchmarks.cpu import RESULTS, commit, show
+from benchmarks.report import RESULTS, commit, show
 
 ARCHS = (80, 90, 100)
 SHARED = {

@@ -15,7 +15,6 @@ import datetime
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 import goal
+from benchmarks.process import apart, resident
+from benchmarks.report import RESULTS, commit, show
 
 D = 1024
 COMBINATIONS = [(T, P) for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
-RESULTS = Path(__file__).parent / "results"
 
 
 def inputs(n: int) -> tuple[Tensor, Tensor]:
@@ -142,15 +142,9 @@ def measure(n: int, rounds: int) -> list[dict[str, object]]:
     ]
 
 
-def show(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def peak(n: int, what: str) -> float:
     """Megabytes that one call needs beyond its inputs, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.cpu", "--peak", str(n), what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(apart("benchmarks.cpu", "--peak", n, what))
 
 
 def peak_here(n: int, what: str) -> float:
@@ -165,18 +159,6 @@ def peak_here(n: int, what: str) -> float:
         T, P = what.split(" × ")
         ours(x, y, T, P).backward()
     return resident("VmHWM") - before
-
-
-def resident(kind: str) -> float:
-    """Megabytes of this process's memory, from Linux's own account of it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
-
-
-def commit() -> str:
-    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
-    return found.stdout.strip() or "unknown"
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.cpu import commit, show
+from benchmarks.report import commit, show
 from goal.training import TrainConfig, train
 
 CAPTIONS, WORDS, LENGTH = 5, 8000, 12  # of an image; different ones; of a caption

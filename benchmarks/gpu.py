@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.cpu import RESULTS, commit, dense
+from benchmarks.cpu import dense
+from benchmarks.report import RESULTS, commit
 
 SIZES = [128, 512, 2048, 8192, 32768, 131072]
 DIMS = [256, 512, 1024]

@@ -32,7 +32,8 @@ from torch.nn.functional import normalize
 
 import goal
 import goal.distributed
-from benchmarks.cpu import RESULTS, commit, resident, show
+from benchmarks.process import resident
+from benchmarks.report import RESULTS, commit, show
 
 D = 256
 OURS: dict[str, dict[str, Any]] = {

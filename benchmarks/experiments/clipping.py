@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import mean_and_deviation, trained
+from benchmarks.report import commit
 from goal.training import TrainConfig
 
 BATCH, CLIP = 64, 2.0

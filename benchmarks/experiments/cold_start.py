@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.cpu import commit, show
+from benchmarks.report import commit, show
 from goal.data.files import write_atomically
 from goal.training.features import Sampler, Split, split
 

@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 import goal
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import Record, mean_and_deviation, sign_flip, trained
+from benchmarks.report import commit
 from goal import pictures
 from goal.data.files import write_atomically
 from goal.training import TrainConfig

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import trained
+from benchmarks.report import commit
 from goal.training import TrainConfig
 from goal.training.report import write_report
 

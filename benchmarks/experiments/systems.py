@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cpu import commit
+from benchmarks.report import commit
 from goal.data.files import write_atomically
 from goal.training import Incomplete, Sweep
 

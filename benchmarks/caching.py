@@ -13,9 +13,7 @@ with a float64 search of some rows. Data are generated, not read from anywhere.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +26,7 @@ from torch.nn.functional import normalize
 
 import goal
 from benchmarks.process import apart, measured
-from benchmarks.report import RESULTS, commit, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, show
 
 D, WIDTH, HIDDEN, CHUNK = 64, 256, 512, 1024
 K, ROWS = 10, 1 << 16
@@ -248,21 +246,11 @@ def main() -> None:
     else:
         rows = mine(options.queries, options.candidates, options.who, options.folder)
         print(table_of_miners(rows))
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "command": "python -m benchmarks.caching " + " ".join(sys.argv[1:]),
-    }
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()) + f", D = {D}")
+    known = conditions("benchmarks.caching", processor=PROCESSOR, threads=torch.get_num_threads())
+    print(f"\n{facts(known)}, D = {D}")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
         size = "" if options.part == "cached" else f"-{options.queries}-{options.candidates}"
-        path = RESULTS / f"caching-{options.part}-{conditions['date']}{size}.json"
-        path.write_text(json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
+        keep(f"caching-{options.part}-{known['date']}{size}", known, rows)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,6 @@ Peak memory is that of a fresh process, less that of the same process after maki
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
@@ -26,7 +23,7 @@ from torch.nn.functional import normalize, softplus
 
 import goal
 from benchmarks.process import apart, resident
-from benchmarks.report import RESULTS, commit, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, show
 
 D = 1024
 COMBINATIONS = [(T, P) for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
@@ -189,21 +186,11 @@ def main() -> None:
     for n in options.sizes:
         print(f"gate: N = {n}, relative error {gate(min(n, 2048)):.1e}", file=sys.stderr)
         rows += measure(n, options.rounds)
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "command": "python -m benchmarks.cpu " + " ".join(sys.argv[1:]),
-    }
+    known = conditions("benchmarks.cpu", processor=PROCESSOR, threads=torch.get_num_threads())
     print(table(rows))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()) + f", float32, D = {D}")
+    print(f"\n{facts(known)}, float32, D = {D}")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"cpu-{conditions['date']}-{'-'.join(map(str, options.sizes))}.json"
-        path.write_text(json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
+        keep(f"cpu-{known['date']}-{'-'.join(map(str, options.sizes))}", known, rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from torch.nn.functional import normalize
 import goal
 import goal.distributed
 from benchmarks.process import resident
-from benchmarks.report import RESULTS, commit, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, show
 
 D = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -199,18 +198,8 @@ def main(options: argparse.Namespace) -> None:
     worst = max(row["error"] for row in rows)
     print(f"gate: relative error {worst:.1e} at most\n", file=sys.stderr)
     rows.sort(key=lambda row: (row["pairs"], row["what"], row["ranks"]))
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": 1,
-        "command": "python -m benchmarks.scale " + " ".join(sys.argv[1:]),
-    }
+    known = conditions("benchmarks.scale", processor=PROCESSOR, threads=1)
     print(table(rows))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()) + f", float32, D = {D}")
+    print(f"\n{facts(known)}, float32, D = {D}")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"ranks-{conditions['date']}.json"
-        path.write_text(json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
+        keep(f"ranks-{known['date']}", known, rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import goal
-from benchmarks import gpu
+from benchmarks import gpu, report
 from benchmarks.gpu import BARE, DENSE, EXP, HARDEST, LIN, MINED, OBJECTIVES, TARGET, Budget, Finding, Group, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -489,7 +489,6 @@ def device(
         "compile_all": lambda options, seconds: None,
         "count_launches": lambda n, d, device, objectives: {name: ["k"] * 5 for name in objectives},
         "rounds_in": lambda allowance, one, least=5, most=50: 3,
-        "RESULTS": tmp_path,
         "SIZES": [32],
         "LARGEST": 64,
         "OUTSIDERS_AT": (),
@@ -499,6 +498,7 @@ def device(
     }
     for name, value in replaced.items():
         monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     return stand_in
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiments.runs import mean_and_deviation, trained
-from benchmarks.report import commit
+from benchmarks.report import command, commit
 from goal.training import TrainConfig
 
 BATCH, CLIP = 64, 2.0
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             means = (sum(run["curve"][place][name] for run in runs) / len(runs) for name in ("s_pos", "s_neg"))
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
         print(f"| {' | '.join(cells)} |")
-    command = " ".join(["python -m benchmarks.experiments.clipping", *(sys.argv[1:] if argv is None else argv)])
-    print(f"\n*{options.data}, {configs[0].setting}, {options.seeds} seeds; commit {commit()}, command {command}*")
+    line = command("benchmarks.experiments.clipping", argv)
+    print(f"\n*{options.data}, {configs[0].setting}, {options.seeds} seeds; commit {commit()}, command {line}*")
     return 0
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.report import commit, show
+from benchmarks.report import command, commit, show
 from goal.data.files import write_atomically
 from goal.training.features import Sampler, Split, split
 
@@ -160,9 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_atomically(path, lines.encode())
     show("")
     print(table([done[run] for run in asked]))
-    command = " ".join(["python -m benchmarks.experiments.cold_start", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.cold_start", argv)
     settings = f"{WIDTH} wide, batch {BATCH}, Adam {LR:g}, clip {CLIP:g}, con(0.2) × con, sum; {options.steps} steps"
-    print(f"\n*emoji, {settings}; chance {100 / len(validation.x):.2g} %; commit {commit()}, command {command}*")
+    print(f"\n*emoji, {settings}; chance {100 / len(validation.x):.2g} %; commit {commit()}, command {line}*")
     return 0
 
 

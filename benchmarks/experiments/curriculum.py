@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import goal
 from benchmarks.experiments.runs import Record, mean_and_deviation, sign_flip, trained
-from benchmarks.report import commit
+from benchmarks.report import command, commit
 from goal import pictures
 from goal.data.files import write_atomically
 from goal.training import TrainConfig
@@ -104,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = trained(list(asked.values()), options.seeds, options.folder / "runs", options.workers)
     records = dict(zip(asked, found, strict=True))
     told = table(records, random_order(goal.data.clips(options.data, "test").labels, options.seeds))
-    command = " ".join(["python -m benchmarks.experiments.curriculum", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.curriculum", argv)
     setting = next(iter(asked.values())).setting
     text = f"{told}\n\n*{options.data}, {setting}, {options.seeds} seeds, to a plateau; p of paired differences by "
-    text += f"sign flips; commit {commit()}, command {command}*\n"
+    text += f"sign flips; commit {commit()}, command {line}*\n"
     print(text)
     write_atomically(options.folder / "table.md", text.encode())
     lines = (json.dumps({"way": way, **run}) + "\n" for way, runs in records.items() for run in runs)

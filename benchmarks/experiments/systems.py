@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import commit
+from benchmarks.report import command, commit
 from goal.data.files import write_atomically
 from goal.training import Incomplete, Sweep
 
@@ -93,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
     parser.add_argument("--folder", type=Path, default=Path("runs/systems"))
     options = parser.parse_args(argv)
-    command = " ".join(["python -m benchmarks.experiments.systems", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.systems", argv)
     failed, data = 0, reduced(options.data, options.folder)
     for model in options.models:
         runs = sweep(model, data, options)
         try:
-            runs.run(f"{command}, commit {commit()}")
+            runs.run(f"{line}, commit {commit()}")
         except Incomplete as error:
             print(error, file=sys.stderr)
             failed = 1

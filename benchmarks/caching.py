@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 import goal
 from benchmarks.process import apart, measured
-from benchmarks.report import PROCESSOR, conditions, facts, keep, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
 
 D, WIDTH, HIDDEN, CHUNK = 64, 256, 512, 1024
 K, ROWS = 10, 1 << 16
@@ -110,22 +110,26 @@ def cached(sizes: list[int]) -> list[Row]:
 
 
 def table_of_steps(rows: list[Row]) -> str:
-    sizes = sorted({row["n"] for row in rows})
     heads = ["pairs", "step", "s", "processor s", "× plain", "peak MB", "kB a pair"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        plain = next(one for one in rows if one["n"] == row["n"] and one["way"] == "plain")
-        ratio = row["processor_seconds"] / plain["processor_seconds"]
-        lines.append(
-            f"| {row['n']} | {row['way']} | {row['seconds']:.2f} | {row['processor_seconds']:.2f} | {ratio:.2f} "
-            f"| {row['mb']:.0f} | {1024 * row['mb'] / row['n']:.1f} |"
-        )
-    if len(sizes) > 1:
-        first, last = ({row["way"]: row["mb"] for row in rows if row["n"] == n} for n in (sizes[0], sizes[-1]))
-        each = {way: (last[way] - first[way]) / (sizes[-1] - sizes[0]) * 1024 for way in WAYS}
-        grown = ", ".join(f"{way} {kb:.2f} kB" for way, kb in each.items())
-        lines.append(f"\nGrown from {sizes[0]} to {sizes[-1]} pairs, a pair: {grown}.")
-    return "\n".join(lines)
+    plain = {row["n"]: row["processor_seconds"] for row in rows if row["way"] == "plain"}
+    lines = [
+        [
+            row["n"], row["way"], f"{row['seconds']:.2f}", f"{row['processor_seconds']:.2f}",
+            f"{row['processor_seconds'] / plain[row['n']]:.2f}", f"{row['mb']:.0f}",
+            f"{1024 * row['mb'] / row['n']:.1f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
+
+
+def grown(rows: list[Row]) -> str:
+    """How memory grows from the fewest to the most pairs."""
+    sizes = [row["n"] for row in rows]
+    low, high = min(sizes), max(sizes)
+    first, last = ({row["way"]: row["mb"] for row in rows if row["n"] == n} for n in (low, high))
+    each = ", ".join(f"{way} {(last[way] - first[way]) / (high - low) * 1024:.2f} kB" for way in WAYS)
+    return f"Grown from {low} to {high} pairs, a pair: {each}."
 
 
 # ---- mining from files -----------------------------------------------------------------------------------
@@ -210,17 +214,22 @@ def mine(n: int, m: int, who: list[str], where: str | None) -> list[Row]:
 
 def table_of_miners(rows: list[Row]) -> str:
     heads = ["x × y", "who", "s", "processor s", "processor ns an entry of S", "peak MB", "recall"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        entry = row["processor_seconds"] / row["n"] / row["m"] * 1e9
-        lines.append(
-            f"| {row['n']} × {row['m']} | {row['who']} | {row['seconds']:.1f} | {row['processor_seconds']:.1f} "
-            f"| {entry:.2f} | {row['mb']:.0f} | {row['recall']:.4f} |"
-        )
-        if row["who"] == "goal":
-            whole = entry * row["m"] ** 2 / 1e9 / 3600
-            note = f"{row['m']} × {row['m']} would take {whole:.1f} hours of one core (extrapolated, not run)."
-    return "\n".join([*lines, *(["\n" + note] if any(row["who"] == "goal" for row in rows) else [])])
+    lines = [
+        [
+            f"{row['n']} × {row['m']}", row["who"], f"{row['seconds']:.1f}", f"{row['processor_seconds']:.1f}",
+            f"{1e9 * row['processor_seconds'] / row['n'] / row['m']:.2f}", f"{row['mb']:.0f}",
+            f"{row['recall']:.4f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
+
+
+def whole(row: Row) -> str:
+    """What all of y × y would take, from a slice of it."""
+    n, m = row["n"], row["m"]
+    hours = row["processor_seconds"] / n * m / 3600
+    return f"{m} × {m} would take {hours:.1f} hours of one core (extrapolated, not run)."
 
 
 # ---- the command -----------------------------------------------------------------------------------------
@@ -243,9 +252,14 @@ def main() -> None:
     if options.part == "cached":
         rows = cached(options.sizes)
         print(table_of_steps(rows))
+        if len(set(options.sizes)) > 1:
+            print(f"\n{grown(rows)}")
     else:
         rows = mine(options.queries, options.candidates, options.who, options.folder)
         print(table_of_miners(rows))
+        for row in rows:
+            if row["who"] == "goal":
+                print(f"\n{whole(row)}")
     known = conditions("benchmarks.caching", processor=PROCESSOR, threads=torch.get_num_threads())
     print(f"\n{facts(known)}, D = {D}")
     if options.save:

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 import goal
-from benchmarks.report import RESULTS, conditions, facts, keep, show
+from benchmarks.report import RESULTS, conditions, facts, keep, markdown, show
 
 ARCHS = (80, 90, 100)
 SHARED = {
@@ -457,7 +457,7 @@ def table(rows: Sequence[Row], known: dict[str, dict[str, float]]) -> str:
     """The rows as Markdown; `known`: what is recorded for this Triton."""
     heads = ["kernel variant", "arch", "tile", "registers", "stack", "shared", "tensor", "local", "float atomics"]
     heads += ["locks", "per element", "recorded", "compile s"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows:
         per_element = "" if row.per_element is None else f"{row.per_element:.2f}"
         recorded = known.get(row.variant, {}).get(str(row.arch))
@@ -466,8 +466,8 @@ def table(rows: Sequence[Row], known: dict[str, dict[str, float]]) -> str:
         cells = ["does not compile"] + [""] * 6 if row.error else [str(figure) for figure in figures]
         rest = [per_element, against, f"{row.seconds:.1f}"]
         tile = "×".join(map(str, row.tile or ()))
-        lines.append(f"| {' | '.join([row.variant, f'sm_{row.arch}', tile, *cells, *rest])} |")
-    return "\n".join(lines)
+        lines.append([row.variant, f"sm_{row.arch}", tile, *cells, *rest])
+    return markdown(heads, lines)
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, softplus
 
 import goal
 from benchmarks.process import apart, resident
-from benchmarks.report import PROCESSOR, conditions, facts, keep, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
 
 D = 1024
 COMBINATIONS = [(T, P) for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
@@ -159,17 +159,15 @@ def peak_here(n: int, what: str) -> float:
 
 
 def table(rows: list[dict[str, object]]) -> str:
+    heads = ["N", "what", "ms", "× bare product", "× dense loss", "GFLOP/s", "MB beyond inputs"]
     lines = [
-        "| N | what | ms | × bare product | × dense loss | GFLOP/s | MB beyond inputs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        lines.append(
-            f"| {row['n']} | {row['what']} | {row['ms']:.3g} | {row['of_product']:.2f} | {row['of_dense']:.2f} "
-            f"| {row['gflops']:.0f} | {memory} |"
-        )
-    return "\n".join(lines)
+        [
+            row["n"], row["what"], row["ms"], f"{row['of_product']:.2f}", f"{row['of_dense']:.2f}",
+            f"{row['gflops']:.0f}", None if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.report import command, commit, show
+from benchmarks.report import command, commit, markdown, show
 from goal.training import TrainConfig, train
 
 CAPTIONS, WORDS, LENGTH = 5, 8000, 12  # of an image; different ones; of a caption
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(Path(name), split, images, options.regions, options.features)
         found = measure(options, Path(name))
     show("")
-    cells = [value if isinstance(value, str) else f"{value:.3g}" for value in found.values()]
-    print(f"| {' | '.join(found)} |\n{'|---' * len(found)}|\n| {' | '.join(cells)} |")
+    print(markdown(list(found), [list(found.values())]))
     line = command("benchmarks.full_size", argv)
     setting = f"{options.images} training images, {options.threads} threads, {options.device}"
     print(f"\n*{setting}; commit {commit()}, {line}*")

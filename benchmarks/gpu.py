@@ -34,7 +34,7 @@ from torch.nn.functional import normalize
 
 import goal
 from benchmarks.cpu import dense
-from benchmarks.report import conditions, facts, keep
+from benchmarks.report import conditions, facts, keep, markdown
 
 SIZES = [128, 512, 2048, 8192, 32768, 131072]
 DIMS = [256, 512, 1024]
@@ -313,16 +313,6 @@ def verdicts(rows: Sequence[Row], launches: Mapping[str, int], regret_share: flo
 def kernels(events: Iterable[Mapping[str, Any]]) -> list[str]:
     """Names of the kernels in a trace of torch.profiler, as they started; copying and filling memory is none."""
     return [str(e["name"]) for e in sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])]
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table; numbers with three figures, None as nothing."""
-
-    def cell(value: object) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell(value) for value in row) + " |" for row in rows)
 
 
 def gate_table(findings: Iterable[Finding]) -> str:

@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 import goal
 import goal.distributed
 from benchmarks.process import resident
-from benchmarks.report import PROCESSOR, conditions, facts, keep, show
+from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
 
 D = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -166,17 +166,16 @@ def work(rank: int, size: int, folder: str, sizes: list[int], rounds: int) -> No
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    heads = ["ranks", "pairs", "what", "ms", "MB sent a rank", "MB over loopback", "MB beyond own rows"]
     lines = [
-        "| ranks | pairs | what | ms | MB sent a rank | MB over loopback | MB beyond own rows |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        sent = "" if row["sent"] is None else f"{row['sent'] / 1e6:.2f}"
-        lines.append(
-            f"| {row['ranks']} | {row['pairs']} | {row['what']} | {row['ms']:.3g} | {sent} "
-            f"| {row['loopback'] / 1e6:.2f} | {row['peak_mb']:.0f} |"
-        )
-    return "\n".join(lines)
+        [
+            row["ranks"], row["pairs"], row["what"], row["ms"],
+            None if row["sent"] is None else f"{row['sent'] / 1e6:.2f}",
+            f"{row['loopback'] / 1e6:.2f}", f"{row['peak_mb']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

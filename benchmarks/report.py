@@ -1,4 +1,4 @@
-"""What all benchmarks tell beside their figures: progress, the conditions of a measurement, and where it is kept."""
+"""How all benchmarks tell what they found: progress, tables, the conditions of a measurement, and kept results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,23 @@ def show(text: str) -> None:
     """Progress, in one line of the terminal; an empty text takes it away."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; numbers with three figures, None as nothing.
+
+    >>> print(markdown(["N", "ms", "MB"], [[32, 0.12345, None], [64, 2.5, "1.0"]]))
+    | N | ms | MB |
+    |---|---|---|
+    | 32 | 0.123 |  |
+    | 64 | 2.5 | 1.0 |
+    """
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = ("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines])
 
 
 def commit() -> str:

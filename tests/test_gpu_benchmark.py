@@ -421,7 +421,7 @@ def test_launches_are_the_kernels_of_a_trace() -> None:
 
 
 def test_tables_have_as_many_cells_as_heads() -> None:
-    assert gpu.markdown(["a", "b"], [[1, None], [0.12345, "x"]]).splitlines()[2:] == ["| 1 |  |", "| 0.123 | x |"]
+    assert report.markdown(["a", "b"], [[1, None], [0.12345, "x"]]).splitlines()[2:] == ["| 1 |  |", "| 0.123 | x |"]
     found = rows()
     gpu.compare(found)
     tables = (gpu.timing_table(found), gpu.target_table(gpu.verdicts(found, {}, None)), gpu.gate_table([GREEN]))

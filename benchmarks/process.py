@@ -28,6 +28,6 @@ def measured(call: Callable[[], object]) -> dict[str, float]:
 
 
 def resident(kind: str) -> float:
-    """Megabytes of this process's memory, from Linux's own account of it."""
+    """Megabytes (of 2²⁰ bytes) of this process's memory, from Linux's own account of it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(kind)) / 1024

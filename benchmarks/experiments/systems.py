@@ -15,7 +15,6 @@ continues.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import command, commit
-from goal.data.files import write_atomically
+from goal.data.files import save_atomically
 from goal.training import Incomplete, Sweep
 
 MODELS = ("vse++", "vse-infinity", "rvse++")
@@ -57,9 +56,7 @@ def reduced(data: Path, folder: Path) -> Path:
     for split, images in splits.items():
         (out / f"{split}_caps.txt").write_bytes((data / f"{split}_caps.txt").read_bytes())
         parts = np.stack([((image - mean) @ axes).astype(np.float32) for image in images])
-        buffer = io.BytesIO()
-        np.save(buffer, parts)
-        write_atomically(out / f"{split}_ims.npy", buffer.getvalue())
+        save_atomically(out / f"{split}_ims.npy", parts)
     return out
 
 

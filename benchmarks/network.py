@@ -87,7 +87,6 @@ def table(sizes: list[int], n: int, d: int, dtype: torch.dtype, P: str, mining: 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--rows", type=int, default=1024, help="pairs a GPU")
     parser.add_argument("--d", type=int, default=1024)

@@ -179,7 +179,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--pairs", type=int, nargs="+", default=[1536, 6144], help="of the global batch")
     parser.add_argument("--rounds", type=int, default=3)

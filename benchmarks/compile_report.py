@@ -19,13 +19,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import datetime
 import functools
 import importlib
 import json
 import multiprocessing
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -39,7 +37,7 @@ import torch
 from torch import Tensor
 
 import goal
-from benchmarks.cpu import RESULTS, commit, show
+from benchmarks.report import RESULTS, conditions, facts, keep, markdown, show
 
 ARCHS = (80, 90, 100)
 SHARED = {
@@ -459,7 +457,7 @@ def table(rows: Sequence[Row], known: dict[str, dict[str, float]]) -> str:
     """The rows as Markdown; `known`: what is recorded for this Triton."""
     heads = ["kernel variant", "arch", "tile", "registers", "stack", "shared", "tensor", "local", "float atomics"]
     heads += ["locks", "per element", "recorded", "compile s"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows:
         per_element = "" if row.per_element is None else f"{row.per_element:.2f}"
         recorded = known.get(row.variant, {}).get(str(row.arch))
@@ -468,8 +466,8 @@ def table(rows: Sequence[Row], known: dict[str, dict[str, float]]) -> str:
         cells = ["does not compile"] + [""] * 6 if row.error else [str(figure) for figure in figures]
         rest = [per_element, against, f"{row.seconds:.1f}"]
         tile = "×".join(map(str, row.tile or ()))
-        lines.append(f"| {' | '.join([row.variant, f'sm_{row.arch}', tile, *cells, *rest])} |")
-    return "\n".join(lines)
+        lines.append([row.variant, f"sm_{row.arch}", tile, *cells, *rest])
+    return markdown(heads, lines)
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -566,22 +564,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         RESULTS.mkdir(exist_ok=True)
         RECORDED.write_text(json.dumps(known, indent=1) + "\n")
     figures = known.get(version, {})
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "triton": version,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": "python -m benchmarks.compile_report " + " ".join(arguments),
-    }
+    told = conditions("benchmarks.compile_report", arguments, triton=version)
     print(table(rows, figures))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()))
+    print(f"\n{facts(told)}")
     print(f"{len(rows)} variants in {time.perf_counter() - start:.0f} s")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        saved = {**conditions, "rows": [row._asdict() for row in rows]}
-        path = RESULTS / f"compile-{conditions['date']}-triton-{version}.json"
-        path.write_text(json.dumps(saved, indent=1) + "\n")
+        keep(f"compile-{told['date']}-triton-{version}", told, [row._asdict() for row in rows])
     failed = [
         f"{row.variant}, sm_{row.arch}: {gate}"
         for row in rows

@@ -11,11 +11,7 @@ Peak memory is that of a fresh process, less that of the same process after maki
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +22,11 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
 import goal
+from benchmarks.process import apart, resident
+from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
 
 D = 1024
 COMBINATIONS = [(T, P) for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
-RESULTS = Path(__file__).parent / "results"
 
 
 def inputs(n: int) -> tuple[Tensor, Tensor]:
@@ -142,15 +139,9 @@ def measure(n: int, rounds: int) -> list[dict[str, object]]:
     ]
 
 
-def show(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def peak(n: int, what: str) -> float:
     """Megabytes that one call needs beyond its inputs, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.cpu", "--peak", str(n), what]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return float(apart("benchmarks.cpu", "--peak", n, what))
 
 
 def peak_here(n: int, what: str) -> float:
@@ -167,30 +158,16 @@ def peak_here(n: int, what: str) -> float:
     return resident("VmHWM") - before
 
 
-def resident(kind: str) -> float:
-    """Megabytes of this process's memory, from Linux's own account of it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(kind)) / 1024
-
-
-def commit() -> str:
-    command, here = ["git", "describe", "--always", "--dirty"], Path(__file__).parent
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
-    return found.stdout.strip() or "unknown"
-
-
 def table(rows: list[dict[str, object]]) -> str:
+    heads = ["N", "what", "ms", "× bare product", "× dense loss", "GFLOP/s", "MB beyond inputs"]
     lines = [
-        "| N | what | ms | × bare product | × dense loss | GFLOP/s | MB beyond inputs |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
-        lines.append(
-            f"| {row['n']} | {row['what']} | {row['ms']:.3g} | {row['of_product']:.2f} | {row['of_dense']:.2f} "
-            f"| {row['gflops']:.0f} | {memory} |"
-        )
-    return "\n".join(lines)
+        [
+            row["n"], row["what"], row["ms"], f"{row['of_product']:.2f}", f"{row['of_dense']:.2f}",
+            f"{row['gflops']:.0f}", None if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def main() -> None:
@@ -207,21 +184,11 @@ def main() -> None:
     for n in options.sizes:
         print(f"gate: N = {n}, relative error {gate(min(n, 2048)):.1e}", file=sys.stderr)
         rows += measure(n, options.rounds)
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "command": "python -m benchmarks.cpu " + " ".join(sys.argv[1:]),
-    }
+    known = conditions("benchmarks.cpu", processor=PROCESSOR, threads=torch.get_num_threads())
     print(table(rows))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()) + f", float32, D = {D}")
+    print(f"\n{facts(known)}, float32, D = {D}")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"cpu-{conditions['date']}-{'-'.join(map(str, options.sizes))}.json"
-        path.write_text(json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
+        keep(f"cpu-{known['date']}-{'-'.join(map(str, options.sizes))}", known, rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.cpu import commit, show
+from benchmarks.process import resident
+from benchmarks.report import command, commit, markdown, show
 from goal.training import TrainConfig, train
 
 CAPTIONS, WORDS, LENGTH = 5, 8000, 12  # of an image; different ones; of a caption
@@ -38,23 +39,17 @@ def write(folder: Path, split: str, images: int, regions: int, features: int) ->
     (folder / f"{split}_caps.txt").write_text("\n".join(" ".join(f"w{word}" for word in row) for row in words) + "\n")
 
 
-def anonymous() -> float:
-    """GB of memory that are the process's own and no pages of files (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e6
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One run of a few steps: seconds and GB."""
     config = TrainConfig(
         model=options.model, data=str(folder), max_steps=options.steps, threads=options.threads, device=options.device
     )
     ends: list[float] = []
-    held = [anonymous()]
+    held = [resident("RssAnon")]  # of the process itself: no pages of files
 
     def stepped(*_: Any) -> None:
         ends.append(time.perf_counter())
-        held.append(anonymous())
+        held.append(resident("RssAnon"))
         show(f"step {len(ends)} of {options.steps}")
 
     hook = register_optimizer_step_post_hook(stepped)
@@ -67,7 +62,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "model": options.model,
         "file GB": options.images * options.regions * options.features * 4 / 1e9,
-        "held GB": max(held) - held[0],
+        "held GB": (max(held) - held[0]) * 2**20 / 1e9,
         "to the first step s": ends[0] - begun,
         "step s": float(np.median(steps)) if len(steps) else float("nan"),
         "validation and test s": time.perf_counter() - ends[-1],
@@ -92,11 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(Path(name), split, images, options.regions, options.features)
         found = measure(options, Path(name))
     show("")
-    cells = [value if isinstance(value, str) else f"{value:.3g}" for value in found.values()]
-    print(f"| {' | '.join(found)} |\n{'|---' * len(found)}|\n| {' | '.join(cells)} |")
-    command = " ".join(["python -m benchmarks.full_size", *(sys.argv[1:] if argv is None else argv)])
+    print(markdown(list(found), [list(found.values())]))
+    line = command("benchmarks.full_size", argv)
     setting = f"{options.images} training images, {options.threads} threads, {options.device}"
-    print(f"\n*{setting}; commit {commit()}, {command}*")
+    print(f"\n*{setting}; commit {commit()}, {line}*")
     return 0
 
 

@@ -13,13 +13,11 @@ own. Work is done in the order of its importance until the minutes are spent; wh
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +33,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.cpu import RESULTS, commit, dense
+from benchmarks.cpu import dense
+from benchmarks.report import conditions, facts, keep, markdown
 
 SIZES = [128, 512, 2048, 8192, 32768, 131072]
 DIMS = [256, 512, 1024]
@@ -314,16 +313,6 @@ def verdicts(rows: Sequence[Row], launches: Mapping[str, int], regret_share: flo
 def kernels(events: Iterable[Mapping[str, Any]]) -> list[str]:
     """Names of the kernels in a trace of torch.profiler, as they started; copying and filling memory is none."""
     return [str(e["name"]) for e in sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])]
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table; numbers with three figures, None as nothing."""
-
-    def cell(value: object) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell(value) for value in row) + " |" for row in rows)
 
 
 def gate_table(findings: Iterable[Finding]) -> str:
@@ -913,7 +902,8 @@ def obstacle() -> str | None:
     return None
 
 
-def conditions(seed: int) -> dict[str, Any]:
+def machine(seed: int) -> dict[str, Any]:
+    """What the benchmarks of a CPU have not: the device, and the seed of the gate."""
     triton: Any = importlib.import_module("triton")
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -921,16 +911,11 @@ def conditions(seed: int) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError, IndexError):
         driver = "unknown"
     return {
-        "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "driver": driver,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
         "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
         "seed": seed,
-        "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
     }
 
 
@@ -973,34 +958,29 @@ class Report:
         self.rows: list[Row] = []
         self.launches: dict[str, list[str]] = {}
         self.regret_share: float | None = None
+        self.path: Path | None = None  # once it is written
 
     @property
     def verdicts(self) -> list[Verdict]:
         return verdicts(self.rows, {name: len(found) for name, found in self.launches.items()}, self.regret_share)
-
-    @property
-    def path(self) -> Path:
-        device = "-".join(str(self.known["device"]).lower().split())
-        return RESULTS / f"gpu-{self.known['date']}-{device}.json"
 
     def write(self) -> None:
         """JSON after every step: a call that is cut off leaves what it has."""
         if not self.save:
             return
         compare(self.rows)
-        RESULTS.mkdir(exist_ok=True)
+        device = "-".join(str(self.known["device"]).lower().split())
         found = {
             **self.known,
             "gate": [{**each._asdict(), "faults": faults(each)} for each in self.findings],
             "targets": [{**each._asdict(), "verdict": str(each)} for each in self.verdicts],
             "launches": self.launches,
             "left_out": self.left_out,
-            "rows": self.rows,
         }
-        self.path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        self.path = keep(f"gpu-{self.known['date']}-{device}", found, self.rows)
 
     def draw(self) -> None:
-        if not self.save or not self.rows:
+        if self.path is None or not self.rows:
             return
         try:
             plot(self.rows, self.path.with_suffix(".png"), f"{self.known['device']}, D = {TARGET.d}, {TARGET.dtype}")
@@ -1014,14 +994,13 @@ class Report:
             ([name, len(found) or "not measured"] for name, found in self.launches.items()),
         )
         spent = "\n".join(f"* {each}" for each in self.left_out) or "* nothing"
-        facts = ", ".join(f"{name} {value}" for name, value in self.known.items())
         parts = (
             gate_table(self.findings),
             timing_table(sorted(self.rows, key=lambda r: (r["dtype"], r["d"], r["n"]))),
             counts,
             target_table(self.verdicts),
         )
-        return "\n\n".join((*parts, f"Left out:\n\n{spent}", facts))
+        return "\n\n".join((*parts, f"Left out:\n\n{spent}", facts(self.known)))
 
 
 def sizes_gate(groups: Iterable[Group], report: Report, budget: Budget, device: str) -> list[Group]:
@@ -1103,7 +1082,8 @@ def main(arguments: Sequence[str] | None = None, device: str = "cuda", scale: Sc
     findings, left_out = gate(
         chosen_arithmetics(options.dtypes), device, scale, seed, Budget(budget.left() - 0.5 * seconds)
     )
-    report = Report(conditions(seed), options.save, findings, [*missing_peers(), *left_out])
+    known = conditions("benchmarks.gpu", arguments, **machine(seed))
+    report = Report(known, options.save, findings, [*missing_peers(), *left_out])
     if not is_red(findings):
         groups = by_importance(options.sizes, options.dims, options.dtypes)
         ready = sizes_gate(groups, report, Budget(budget.left() - 0.4 * seconds), device)

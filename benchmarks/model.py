@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from benchmarks import compile_report
 from benchmarks.compile_report import Row
+from benchmarks.report import markdown
 
 
 class Chip(NamedTuple):
@@ -128,15 +129,15 @@ def table(chip: Chip, rows: Sequence[Row], n: int, d: int) -> str:
     """One chip's scans as Markdown."""
     heads = ["scan", "tile", "programs", "bare product ms", "tensor cores ms", "epilogue ms", "L2 ms", "memory ms"]
     heads += ["beside each other", "expected ms", "of the product's rate", "L2 → multiprocessors TB/s"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows:
         found = expected(row, chip, n, n, d, arithmetic_of(row))
         fill = "not published" if found.fill is None else f"{found.fill * 1e3:.2f}"
         times = [f"{second * 1e3:.2f}" for second in (found.floor, found.product, found.epilogue)]
         cells = [row.variant, "×".join(map(str, row.tile or ())), str(found.programs), *times, fill]
         cells += [f"{found.memory * 1e3:.2f}", "yes" if found.programs >= 2 else "no", f"{found.total * 1e3:.2f}"]
-        lines.append(f"| {' | '.join([*cells, f'{found.fraction:.2f}', f'{found.demand / 1e12:.1f}'])} |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{found.fraction:.2f}", f"{found.demand / 1e12:.1f}"])
+    return markdown(heads, lines)
 
 
 def read(path: Path) -> list[Row]:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 import goal
+from benchmarks.report import markdown
 
 
 class Machine(NamedTuple):
@@ -73,22 +74,19 @@ def expected(scheme: Scheme, machine: Machine) -> float:
 
 
 def table(sizes: list[int], n: int, d: int, dtype: torch.dtype, P: str, mining: str, machine: Machine) -> str:
+    heads = ["GPUs", "pairs", "scheme", "MB sent a rank", "TFLOP a rank", "ms", "MB held"]
     lines = [
-        "| GPUs | pairs | scheme | MB sent a rank | TFLOP a rank | ms | MB held |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for ranks in sizes:
-        for one in schemes(ranks, n, d, dtype, P, mining):
-            ms = 1e3 * expected(one, machine)
-            lines.append(
-                f"| {ranks} | {ranks * n} | {one.name} | {one.sent / 1e6:.4g} | {one.flops / 1e12:.3g} "
-                f"| {ms:.3g} | {one.held / 1e6:.4g} |"
-            )
-    return "\n".join(lines)
+        [
+            ranks, ranks * n, one.name, f"{one.sent / 1e6:.4g}", one.flops / 1e12, 1e3 * expected(one, machine),
+            f"{one.held / 1e6:.4g}",
+        ]
+        for ranks in sizes
+        for one in schemes(ranks, n, d, dtype, P, mining)
+    ]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--rows", type=int, default=1024, help="pairs a GPU")
     parser.add_argument("--d", type=int, default=1024)

@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import datetime
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,8 @@ from torch.nn.functional import normalize
 
 import goal
 import goal.distributed
-from benchmarks.cpu import RESULTS, commit, resident, show
+from benchmarks.process import resident
+from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
 
 D = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -166,21 +166,19 @@ def work(rank: int, size: int, folder: str, sizes: list[int], rounds: int) -> No
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    heads = ["ranks", "pairs", "what", "ms", "MB sent a rank", "MB over loopback", "MB beyond own rows"]
     lines = [
-        "| ranks | pairs | what | ms | MB sent a rank | MB over loopback | MB beyond own rows |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        sent = "" if row["sent"] is None else f"{row['sent'] / 1e6:.2f}"
-        lines.append(
-            f"| {row['ranks']} | {row['pairs']} | {row['what']} | {row['ms']:.3g} | {sent} "
-            f"| {row['loopback'] / 1e6:.2f} | {row['peak_mb']:.0f} |"
-        )
-    return "\n".join(lines)
+        [
+            row["ranks"], row["pairs"], row["what"], row["ms"],
+            None if row["sent"] is None else f"{row['sent'] / 1e6:.2f}",
+            f"{row['loopback'] / 1e6:.2f}", f"{row['peak_mb']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--pairs", type=int, nargs="+", default=[1536, 6144], help="of the global batch")
     parser.add_argument("--rounds", type=int, default=3)
@@ -198,18 +196,8 @@ def main(options: argparse.Namespace) -> None:
     worst = max(row["error"] for row in rows)
     print(f"gate: relative error {worst:.1e} at most\n", file=sys.stderr)
     rows.sort(key=lambda row: (row["pairs"], row["what"], row["ranks"]))
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "threads": 1,
-        "command": "python -m benchmarks.scale " + " ".join(sys.argv[1:]),
-    }
+    known = conditions("benchmarks.scale", processor=PROCESSOR, threads=1)
     print(table(rows))
-    print("\n" + ", ".join(f"{name} {value}" for name, value in conditions.items()) + f", float32, D = {D}")
+    print(f"\n{facts(known)}, float32, D = {D}")
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"ranks-{conditions['date']}.json"
-        path.write_text(json.dumps({**conditions, "rows": rows}, indent=1) + "\n")
+        keep(f"ranks-{known['date']}", known, rows)

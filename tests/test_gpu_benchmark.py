@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import goal
-from benchmarks import gpu
+from benchmarks import gpu, report
 from benchmarks.gpu import BARE, DENSE, EXP, HARDEST, LIN, MINED, OBJECTIVES, TARGET, Budget, Finding, Group, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -421,7 +421,7 @@ def test_launches_are_the_kernels_of_a_trace() -> None:
 
 
 def test_tables_have_as_many_cells_as_heads() -> None:
-    assert gpu.markdown(["a", "b"], [[1, None], [0.12345, "x"]]).splitlines()[2:] == ["| 1 |  |", "| 0.123 | x |"]
+    assert report.markdown(["a", "b"], [[1, None], [0.12345, "x"]]).splitlines()[2:] == ["| 1 |  |", "| 0.123 | x |"]
     found = rows()
     gpu.compare(found)
     tables = (gpu.timing_table(found), gpu.target_table(gpu.verdicts(found, {}, None)), gpu.gate_table([GREEN]))
@@ -489,7 +489,6 @@ def device(
         "compile_all": lambda options, seconds: None,
         "count_launches": lambda n, d, device, objectives: {name: ["k"] * 5 for name in objectives},
         "rounds_in": lambda allowance, one, least=5, most=50: 3,
-        "RESULTS": tmp_path,
         "SIZES": [32],
         "LARGEST": 64,
         "OUTSIDERS_AT": (),
@@ -499,6 +498,7 @@ def device(
     }
     for name, value in replaced.items():
         monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
     return stand_in
 
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import mean_and_deviation, trained
+from benchmarks.report import command, commit, markdown
 from goal.training import TrainConfig
 
 BATCH, CLIP = 64, 2.0
@@ -44,17 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for T, P in OBJECTIVES for reduction, clip in WAYS
     ]  # fmt: skip
     groups = trained(configs, options.seeds, options.folder, options.workers)
-    print("| objective | over the batch | clip | RSUM | i→t R@1 | t→i R@1 | s⁺ / s⁻ halfway | at the end |")
-    print("|---" * 8 + "|")
+    heads = ["objective", "over the batch", "clip", "RSUM", "i→t R@1", "t→i R@1", "s⁺ / s⁻ halfway", "at the end"]
+    rows = []
     for config, runs in zip(configs, groups, strict=True):
         cells = [config.label, str(config.reduction), f"{config.clip:.3g}"]
         cells += [mean_and_deviation([run["test"][name] for run in runs]) for name in ("rsum", "i2t_r1", "t2i_r1")]
         for place in (options.epochs // 2, options.epochs - 1):
             means = (sum(run["curve"][place][name] for run in runs) / len(runs) for name in ("s_pos", "s_neg"))
             cells.append(" / ".join(f"{mean:.2f}" for mean in means))
-        print(f"| {' | '.join(cells)} |")
-    command = " ".join(["python -m benchmarks.experiments.clipping", *(sys.argv[1:] if argv is None else argv)])
-    print(f"\n*{options.data}, {configs[0].setting}, {options.seeds} seeds; commit {commit()}, command {command}*")
+        rows.append(cells)
+    print(markdown(heads, rows))
+    line = command("benchmarks.experiments.clipping", argv)
+    print(f"\n*{options.data}, {configs[0].setting}, {options.seeds} seeds; commit {commit()}, command {line}*")
     return 0
 
 

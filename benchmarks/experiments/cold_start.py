@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from benchmarks.cpu import commit, show
+from benchmarks.report import command, commit, markdown, show
 from goal.data.files import write_atomically
 from goal.training.features import Sampler, Split, split
 
@@ -106,10 +106,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.3g}{spread}"
 
-    lines = [
-        "| layers | mining | left chance | after steps | vanished at first, % | halfway, % | R@1 at the end, % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    heads = ["layers", "mining", "left chance", "after steps", "vanished at first, %", "halfway, %"]
+    heads += ["R@1 at the end, %"]
+    lines = []
 
     def key(record: dict[str, Any]) -> tuple[int, int]:
         return record["depth"], list(MININGS).index(record["mining"])
@@ -118,13 +117,12 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         runs = list(group)
         left = [run["left_chance"] for run in runs if run["left_chance"] is not None]
         halves = [run["vanished"][len(run["vanished"]) // 2] for run in runs]
-        cells = [
-            str(depth), runs[0]["mining"], f"{len(left)} of {len(runs)}", pm(left) if left else "–",
+        lines.append([
+            depth, runs[0]["mining"], f"{len(left)} of {len(runs)}", pm(left) if left else "–",
             pm([100 * run["vanished"][0] for run in runs]), pm([100 * half for half in halves]),
             pm([100 * run["recall"] for run in runs]),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown(heads, lines)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
@@ -160,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_atomically(path, lines.encode())
     show("")
     print(table([done[run] for run in asked]))
-    command = " ".join(["python -m benchmarks.experiments.cold_start", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.cold_start", argv)
     settings = f"{WIDTH} wide, batch {BATCH}, Adam {LR:g}, clip {CLIP:g}, con(0.2) × con, sum; {options.steps} steps"
-    print(f"\n*emoji, {settings}; chance {100 / len(validation.x):.2g} %; commit {commit()}, command {command}*")
+    print(f"\n*emoji, {settings}; chance {100 / len(validation.x):.2g} %; commit {commit()}, command {line}*")
     return 0
 
 

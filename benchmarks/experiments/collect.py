@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import commit
+from benchmarks.report import commit
 from goal.data.files import write_atomically
 
 

@@ -27,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 
 import goal
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import Record, mean_and_deviation, sign_flip, trained
+from benchmarks.report import command, commit, markdown
 from goal import pictures
 from goal.data.files import write_atomically
 from goal.training import TrainConfig
@@ -60,7 +60,8 @@ def random_order(labels: NDArray[np.int64], seeds: int) -> list[float]:
 
 def table(records: dict[str, list[Record]], chance: Sequence[float]) -> str:
     """Markdown: MAP@all of each way, the steps it took, and how it differs from the first."""
-    lines = ["| training | MAP@all | x→y | y→x | best step | to semi-hard | p |", "|---|---|---|---|---|---|---|"]
+    heads = ["training", "MAP@all", "x→y", "y→x", "best step", "to semi-hard", "p"]
+    lines = []
     base = [run["test"]["mean"] for run in next(iter(records.values()))]
     for way, runs in records.items():
         means = [run["test"]["mean"] for run in runs]
@@ -68,8 +69,8 @@ def table(records: dict[str, list[Record]], chance: Sequence[float]) -> str:
         cells = [way, *(mean_and_deviation([run["test"][name] for run in runs]) for name in ("mean", "x2y", "y2x"))]
         cells += [f"{np.mean([run['best_step'] for run in runs]):.0f}"]
         cells += ["", ""] if means == base else [f"{np.mean(gained):+.1f}", f"{sign_flip(gained):.2g}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, f"| random order | {mean_and_deviation(chance)} | | | | | |"])
+        lines.append(cells)
+    return markdown(heads, [*lines, ["random order", mean_and_deviation(chance), *[""] * 5]])
 
 
 def draw(records: dict[str, list[Record]], path: Path) -> None:
@@ -104,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = trained(list(asked.values()), options.seeds, options.folder / "runs", options.workers)
     records = dict(zip(asked, found, strict=True))
     told = table(records, random_order(goal.data.clips(options.data, "test").labels, options.seeds))
-    command = " ".join(["python -m benchmarks.experiments.curriculum", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.curriculum", argv)
     setting = next(iter(asked.values())).setting
     text = f"{told}\n\n*{options.data}, {setting}, {options.seeds} seeds, to a plateau; p of paired differences by "
-    text += f"sign flips; commit {commit()}, command {command}*\n"
+    text += f"sign flips; commit {commit()}, command {line}*\n"
     print(text)
     write_atomically(options.folder / "table.md", text.encode())
     lines = (json.dumps({"way": way, **run}) + "\n" for way, runs in records.items() for run in runs)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu import commit
 from benchmarks.experiments.runs import trained
+from benchmarks.report import command, commit
 from goal.training import TrainConfig
 from goal.training.report import write_report
 
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
     parser.add_argument("--folder", type=Path, default=Path("runs/hinges"))
     options = parser.parse_args(argv)
-    command = " ".join(["python -m benchmarks.experiments.hinges", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.hinges", argv)
     for name, faster in (("released", 1.0), ("faster", FASTER)):
         asked = configs(options, faster)
         records = trained(asked, options.seeds, options.folder / "runs", options.workers)
         out = options.folder / name
         rates = ", ".join(f"{config.label} {config.lr:g}" for config in asked)
         note = f"{asked[0].setting.split(' at ')[0]}, {options.epochs} epochs; learning rates {rates}. "
-        note += f"Command: {command}, commit {commit()}"
+        note += f"Command: {line}, commit {commit()}"
         title = f"{options.data}, {name} rates, mean ± standard deviation over {options.seeds} seeds"
         write_report([record for group in records for record in group], out, title=title, note=note)  # type: ignore[misc]
         print((out / "table.md").read_text())

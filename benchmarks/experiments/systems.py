@@ -15,7 +15,6 @@ continues.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cpu import commit
-from goal.data.files import write_atomically
+from benchmarks.report import command, commit
+from goal.data.files import save_atomically
 from goal.training import Incomplete, Sweep
 
 MODELS = ("vse++", "vse-infinity", "rvse++")
@@ -57,9 +56,7 @@ def reduced(data: Path, folder: Path) -> Path:
     for split, images in splits.items():
         (out / f"{split}_caps.txt").write_bytes((data / f"{split}_caps.txt").read_bytes())
         parts = np.stack([((image - mean) @ axes).astype(np.float32) for image in images])
-        buffer = io.BytesIO()
-        np.save(buffer, parts)
-        write_atomically(out / f"{split}_ims.npy", buffer.getvalue())
+        save_atomically(out / f"{split}_ims.npy", parts)
     return out
 
 
@@ -93,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
     parser.add_argument("--folder", type=Path, default=Path("runs/systems"))
     options = parser.parse_args(argv)
-    command = " ".join(["python -m benchmarks.experiments.systems", *(sys.argv[1:] if argv is None else argv)])
+    line = command("benchmarks.experiments.systems", argv)
     failed, data = 0, reduced(options.data, options.folder)
     for model in options.models:
         runs = sweep(model, data, options)
         try:
-            runs.run(f"{command}, commit {commit()}")
+            runs.run(f"{line}, commit {commit()}")
         except Incomplete as error:
             print(error, file=sys.stderr)
             failed = 1

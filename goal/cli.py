@@ -102,6 +102,9 @@ def _ranks(distributed: bool, device: str) -> Iterator[bool]:
         raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal.cli train --distributed …")
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # DDP imports it; with a group already there it would keep that, and with the group its threads, beside which the
+    # process may abort when it ends
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield dist.get_rank() == 0

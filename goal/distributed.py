@@ -26,7 +26,7 @@ from torch import Tensor
 
 from goal import engine, reference, validation
 from goal.engine import Dense, Outcome, Seen, Settings, Whole
-from goal.similarity import Entries, Gradients, Mined, Needs
+from goal.similarity import Entries, Gradients, Mined, Needs, total
 from goal.statistics import Limits, Masks, Pairs, Partial, Statistics, finish, merge
 from goal.wire import Agreed, Ranks, Wire, agree, counting, pack, ranks, unpack
 
@@ -291,7 +291,7 @@ class Gathered:
                 self.x, everything, spread.y, own, scaled, (partly, back), (False, needs[1])
             )
             pair_x, pair_y = spread.pairs(-(forth + back)[own], needs)
-            return _sum(gx, dense_x, pair_x), _sum(gy, dense_y, pair_y)
+            return total(gx, dense_x, pair_x), total(gy, dense_y, pair_y)
 
         return value, emit
 
@@ -306,11 +306,6 @@ def _within(entries: Entries, side: str, own: slice) -> Entries:
 
 def _times(entries: Entries, incoming: Tensor | None) -> Entries:
     return entries if incoming is None else entries._replace(value=entries.value * incoming)
-
-
-def _sum(*parts: Tensor | None) -> Tensor | None:
-    found = [one for one in parts if one is not None]
-    return functools.reduce(torch.add, found) if found else None
 
 
 # ── mine and emit: block by block round a ring ──────────────────────────────────────────────────────────────────────
@@ -387,7 +382,7 @@ class Ring:
             gx, gy = self._mined(outcome.mined)
         if outcome.dense is not None:
             value, (dense_x, dense_y) = self._dense(outcome.dense)
-            gx, gy = _sum(gx, dense_x), _sum(gy, dense_y)
+            gx, gy = total(gx, dense_x), total(gy, dense_y)
 
         def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
             wanted = [one if needed else None for one, needed in zip((gx, gy), needs, strict=True)]
@@ -409,7 +404,7 @@ class Ring:
         pair_x, pair_y = spread.pairs(pull.sum(0)[own], needs)
         from_y = None if to_x is None else back.deliver(to_x)
         from_x = None if to_y is None else forth.deliver(to_y)
-        return _sum(gx, pair_x, from_y), _sum(gy, pair_y, from_x)
+        return total(gx, pair_x, from_y), total(gy, pair_y, from_x)
 
     def _dense(self, dense: Dense) -> tuple[Tensor, Gradients]:
         """A round of its own: the value, and with it the gradients if anybody needs them."""
@@ -434,7 +429,7 @@ class Ring:
             return value, (None, None)
         home = home.view(gx.dtype)
         pair_x, pair_y = spread.pairs(-(forth[own] + home[:, 0]), needs)
-        return value, (_sum(gx, pair_x) if needs[0] else None, _sum(home[:, 1:], pair_y) if needs[1] else None)
+        return value, (total(gx, pair_x) if needs[0] else None, total(home[:, 1:], pair_y) if needs[1] else None)
 
 
 def _negative(part: Partial) -> Tensor:

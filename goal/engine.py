@@ -23,7 +23,7 @@ from goal import ops, reference, terms
 from goal import similarity as similarity_
 from goal.mining import Mining
 from goal.ops import How
-from goal.similarity import Dot, Gradients, Mined, Needs
+from goal.similarity import Dot, Gradients, Mined, Needs, total
 from goal.statistics import Masks, Pairs, Request, Statistics, r_pos_exp, r_pos_lin
 from goal.terms import Parameter, Product, Term
 
@@ -364,8 +364,4 @@ def emit(
     if mined is None:
         return gx, gy
     mined_x, mined_y = ops.mined_emit(how, chosen.similarity, x, y, mined, incoming, needs)
-    return _sum(gx, mined_x), _sum(gy, mined_y)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+    return total(gx, mined_x), total(gy, mined_y)

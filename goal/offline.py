@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -27,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from goal import validation
-from goal.data.files import bar, read_array, write_atomically
+from goal.data.files import atomic_file, bar, read_array, save_atomically, write_atomically
 from goal.evaluation import _exact_float32
 from goal.similarity import Dot, bind
 
@@ -193,7 +190,7 @@ def mine(
     with torch.inference_mode(), _exact_float32(device):
         while store.start < n:
             _mine_rows(store, scan, sides, labels, rows, save_every)
-    with _replaced(path) as file:
+    with atomic_file(path) as file:
         _WRITERS[path.suffix](file, store, n, m, k)
     folder.rename(done)
     shutil.rmtree(done)
@@ -401,8 +398,7 @@ class _Store:
         return self._read("y", first, last)
 
     def _write(self, side: str, first: int, keys: Tensor) -> None:
-        with _replaced(self._file(side, first)) as file:
-            np.save(file, keys.cpu().numpy())
+        save_atomically(self._file(side, first), keys.cpu().numpy())
 
     def keep_y(self, first: int, keys: Tensor) -> None:
         self._write("y", first, keys)
@@ -450,21 +446,6 @@ def _digest(side: _Side, ids: Tensor | None) -> str:
         found.update(np.ascontiguousarray(side.slice(row, row + 1)).tobytes())
     found.update(b"" if ids is None else ids.numpy().tobytes())
     return found.hexdigest()
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its place once it is written and on disk; nothing is left of it if that fails."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 # ---- what is written -------------------------------------------------------------------------------------

@@ -24,6 +24,14 @@ Gradients = tuple[Tensor | None, Tensor | None]  # at x and at y; None where `ne
 Needs = tuple[bool, bool]
 
 
+def total(*parts: Tensor | None) -> Tensor | None:
+    """The sum of those that are there."""
+    found = None
+    for part in parts:
+        found = part if found is None else found if part is None else found + part
+    return found
+
+
 class Entries(NamedTuple):
     """Entries of G = ∂l/∂S; repeated ones add."""
 

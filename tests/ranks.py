@@ -4,6 +4,7 @@ A job is plain data: which group, the global batch, how it is cut, the arguments
 """
 
 import datetime
+import importlib
 import os
 import time
 import traceback
@@ -572,6 +573,7 @@ def training(
 
 
 def join(rank: int, size: int, folder: str, seconds: int) -> None:
+    importlib.import_module("torch._dynamo")  # see goal.cli._ranks
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -603,6 +605,7 @@ def work(rank: int, folder: str) -> None:
 
 def trainer(rank: int, size: int, port: int, folder: str, trainings: Sequence[tuple[str, str, str]]) -> None:
     """One process of torchrun, in which Lightning's Trainer makes the group, wraps the model and takes the steps."""
+    importlib.import_module("torch._dynamo")
     from lightning.pytorch import LightningModule, Trainer
 
     class Module(LightningModule):

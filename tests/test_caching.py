@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -400,6 +401,7 @@ def replicas(rank: int, folder: str) -> None:
     """What each of two ranks does: its own rows, of another number than the other's."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=120)  # ranks that reduce another number of times wait for each other
+    importlib.import_module("torch._dynamo")  # see goal.cli._ranks
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
     inputs = [batch(n, n, seed=n) for n in (21, 9)]
     truths = [whole(*towers(), each, goal.Objective())[1] for each in inputs]

@@ -253,7 +253,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     for fail_at in range(1, 5):
         written = itertools.count(1)
 
-        def failing(file: Any, array: Any, at: int = fail_at, count: Any = written) -> None:
+        def failing(file: Any, array: Any, at: int = fail_at, count: Any = written, **_: Any) -> None:
             if next(count) == at:
                 file.write(b"half of it")
                 raise OSError("disk full")

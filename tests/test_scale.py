@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,8 +130,12 @@ def test_conditions_have_the_command_last() -> None:
 
 @linux
 def test_memory_is_that_of_the_call() -> None:
-    held = []
-    found = process.measured(lambda: held.append(bytearray(b"1") * (64 << 20)))
+    """In a fresh process, as all measurements: of an old one the system may take back pages meanwhile."""
+    script = "import json; from benchmarks.process import measured; held = []; "
+    script += "print(json.dumps(measured(lambda: held.append(bytearray(b'1') * (64 << 20)))))"
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, cwd=root)
+    found = json.loads(run.stdout)
     assert 60 < found["mb"] < 80
     assert found["seconds"] > 0
-    assert process.resident("VmHWM") >= process.resident("VmRSS") > 64
+    assert process.resident("VmRSS") > 0

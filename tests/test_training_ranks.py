@@ -73,6 +73,21 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path) -> No
     assert "step" not in again.stdout.split("best validation")[0]
 
 
+def test_the_group_is_gone_at_the_end() -> None:
+    """Gloo's threads, which a group has until it is freed, abort a process that ends beside them."""
+    script = """
+import torch, weakref
+from goal.cli import _ranks
+with _ranks(True, "cpu"):
+    group = weakref.ref(torch.distributed.group.WORLD)
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+assert group() is None
+"""
+    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | told)
+    assert run.returncode == 0, run.stderr
+
+
 def test_without_torchrun_it_is_said_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert main(["train", "--distributed"]) == 2

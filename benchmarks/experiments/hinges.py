@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = f"{asked[0].setting.split(' at ')[0]}, {options.epochs} epochs; learning rates {rates}. "
         note += f"Command: {line}, commit {commit()}"
         title = f"{options.data}, {name} rates, mean ± standard deviation over {options.seeds} seeds"
-        write_report([record for group in records for record in group], out, title=title, note=note)  # type: ignore[misc]
+        every: list[Any] = [record for group in records for record in group]
+        write_report(every, out, title=title, note=note)
         print((out / "table.md").read_text())
     return 0
 

@@ -152,13 +152,12 @@ class TrainConfig:
         elif self.recipe is not None and given:
             raise ValueError(f"recipe: {self.recipe!r} stands in place of T, P and mining; got {given[0]} too")
         elif self.recipe is None:
-            labelled = system.images == "audio"
-            terms = ("con", "con") if labelled else ("cir", "sig-ms")
-            if labelled and self.T in (None, "con"):
+            terms = ("con", "con") if system.of_clips else ("cir", "sig-ms")
+            if system.of_clips and self.T in (None, "con"):
                 object.__setattr__(self, "params", {"margin": system.margin} | self.params)
             for name, default in zip(KINDS, terms, strict=True):
                 object.__setattr__(self, name, _definition(name, getattr(self, name) or default).name)
-            object.__setattr__(self, "mining", self.mining or ("semi-hard" if labelled else "hardest"))
+            object.__setattr__(self, "mining", self.mining or ("semi-hard" if system.of_clips else "hardest"))
 
     def _check_stages(self) -> None:
         """Whether the stages that are asked for can follow one another."""

@@ -181,10 +181,10 @@ class Trained(NamedTuple):
 
     def split(self, name: str) -> Split:
         """A split of its data, in the form that its model takes."""
-        images = SYSTEMS[self.config.model].images
-        if images == "audio":
+        system = SYSTEMS[self.config.model]
+        if system.of_clips:
             return labelled(self.config.data, name)
-        return split(data.load(self.config.data, name), images, self.vocabulary)
+        return split(data.load(self.config.data, name), system.images, self.vocabulary)
 
 
 def load_trained(run_dir: Path) -> Trained:
@@ -487,7 +487,7 @@ def _model(config: TrainConfig, inputs: Inputs) -> nn.Module:
 
 def _metric(config: TrainConfig) -> str:
     """What chooses the weights."""
-    return "map" if SYSTEMS[config.model].images == "audio" else "rsum"
+    return "map" if SYSTEMS[config.model].of_clips else "rsum"
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The systems that `goal train` knows: what a model is made of, what it reads, and the settings that it comes with."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +32,11 @@ class System(NamedTuple):
     margin: float = 0.2
     order: bool = False  # s = −‖max(0, y − x)‖
     reduction: str = "mean"  # of T × P, in place of the recipe; the clip that was published goes with the recipe's
+
+    @property
+    def of_clips(self) -> bool:
+        """Whether it is of labelled clips, and so judged by MAP@all, not by recalls."""
+        return self.images == "audio"
 
 
 def _published(name: str, images: Images, what: str) -> System:
@@ -166,11 +170,11 @@ def loss_of(model: nn.Module, objective: Any, x: Any, y: Any, ids: Tensor) -> Te
 def embeddings(model: nn.Module, split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
     """All of a split's x and y."""
 
-    def all_of(side: Any, embed: Callable[..., Tensor]) -> Tensor:
+    def all_of(side: Any, embed: Any) -> Tensor:
         rows = range(0, len(side), ROWS)
         return torch.cat([embed(moved(side[start : start + ROWS], device)) for start in rows])
 
-    return all_of(split.x, model.embed_x), all_of(split.y, model.embed_y)  # type: ignore[arg-type]
+    return all_of(split.x, model.embed_x), all_of(split.y, model.embed_y)
 
 
 def similarities(model: nn.Module, split: Split, device: torch.device) -> Tensor:

@@ -147,11 +147,12 @@ class Cache:
         slices = [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
         devices = _devices(encoder, parts)
         casts = _casts({device.type for device in devices})
-        random: list[RandomState] = []
+        random: RandomState = {}
         leaf: Tensor | None = None
         with torch.no_grad(), _autocast(casts), _modules(encoder) as (buffers, replicas):
-            for part in slices:
-                random.append(_random_state(devices))
+            for number, part in enumerate(slices):
+                for device, state in _random_state(devices).items():
+                    random.setdefault(device, state.new_empty(len(slices), len(state)))[number] = state
                 leaf = _filled(leaf, _encode(encoder, parts, part), part, length, encoder)
         assert leaf is not None
         self._encoded.append(_Encoded(encoder, parts, slices, random, buffers, casts, replicas, leaf.requires_grad_()))
@@ -163,7 +164,7 @@ class Cache:
         due = [each for each in encoded if each.leaf.grad is not None]
         if encoded and not due:
             raise RuntimeError("Cache: no embedding has a gradient. Call backward() of their loss inside the block.")
-        random = _random_state({device for each in due for state in each.random for device in state})
+        random = _random_state({device for each in due for device in each.random})
         buffers = [(each.buffers, _copied(each.buffers)) for each in due]
         try:
             for each in due:
@@ -195,7 +196,7 @@ class Cache:
 
 
 Buffers = list[tuple[nn.Module, str, Tensor]]  # whose, its name, a copy of it
-RandomState = dict[torch.device, Tensor]
+RandomState = dict[torch.device, Tensor]  # a state in bytes, or those before each chunk: (chunks, bytes)
 Casts = list[tuple[str, torch.dtype, bool]]  # kind of device, autocast's dtype, whether it is on
 
 
@@ -206,7 +207,7 @@ class _Encoded:
     encoder: Encoder
     inputs: Mapping[str | int, Tensor]
     slices: list[slice]  # rows of each chunk
-    random: list[RandomState]  # before each chunk
+    random: RandomState  # before each chunk; all in one tensor, for the reason that `_filled` gives
     buffers: Buffers  # before the first
     casts: Casts
     replicas: list[DistributedDataParallel]
@@ -222,7 +223,7 @@ class _Encoded:
         """A chunk's embeddings, with graph, and their gradient."""
         assert self.leaf.grad is not None
         rows = self.slices[part]
-        _set_random_state(self.random[part])
+        _set_random_state({device: states[part].clone() for device, states in self.random.items()})  # takes no view
         with torch.enable_grad(), _autocast(self.casts):
             found = _encode(self.encoder, self.inputs, rows)
         gap = (found.detach() - self.leaf.detach()[rows]).abs().amax()
@@ -296,7 +297,10 @@ def _encode(encoder: Encoder, inputs: Mapping[str | int, Tensor], rows: slice) -
 
 
 def _filled(whole: Tensor | None, found: Tensor, rows: slice, length: int, encoder: Encoder) -> Tensor:
-    """The embeddings of all rows with those of a chunk set; kept apart, chunks would scatter over the memory."""
+    """The embeddings of all rows with those of a chunk set.
+
+    Kept apart, small tensors would lie where large ones have been freed, and keep that memory from being used again.
+    """
     if whole is None:
         whole = found.new_empty(length, *found.shape[1:])
     if (found.shape[1:], found.dtype, found.device) != (whole.shape[1:], whole.dtype, whole.device):

@@ -188,10 +188,12 @@ class Augmented(TwoWay):
             weight: (K,) or (2, K), as for `goal.apply`.
 
         Raises:
-            ValueError, TypeError: as `goal.apply`; x and y of different lengths; no two items of an id, or no two ids.
+            ValueError, TypeError: as `goal.apply`; x and y of different lengths; for `mixup`, one id for all. Where no
+                id has two items `interpolate` makes no rows.
         """
         ranks = self.objective._ranks
-        x, y, ids, y_ids, weight = whole(ranks, str(self), x, y, ids, y_ids, weight)
+        check = self.objective.check_finite
+        x, y, ids, y_ids, weight = whole(ranks, str(self), x, y, ids, y_ids, weight, check)
         x, y = validation.embeddings(x, y)
         k = len(x)
         if len(y) != k:

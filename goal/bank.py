@@ -186,7 +186,9 @@ class Banked(TwoWay):
         Raises:
             ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device.
         """
-        every = distributed.whole(self.objective._ranks, str(self), x, y, ids, y_ids, weight)
+        what = f"{self}, {self.bank.x.pushed} rows pushed"  # ranks whose banks differ would compute different losses
+        check = self.objective.check_finite
+        every = distributed.whole(self.objective._ranks, what, x, y, ids, y_ids, weight, check)
         x, y = self.bank._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:

@@ -22,7 +22,7 @@ class Step(NamedTuple):
     """What `cached_step` returns; the gradients are in the parameters' `grad`."""
 
     loss: Tensor  # 0-d, detached, not scaled
-    stats: Any  # the objective's `stats`, `goal.Stats` for a `goal.Objective`; None where it has none
+    stats: Any  # the objective's `stats`, `goal.Stats` for a `goal.Objective`; None where it has, or can have, none
 
 
 def cached_step(
@@ -84,7 +84,14 @@ def cached_step(
             raise TypeError(f"objective must return a 0-d tensor, got {_described(loss)}.")
         with _autocast(_casts({x.device.type}), on=False):  # backward takes forward's dtypes by itself
             (loss if scaler is None else scaler.scale(loss)).backward()
-    return Step(loss.detach(), getattr(objective, "stats", None))
+    return Step(loss.detach(), _stats(objective))
+
+
+def _stats(objective: object) -> Any:
+    try:
+        return getattr(objective, "stats", None)
+    except RuntimeError:  # a ring of ranks has not mined what meets all negatives; the gradients are there all the same
+        return None
 
 
 class Cache:
@@ -238,7 +245,7 @@ class _Encoded:
         dtypes |= {p.dtype for p in self.encoder.parameters()} if isinstance(self.encoder, nn.Module) else set()
         coarsest = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
         gap, size = self.gap.item(), torch.linalg.vector_norm(self.leaf.detach(), torch.inf).item()
-        if gap > math.sqrt(coarsest) * size:
+        if not gap <= math.sqrt(coarsest) * size and (math.isfinite(gap) or math.isfinite(size)):
             raise RuntimeError(
                 f"Cache: the encoder {_named(self.encoder)} gave other embeddings the second time (by {gap:.1e}, where "
                 f"the largest is {size:.1e}), so the gradients are wrong: it draws random numbers that are not torch's "

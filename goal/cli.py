@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    command = shlex.join(["goal", *arguments])
+    command = shlex.join([*_beginning(), *arguments])
     options = _parser().parse_args(arguments)
     try:
         options.run(options, command)
@@ -57,13 +57,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"goal {options.command}: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         print(f"goal {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on from here: {command}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nStopped. The same command goes on from what was saved last: {command}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _beginning() -> list[str]:
+    """How this process was started, up to the arguments."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["goal"]
+    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "goal"]
 
 
 # ---- commands --------------------------------------------------------------------------------------------
@@ -96,10 +104,12 @@ def _train(options: argparse.Namespace, command: str) -> None:
 def _ranks(distributed: bool, device: str) -> Iterator[bool]:
     """The process group that torchrun has prepared, if it is asked for; whether this is the rank that speaks."""
     if not distributed:
+        if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise ValueError(f"--distributed: is missing, and torchrun has started {size} processes")
         yield True
         return
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal.cli train --distributed …")
+        raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal train --distributed …")
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # DDP imports it; with a group already there it would keep that, and with the group its threads, beside which the
@@ -291,17 +301,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, help: str, run: Callable[[argparse.Namespace, str], None], within: Any = commands
+        name: str, help: str, run: Callable[[argparse.Namespace, str], None], within: Any = commands, more: str = ""
     ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = within.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name, help=help, description=help + more, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         sub.set_defaults(run=run)
         return sub
 
     sub = command("train", "train one objective; the same command continues a run that was stopped", _train)
     _add_settings(sub, without=())
-    sub.add_argument("--distributed", action="store_true", help="one rank of many, under torchrun")
+    torchrun = "one rank of many: torchrun --nproc-per-node 4 -m goal train --distributed …"
+    sub.add_argument("--distributed", action="store_true", help=torchrun)
     sub.add_argument(
         "--diagnose", type=int, default=0, metavar="N", help="watch similarities and gradients every N steps"
     )
@@ -320,7 +331,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(sub, without=("T", "P", "recipe", "mining", "seed"))
     _add_folder(sub)
 
-    sub = command("eval", "score a run's heads, or two files of embeddings", _eval)
+    ties = "; ties: queries whose best right candidate scores as a wrong one does, which counts against it"
+    sub = command("eval", "score a run, or two files of embeddings", _eval, more=ties)
     sub.add_argument("run_dir", nargs="?", type=Path, help="folder of a run of train or sweep")
     sub.add_argument("--split", default="test", help="split that a run is scored on")
     sub.add_argument("--x", type=Path, help="image embeddings, .npy or .safetensors")
@@ -332,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("mine", "write the k hardest negatives of each row of two files of embeddings; resumes", _mine)
     sub.add_argument("--images", type=Path, required=True, help="(N, D) embeddings, .npy")
     sub.add_argument("--texts", type=Path, required=True, help="(M, D) embeddings, .npy")
-    sub.add_argument("-k", type=int, default=10, help="negatives of each row")
+    sub.add_argument("-k", type=int, default=10, help="negatives of each row; rows that have fewer get -1 in .npz")
     sub.add_argument("--out", type=Path, required=True, help="file to write: .parquet, .csv or .npz")
     sub.add_argument("--image-of", type=Path, help="row of images for each text; without it equally many, in order")
     sub.add_argument("--similarity", default="cosine", help="cosine, dot or order")

@@ -220,7 +220,7 @@ class Gathered:
         self._y = wire.gather(own.y.contiguous().view(torch.uint8), spread.counts)
         dense = spread.chosen.mining.dense != "never"  # its entries at the pairs want both
         self._x = None
-        if needs[1] or (dense and needs[0]):
+        if needs[1] or (dense and needs[0]) or not spread.chosen.mines:  # for stats, which may be asked for later
             self._x = wire.gather(own.x.contiguous().view(torch.uint8), spread.counts)
 
     @functools.cached_property
@@ -597,29 +597,10 @@ def gathered(
         >>> loss.backward()
         >>> torch.distributed.destroy_process_group()
     """
-    if torch.compiler.is_compiling():  # a graph ends here, and another begins
-        inner: Any = torch.compiler.disable(gathered)
-        found: Global = inner(x, y, ids, y_ids, weight, group=group, averaged=averaged, what=what)
-        return found
     checked = ranks(group, averaged, "gather")
     if checked is None:
         raise TypeError("group must be a torch.distributed.ProcessGroup or 'world', got None.")
-    wire, own, error = Wire(checked.group), None, None
-    arguments: dict[str, object] = {}
-    try:
-        own = _local(x, y, ids, y_ids, weight, check_finite=False)
-        arguments = {"what": what, "averaged": averaged, **_described(own)}
-    except (TypeError, ValueError) as refused:
-        error = refused
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    counts = agree(wire, 0 if own is None else len(own.x), arguments, error, (False, False), (0.0, 0.0), device).counts
-    assert own is not None
-    columns = [own.x, own.y, *_columns(own)]
-    all_x, all_y, *rest = unpack(wire.gather(pack(*columns), counts).wait(), columns)
-    start = sum(counts[: wire.rank])
-    here, by = slice(start, start + len(own.x)), wire.size if averaged else 1
-    rows, cols, scale = _of_columns(own, rest)
-    return Global(_live(all_x, x, here, by), _live(all_y, y, here, by), rows, cols, scale)
+    return whole(checked, what, x, y, ids, y_ids, weight)
 
 
 def whole(
@@ -630,11 +611,31 @@ def whole(
     ids: Tensor | None,
     y_ids: Tensor | None,
     weight: Tensor | None = None,
+    check_finite: bool | None = False,
 ) -> Global:
-    """The batch: that of all ranks, or where there are none, what came."""
+    """The batch: that of all ranks, as `gathered` says, or where there are none, what came."""
     if ranks is None:
         return Global(x, y, ids, y_ids, weight)
-    return gathered(x, y, ids, y_ids, weight, group=ranks.group, averaged=ranks.averaged, what=what)
+    if torch.compiler.is_compiling():  # a graph ends here, and another begins
+        inner: Any = torch.compiler.disable(whole)
+        found: Global = inner(ranks, what, x, y, ids, y_ids, weight, check_finite)
+        return found
+    wire, own, error = Wire(ranks.group), None, None
+    arguments: dict[str, object] = {}
+    try:
+        own = _local(x, y, ids, y_ids, weight, check_finite)
+        arguments = {"what": what, "averaged": ranks.averaged, "check_finite": own.finite, **_described(own)}
+    except (TypeError, ValueError) as refused:
+        error = refused
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    counts = agree(wire, 0 if own is None else len(own.x), arguments, error, (False, False), (0.0, 0.0), device).counts
+    assert own is not None
+    columns = [own.x, own.y, *_columns(own)]
+    all_x, all_y, *rest = unpack(wire.gather(pack(*columns), counts).wait(), columns)
+    start = sum(counts[: wire.rank])
+    here, by = slice(start, start + len(own.x)), wire.size if ranks.averaged else 1
+    rows, cols, scale = _of_columns(own, rest)
+    return Global(_live(all_x, x, here, by), _live(all_y, y, here, by), rows, cols, scale)
 
 
 def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:

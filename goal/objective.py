@@ -103,9 +103,14 @@ class Objective(nn.Module):
         self._seen = given, batch, outcome.seen
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last call, which may hold a process group."""
+        return {**self.__dict__, "_seen": None}
+
     @property
     def stats(self) -> Stats:
-        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings.
+        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings, which a copy
+        does not.
 
         With `group=` they are this rank's anchors, their negatives' indices global; any rank may ask, or none.
         """
@@ -183,7 +188,7 @@ class SigLIP(Yardstick):
         tau: initial e^t, > 0.
         bias: initial b.
         group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`). t and b
-            get their whole gradient on each: they need no `DistributedDataParallel`.
+            get their whole gradient on each, so they need no `DistributedDataParallel`; they have to begin alike.
 
     Example:
         >>> import goal, torch

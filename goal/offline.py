@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 import zipfile
@@ -101,7 +102,8 @@ def search(
     with torch.inference_mode(), _exact_float32(x.device):
         queries = _Rows(scan.measure.embed(_float32("x", x, 0, x.shape[1], x.device)), own, 0)
         for block in blocks:
-            for rows in _float32("the stream", block, first, x.shape[1], x.device).split(BLOCK):
+            found = _float32("the stream", block, first, x.shape[1], x.device)
+            for rows in found.split(BLOCK) if len(found) else ():
                 of = None if others is None else others[first : first + len(rows)]
                 first += len(rows)
                 if of is not None and len(of) < len(rows):
@@ -128,8 +130,8 @@ def mine(
     """Write the k most similar negatives of every row of x in y, and of every row of y in x, from one pass over S.
 
     As many rows of x as fit are in memory; y streams by. What is known so far lies in the folder ``<out>.partial``, so
-    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed. The
-    folder is gone when `out` is there.
+    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed. That it
+    is the same is told by the arguments, all ids, and 64 rows of each side. The folder is gone when `out` is there.
 
     Args:
         x: (N, D) floating point: a .npy file, read piece by piece, or anything whose rows can be sliced.
@@ -337,6 +339,7 @@ def _mine_rows(
     (n, d), (m, _) = x.shape, y.shape
     start = store.start
     stop = min(start + rows, store.stop or n)
+    store.begin(start, stop)
     embedded = torch.empty(stop - start, d, device=store.device)
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
@@ -344,7 +347,8 @@ def _mine_rows(
     queries = _Rows(embedded, _ids_of(ids, start, stop, store.device), start)
     keys = store.rows_of_x(start, stop)
     saved = time.monotonic()
-    for first in bar(range(store.column, m, BLOCK), f"rows {start} to {stop} of {n}"):
+    blocks = range(0, m, BLOCK)
+    for first in bar(blocks, f"{start}–{stop} of {n} rows of x, against y", store.column // BLOCK):
         last = min(first + BLOCK, m)
         block = scan.measure.embed(y.read(first, last, store.device))
         others = store.rows_of_y(first, last)
@@ -389,6 +393,8 @@ class _Store:
         if not path.exists():
             return _no_keys(last - first, self.k, self.device)
         keys = np.load(path, mmap_mode="r")[: last - first]  # fewer, where there is less memory than before
+        if len(keys) < last - first:
+            raise ValueError(f"{path} has {len(keys)} rows of {last - first}: delete {self.folder}, and begin again.")
         return torch.from_numpy(np.array(keys)).to(self.device)
 
     def rows_of_x(self, start: int, stop: int) -> Tensor:
@@ -403,12 +409,19 @@ class _Store:
     def keep_y(self, first: int, keys: Tensor) -> None:
         self._write("y", first, keys)
 
+    def begin(self, start: int, stop: int) -> None:
+        """These rows of x are at work: known before there are keys of so many, whatever memory the next call has."""
+        if (start, stop) != (self.start, self.stop):
+            self._move(start, stop, self.column)
+
     def keep_x(self, start: int, stop: int, column: int, keys: Tensor) -> None:
         """Keys first, then the place."""
         self._write("x", start, keys)
-        done = column == self.m
-        self.start, self.stop, self.column = (stop, 0, 0) if done else (start, stop, column)
-        place = {"start": self.start, "stop": self.stop, "column": self.column}
+        self._move(*((stop, 0, 0) if column == self.m else (start, stop, column)))
+
+    def _move(self, start: int, stop: int, column: int) -> None:
+        self.start, self.stop, self.column = start, stop, column
+        place = {"start": start, "stop": stop, "column": column}
         write_atomically(self._place, json.dumps(place).encode())
 
     def found(self, side: str) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
@@ -434,8 +447,18 @@ def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
     each = d * 4 + k * 8 * 2 + 16  # embeddings, keys, ids
     least = fixed + each * min(n, _ROWS)
     if memory < least:
-        raise ValueError(f"memory must be at least {least} bytes for D = {d} and k = {k}, got {memory}.")
+        gigabytes = math.ceil(least / 1e5) / 1e4
+        raise ValueError(
+            f"memory must be at least {least} bytes (goal mine --memory {gigabytes}) for D = {d} and k = {k}, "
+            f"got {memory}."
+        )
     return min(n, max(_ROWS, (memory - fixed) // each // _ROWS * _ROWS))
+
+
+def _bytes(rows: Any) -> bytes:
+    if isinstance(rows, Tensor):
+        return rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return np.ascontiguousarray(rows).tobytes()
 
 
 def _digest(side: _Side, ids: Tensor | None) -> str:
@@ -443,7 +466,7 @@ def _digest(side: _Side, ids: Tensor | None) -> str:
     n = side.shape[0]
     found = hashlib.blake2b(f"{side.shape} {side.dtype}".encode(), digest_size=16)
     for row in sorted({n * i // 64 for i in range(64)} | {n - 1}):
-        found.update(np.ascontiguousarray(side.slice(row, row + 1)).tobytes())
+        found.update(_bytes(side.slice(row, row + 1)))
     found.update(b"" if ids is None else ids.numpy().tobytes())
     return found.hexdigest()
 
@@ -570,7 +593,9 @@ def _identities(ids: Any, y_ids: Any, n: int, m: int) -> tuple[Tensor | None, Te
     if y_ids is not None:
         return own, validation.identity("y_ids", y_ids, m, "y", cpu)
     if n != m:
-        raise ValueError(f"y_ids is needed where N ≠ M, to tell positives: x has {n} rows and y has {m}.")
+        raise ValueError(
+            f"y_ids (goal mine --image-of) is needed where N ≠ M, to tell positives: x has {n} rows and y has {m}."
+        )
     return own, own
 
 

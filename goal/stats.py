@@ -28,6 +28,15 @@ class Stats(NamedTuple):
     fallback: Tensor  # 0-d, share of the 2K anchors on selective mining's mean over all negatives
     recall_at_1: Tensor  # (2,) share of anchors with s⁺ > every negative in the batch (ties count against)
 
+    def __str__(self) -> str:
+        """Means, in a line."""
+        s_neg, (forth, back) = self.s_neg[self.s_neg != -torch.inf], self.recall_at_1.tolist()
+        negative = f"{s_neg.mean().item():.3f}" if s_neg.numel() else "none"
+        return (
+            f"{len(self.s_pos)} pairs: s⁺ {self.s_pos.mean().item():.3f}, s⁻ {negative}, recall@1 {forth:.3f} (x→y) "
+            f"{back:.3f} (y→x), active {self.active.item():.3f}"
+        )
+
 
 def stats(batch: Batch | None, chosen: Settings, seen: Seen) -> Stats:
     """The statistics of a batch that `engine.forward` has seen; mines only what forward did not need.

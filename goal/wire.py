@@ -201,7 +201,7 @@ def agree(
         ValueError: on every rank, naming the ranks that differ and what differs, or that refuse and why.
         TypeError: on a rank that refuses its own for that.
     """
-    text = "\n".join(f"{name}={value}" for name, value in arguments.items())
+    text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in arguments.items())
     message = text if error is None else f"{type(error).__name__}: {error}"
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
     spoken = list(message.encode())

@@ -3,6 +3,7 @@
 A job is plain data: which group, the global batch, how it is cut, the arguments, and what one process makes of it.
 """
 
+import copy
 import datetime
 import importlib
 import os
@@ -353,9 +354,14 @@ def shown(group: Any) -> list[str]:
     ring = goal.Objective(P="con", mining="all", group=group, exchange="ring")
     ring(x, y)
     gather = goal.Objective(P="con", mining="all", group=group)
-    gather(x.requires_grad_(), y)
+    with torch.no_grad():  # as in validation
+        gather(x, y)
     _, _, stats = goal.gradients(x, y, P="con", mining="all", group=group, exchange="ring")
     wrong = []
+    alone = goal.Objective(P="con", mining="all", group="world")
+    alone._seen = gather._seen
+    if copy.deepcopy(alone)._seen is not None:  # it would hold the group
+        wrong.append("a copy has the last call")
     try:
         _ = ring.stats
         wrong.append("a ring's stats of all negatives")
@@ -428,8 +434,21 @@ def whole_losses(group: Any) -> list[str]:
         wrong.append(f"{drawn} is not the random number of rank 0")
     x = unit(3, 4, rank)
     last = rank == size - 1
+    losses = {"banked": WHOLE["banked"](group=group), "augmented": WHOLE["interpolated"](group=group)}
     said = raised(lambda: goal.InfoNCE(tau=3.0 if last else 2.0, group=group)(x, x))
     if not ("what is InfoNCE(tau=3.0" in said or "what is InfoNCE(tau=2.0" in said):
+        wrong.append(said)
+    rows = x.double() if last else x.float()
+    said = raised(lambda: losses["banked"](rows, rows, torch.arange(3)))
+    if "x.dtype is torch.float32 on rank 0" not in said:
+        wrong.append(f"banked: {said}")
+    rows = torch.full_like(x, torch.nan) if last else x
+    said = raised(lambda: losses["augmented"](rows, rows, torch.arange(3)))
+    if f"rank {size - 1}: ValueError: x has a non-finite value" not in said:
+        wrong.append(f"augmented: {said}")
+    losses["banked"].bank.x.pushed += int(last)
+    said = raised(lambda: losses["banked"](x, x, torch.arange(3)))
+    if "0 rows pushed on rank 0" not in said or "1 rows pushed" not in said:
         wrong.append(said)
     said = raised(lambda: goal.InfoNCE(group=group)(x, x[:2] if last else x))
     if f"rank {size - 1}: ValueError: x and y must have the same number of rows" not in said:
@@ -456,6 +475,9 @@ def cached(group: Any) -> list[str]:
         gaps = [gap(*(torch.as_tensor(one.grad) for one in pair)) for pair in both]
         if not max(gaps) <= 1e-12 or stats.s_pos.shape != (counts[rank],) or not loss.isfinite():
             wrong.append(f"{exchange} {mining}: {gaps}")
+    objective = goal.Objective("con", "con", mining="all", group=group, exchange="ring")
+    if goal.cached_step(alone.x, alone.y, (a[here], b[here]), objective, chunk=2).stats is not None:
+        wrong.append("a ring has statistics that it did not mine")
     return wrong
 
 

@@ -275,6 +275,17 @@ def test_randomness_that_is_not_put_back_raises() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_second_turn_of_nan_raises() -> None:
+    x, y = towers()
+    inputs, turns = batch(), iter([1.0] * 2 + [torch.nan] * 99)
+
+    def broken(values: Tensor) -> Tensor:
+        return x(values) * next(turns)
+
+    with pytest.raises(RuntimeError, match="broken gave other embeddings"):
+        goal.cached_step(broken, y, inputs, goal.Objective(), chunk=-(-len(inputs[0]) // 2))
+
+
 def test_inputs_that_change_inside_the_block_raise() -> None:
     x, y = towers()
     inputs = batch()

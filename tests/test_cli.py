@@ -160,7 +160,8 @@ def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
 ) -> None:
     arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "400", "--patience", "90", "--name", "mine"]
     process = start(tmp_path, *arguments, *CHECKPOINTS)
-    wait_until("a checkpoint", (tmp_path / "runs" / "mine" / "checkpoint.safetensors").exists)
+    log = tmp_path / "runs" / "mine" / "metrics.jsonl"
+    wait_until("two evaluations", lambda: log.exists() and log.read_text().count("\n") > 1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130

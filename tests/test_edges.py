@@ -714,6 +714,13 @@ def test_a_collapsed_batch_recalls_nothing(
     assert stats.recall_at_1.tolist() == [0.0, 0.0]
 
 
+def test_stats_print_as_one_line() -> None:
+    _, _, stats = goal.gradients(torch.eye(3), torch.eye(3) / 2, T="con", P="con")
+    assert str(stats) == "3 pairs: s⁺ 0.500, s⁻ 0.000, recall@1 1.000 (x→y) 1.000 (y→x), active 1.000"
+    _, _, alone = goal.gradients(torch.ones(1, 2), torch.ones(1, 2))
+    assert "s⁻ none" in str(alone)
+
+
 def test_stats_want_a_call_first() -> None:
     with pytest.raises(RuntimeError, match="no"):
         _ = goal.Objective().stats

@@ -1,6 +1,7 @@
 """Mining whole datasets against the definition, every row's negatives sorted; and mining that is interrupted."""
 
 import csv
+import functools
 import itertools
 import json
 import shutil
@@ -247,6 +248,51 @@ def test_what_is_interrupted_goes_on(save_every: float, tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("rows", [(20, 60), (60, 20)])  # held by the first call and by the second, as memory allows
+def test_stopped_between_any_two_files(rows: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, options = grid(70, seed=1), grid(100, seed=2), {"y_ids": np.arange(100), "save_every": 0.0}
+    real = {name: getattr(offline, name) for name in ("write_atomically", "save_atomically")}
+    for stop_at in itertools.count(1):
+        written, out = itertools.count(1), tmp_path / f"{stop_at}.npz"
+
+        def stopping(path: Path, content: Any, which: str, at: int = stop_at, count: Any = written) -> None:
+            if next(count) == at:
+                raise KeyboardInterrupt
+            real[which](path, content)
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(offline, name, functools.partial(stopping, which=name))
+            patch.setattr(offline, "_rows_in", lambda *_: rows[0])
+            try:
+                offline.mine(x, y, 3, out=out, **options)
+                break
+            except KeyboardInterrupt:
+                patch.setattr(offline, "_rows_in", lambda *_: rows[1])
+                for name, write in real.items():
+                    patch.setattr(offline, name, write)
+                offline.mine(x, y, 3, out=out, **options)
+        check(out, x @ y.T, np.arange(70), np.arange(100), 3)
+    assert stop_at > 10
+
+
+def test_a_part_that_is_short_is_refused(tmp_path: Path) -> None:
+    store = offline._Store(tmp_path / "partial", {}, 3, 10, torch.device("cpu"))
+    store.keep_x(0, 5, 4, torch.zeros(5, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="has 5 rows of 6: delete"):
+        store.rows_of_x(0, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tensors_are_sources(dtype: torch.dtype, tmp_path: Path) -> None:
+    x, y = (torch.from_numpy(grid(40, seed=seed)).to(dtype).requires_grad_() for seed in (1, 2))
+    out = offline.mine(x, y, 3, out=tmp_path / "a.npz")
+    check(out, (x.double() @ y.double().T).detach().numpy(), np.arange(40), np.arange(40), 3)
+    empty = [x[:0].detach(), y.detach(), y[:0].detach()]
+    assert offline.search(x.detach(), empty, k=3).index.shape == (40, 3)
+
+
+@pytest.mark.usefixtures("small")
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = grid(30, seed=1), grid(60, seed=2)
     real = np.save
@@ -350,8 +396,12 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (ValueError, "out: there is no folder", {"out": tmp_path / "no" / "a.npz"}),
         (ValueError, "k must be at least 1, got 0", {"k": 0}),
         (TypeError, "k must be a whole number", {"k": 2.0}),
-        (ValueError, r"memory must be at least \d+ bytes for D = 6 and k = 10, got 1000", {"memory": 1000}),
-        (ValueError, "y_ids is needed where N ≠ M", {"y": grid(6)}),
+        (
+            ValueError,
+            r"memory must be at least \d+ bytes \(goal mine --memory 0\.\d+\) for D = 6 and k = 10, got 1000",
+            {"memory": 1000},
+        ),
+        (ValueError, "is needed where N ≠ M", {"y": grid(6)}),
         (ValueError, "x and y must have the same D", {"y": grid(5, 7)}),
         (ValueError, r"y_ids must have shape \(5,\)", {"y_ids": [1, 2]}),
         (TypeError, "ids must be integers", {"ids": np.ones(5)}),
@@ -406,7 +456,7 @@ def test_goal_mine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert capsys.readouterr().out == "n.npz\n"
     check(Path("n.npz"), x @ y.T, np.arange(20), image_of, 4)
     assert main([*command, "--out", "n.csv"]) == 2
-    assert "y_ids is needed where N ≠ M" in capsys.readouterr().err
+    assert "y_ids (goal mine --image-of) is needed where N ≠ M" in capsys.readouterr().err
     assert main([*command, "--image-of", "image_of.npy", "--out", "n.txt"]) == 2
     assert "goal mine: out must end in one of" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -256,6 +256,46 @@ def test_a_killed_run_ends_with_the_same_bits(objective: dict[str, Any], tmp_pat
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
 
 
+def test_a_run_that_is_killed_between_evaluations_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(eval_every=8, max_steps=16)
+    train(config, tmp_path / "whole")
+    taken, step = [], loop._Run._step
+
+    def counted(run: loop._Run) -> float:
+        taken.append(run.state.step)
+        if len(taken) == 6:
+            raise Killed
+        return step(run)
+
+    monkeypatch.setattr(loop._Run, "_step", counted)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", save_every=0)
+    train(config, tmp_path / "killed")
+    assert taken == [*range(6), *range(5, 16)]
+    for name in ("record.json", "metrics.jsonl", "model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+def test_checkpoints_come_when_they_are_due_and_take_a_small_part_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, saves = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+
+    def save(run: loop._Run) -> None:
+        saves.append(clock[0])
+        clock[0] += 3
+
+    monkeypatch.setattr(loop._Run, "save", save)
+    run = loop._Run(small(), features("emoji", 120), tmp_path, save_every=10)
+    for now in (9.0, 10.0, 50.0, 72.0, 73.0):  # the first save took 3 s: the next comes 60 s after it
+        clock[0] = now
+        run.save_if_due()
+    assert saves == [10.0, 73.0]
+
+
 def test_a_run_that_has_ended_is_not_run_again_and_not_mixed_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 def under_torchrun(*arguments: str, folder: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command += ["-m", "goal.cli", "train", "--distributed", *options, *arguments]
+    command += ["-m", "goal", "train", "--distributed", *options, *arguments]
     command += ["--root", str(folder.parent), "--name", folder.name]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
@@ -91,7 +91,28 @@ assert group() is None
 def test_without_torchrun_it_is_said_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert main(["train", "--distributed"]) == 2
-    assert "torchrun --nproc-per-node 2 -m goal.cli train --distributed" in capsys.readouterr().err
+    assert "torchrun --nproc-per-node 2 -m goal train --distributed" in capsys.readouterr().err
+
+
+def test_torchrun_without_distributed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--root", str(tmp_path)]) == 2
+    assert "--distributed: is missing, and torchrun has started 2 processes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_tells_how_to_go_on(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": rank, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("goal.cli._eval", mock.Mock(side_effect=KeyboardInterrupt))
+    assert main(["eval", "--x", "a.npy", "--y", "b.npy"]) == 130
+    told = "torchrun --nproc-per-node 4 -m goal eval --x a.npy --y b.npy"
+    assert (told in capsys.readouterr().err) == (rank == "0")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +163,36 @@ def test_ranks_share_a_batch_and_draw_their_own_dropout(tmp_path: Path, monkeypa
     assert [len(each) for each in rows] == [19, 18]
     assert np.concatenate(rows).tolist() == run.sampler(0).images.tolist()
     assert drawn[0] != drawn[1]
+
+
+def test_rank_0_decides_how_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks may see other files, in a folder of their own or while rank 0 begins anew."""
+    config = TrainConfig(**SMALL)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "one", save_every=0, on_evaluation=killed_after(1))
+    first = loop._Run(config, loop.read(config), tmp_path / "one")
+    versions = json.loads((tmp_path / "one" / "versions.json").read_text())
+    said = first._checkpoint(versions)
+    assert said is not None
+    assert first._checkpoint(versions | {"goal": "0.0.0"}) is None
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(nn_parallel(), "DistributedDataParallel", lambda module: module)
+
+    def broadcast(box: list[Any]) -> None:
+        assert box == [None]  # nothing was read here
+        box[0] = said
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    for folder in ("one", "elsewhere"):
+        run = loop._Run(config, loop.read(config), tmp_path / folder, distributed=True)
+        assert run.restore({})
+        assert run.state.step == said[0]["step"] > 5
+        assert all(torch.equal(kept, said[1]["best"][name]) for name, kept in run.best.items())
+        assert run.optimizer.state_dict()["state"]
+    record = {"ended": True}
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box: box.__setitem__(0, record))
+    assert train(config, tmp_path / "none", distributed=True) == record
 
 
 def test_the_share_of_semi_hard_negatives_is_that_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,19 +102,21 @@ def chunks(array: NDArray[Any], what: str, multiple: int = 1) -> Iterator[tuple[
     [(0, 5), (5, 5)]
     """
     rows = max(1, CHUNK_BYTES // (array.nbytes // len(array)) // multiple) * multiple
-    starts: Iterable[int] = range(0, len(array), rows)
+    starts = range(0, len(array), rows)
     for start in bar(starts, what) if array.nbytes > BAR_BYTES else starts:
         yield start, array[start : start + rows]
 
 
-def bar(items: Iterable[T], what: str) -> Iterable[T]:
-    """The items under a progress bar on stderr; without rich, just the items."""
+def bar(items: Sequence[T], what: str, done: int = 0) -> Iterable[T]:
+    """The items, but for the first `done`, under a progress bar on stderr; without rich, just the items."""
     if importlib.util.find_spec("rich") is None:
-        return items
+        return items[done:]
     from rich.console import Console
     from rich.progress import track
 
-    return track(items, description=what, console=Console(stderr=True), transient=True)
+    return track(
+        items[done:], description=what, total=len(items), completed=done, console=Console(stderr=True), transient=True
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -57,7 +57,9 @@ class TrainConfig:
     T: str | None = _option(None, "triplet weight (default: the model's recipe; of heads, cir)")
     P: str | None = _option(None, "pair weight (default: the same; of heads, sig-ms)")
     recipe: str | None = _option(None, "a recipe of the literature, in place of T and P")
-    mining: str | None = _option(None, "which negatives T × P meets (default: hardest; of clips, semi-hard)")
+    mining: str | None = _option(
+        None, "negatives that T × P meets: hardest, semi-hard, all, selective (default: hardest; of clips, semi-hard)"
+    )
     reduction: str | None = _option(None, "mean or sum over the batch (default: the recipe's; of T × P, the model's)")
     params: dict[str, float] = field(default_factory=dict, hash=False)  # tau, margin, …; defaults are filled in
     all_first: int = _of_model("first epochs in which T × P meets all negatives (VSE∞'s warm-up)", low=0)
@@ -77,7 +79,7 @@ class TrainConfig:
     word_dim: int = _of_model("dimensions of a word's embedding", low=1)
     dropout: float = _of_model("share of hidden units dropped", low=0, high=1)
     # the optimiser
-    batch: int = _of_model("images in a batch, each with one of its captions", low=2)
+    batch: int = _of_model("images in a batch, of all ranks together, each with one of its captions", low=2)
     optimizer: str = _of_model("Adam or AdamW")
     lr: float = _of_model("learning rate", low=0, above=True)
     weight_decay: float = _of_model("of the model's weights", low=0)
@@ -260,7 +262,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
-        readable = self.label.replace(" × ", "-").replace(", ", "-")
+        readable = self.label.replace(" × ", "-").replace(", ", "-").replace(" ", "-")
         system = "" if self.model == "heads" else f"{self.model}-"
         return f"{system}{readable}-s{self.seed}-{self.digest}"
 

@@ -69,6 +69,7 @@ class State:
     best_step: int = 0
     best: float = -1.0  # validation RSUM, or MAP@all of clips
     stopped: str | None = None  # "plateau", "epochs" or "max_steps"
+    losses: list[float] = field(default_factory=list)  # of the steps since the last evaluation
     curve: list[Row] = field(default_factory=list)  # one row per evaluation
 
 
@@ -89,7 +90,8 @@ def train(
     Args:
         config: what to train, and how.
         run_dir: folder of this run alone; made if need be.
-        save_every: seconds between checkpoints; they are written after an evaluation.
+        save_every: seconds between checkpoints, longer where writing one would take more than a twentieth of the time;
+            0: after every step.
         test: score the test split at the end. Without, as for trials of a search, it is not looked at.
         diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`. Of
             many ranks rank 0 watches, its own anchors among its own rows.
@@ -121,25 +123,24 @@ def train(
         _check_distributed(config)
     features = read(config)
     versions = _versions(config, features)
-    if (run_dir / "record.json").is_file():
-        return _finished(config, run_dir, versions)
+    first, there = not distributed or dist.get_rank() == 0, (run_dir / "record.json").is_file()
+    ended: Record | None = _told(_finished(config, run_dir, versions) if first and there else None, distributed)
+    if ended is not None:
+        return ended
     run_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(config.device)
     with _computing(config.threads, device):
-        run = _Run(config, features, run_dir, distributed)
+        run = _Run(config, features, run_dir, save_every, distributed)
         if not run.restore(versions) and run.writes:
             _write_json(run_dir / "config.json", json.loads(config.to_json()))
             _write_json(run_dir / "versions.json", versions)
         if run.writes:
             run.write_log()
-        saved = time.monotonic()
         with run.watched(diagnose if run.writes else 0):
             while run.state.stopped is None:
                 row = run.interval()
                 on_evaluation({**row, "end": run.end})
-                if run.writes and time.monotonic() - saved >= save_every:
-                    run.save()
-                    saved = time.monotonic()
+                run.save_if_due()
         record: Record = run.told(run.finish(test) if run.writes else None)
         return record
 
@@ -240,8 +241,16 @@ def _seen(stats: goal.Stats) -> Row:
 class _Run:
     """A run's modules and state."""
 
-    def __init__(self, config: TrainConfig, features: Features, run_dir: Path, distributed: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        features: Features,
+        run_dir: Path,
+        save_every: float = math.inf,
+        distributed: bool = False,
+    ) -> None:
         self.config, self.run_dir, self.features = config, run_dir, features
+        self.save_every, self.pause, self.saved = save_every, save_every, time.monotonic()
         self.device = torch.device(config.device)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.writes = self.rank == 0
@@ -292,14 +301,17 @@ class _Run:
         config, state = self.config, self.state
         every = config.eval_every or self.epoch
         until = min(self.end, (state.step // every + 1) * every)
-        losses = []
         self.model.train()
         while state.step < until:
-            losses.append(self._step())
+            state.losses.append(self._step())
             state.step += 1
+            if state.step < until:
+                self.save_if_due()
         validated = self.told(self._validate() if self.writes else None)
-        row = {"step": state.step, "loss": math.fsum(losses) / len(losses), "lr": self._lr(), **validated}
+        loss = math.fsum(state.losses) / len(state.losses)
+        row = {"step": state.step, "loss": loss, "lr": self._lr(), **validated}
         state.curve.append(row)
+        state.losses = []
         value = row[f"val_{self.metric}"]
         if value > state.best:
             state.best, state.best_step, state.stale = value, state.step, 0
@@ -320,11 +332,7 @@ class _Run:
 
     def told(self, what: Any) -> Any:
         """What rank 0 has, on all ranks."""
-        if self.ranks == 1:
-            return what
-        box = [what]
-        dist.broadcast_object_list(box)
-        return box[0]
+        return _told(what, self.ranks > 1)
 
     def _plateau(self) -> None:
         """Nothing better for long: the rate drops and the best weights come back, or it ends."""
@@ -398,6 +406,15 @@ class _Run:
             return {"val_map": metrics.mean, "val_x2y": metrics.x2y, "val_y2x": metrics.y2x, **seen}
         return {"val_rsum": metrics.rsum, "val_i2t_r1": metrics.i2t_r1, "val_t2i_r1": metrics.t2i_r1, **seen}
 
+    def save_if_due(self) -> None:
+        """Write the checkpoint, if the last one is old enough."""
+        start = time.monotonic()
+        if not self.writes or start - self.saved < self.pause:
+            return
+        self.save()
+        self.saved = time.monotonic()
+        self.pause = max(self.save_every, 20 * (self.saved - start)) if self.save_every else 0
+
     def save(self) -> None:
         """Write the checkpoint: one file, so that weights and state are never of different steps."""
         from safetensors.torch import save
@@ -413,28 +430,41 @@ class _Run:
         )
 
     def restore(self, versions: Record) -> bool:
-        """Continue from the checkpoint; False without one, or with one that other versions or data have made."""
-        from safetensors import safe_open
+        """Continue from the checkpoint; False without one, or with one that other versions or data have made.
 
-        path = self.run_dir / "checkpoint.safetensors"
-        if not path.is_file() or _read_json(self.run_dir / "versions.json") != versions:
+        Rank 0 decides, and reads it for all.
+        """
+        found: tuple[Record, dict[str, dict[str, Tensor]]] | None = None
+        found = self.told(self._checkpoint(versions) if self.writes else None)
+        if found is None:
             return False
-        _check_owner(self.config, self.run_dir)
-        with safe_open(path, framework="pt", device=self.config.device) as file:
-            self.state = State(**json.loads(file.metadata()["state"]))
-            groups: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
-            for name in file.keys():  # noqa: SIM118
-                group, _, rest = name.partition(".")
-                groups[group][rest] = file.get_tensor(name)
+        state, groups = found
+        self.state = State(**state)
         self.modules.load_state_dict(groups["model"])
         self.mean.load_state_dict(groups["mean"])
-        self.best = groups["best"]
+        self.best = {name: tensor.to(self.device) for name, tensor in groups["best"].items()}
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups["optimizer"].items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         return True
+
+    def _checkpoint(self, versions: Record) -> tuple[Record, dict[str, dict[str, Tensor]]] | None:
+        """The state, and the tensors of model, mean, best and optimizer, on the CPU."""
+        from safetensors import safe_open
+
+        path = self.run_dir / "checkpoint.safetensors"
+        if not path.is_file() or _read_json(self.run_dir / "versions.json") != versions:
+            return None
+        _check_owner(self.config, self.run_dir)
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
+        with safe_open(path, framework="pt") as file:
+            state: Record = json.loads(file.metadata()["state"])
+            for name in file.keys():  # noqa: SIM118
+                group, _, rest = name.partition(".")
+                groups[group][rest] = file.get_tensor(name)
+        return state, groups
 
     def write_log(self) -> None:
         """Begin the log with the rows up to the checkpoint; what a killed run wrote after it, whole or half, goes."""
@@ -483,6 +513,15 @@ class _Run:
 def _model(config: TrainConfig, inputs: Inputs) -> nn.Module:
     order = _similarity(config.objective()) == "order"
     return systems.build(config.model, inputs, order, dataclasses.asdict(config))
+
+
+def _told(what: Any, distributed: bool) -> Any:
+    """What rank 0 has, on all ranks."""
+    if not distributed:
+        return what
+    box = [what]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _metric(config: TrainConfig) -> str:

@@ -1,0 +1,8 @@
+"""`python -m goal`, and so `torchrun … -m goal`: the command `goal`."""
+
+import sys
+
+from goal.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,7 +44,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("scaling.png"), help="ends in .png, .svg or .pdf")
+    parser.add_argument("--out", type=Path, default=Path("scaling.png"), help="file to write: .png, .svg or .pdf")
 
 
 def main(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cached, offline, process, ranks, report, scale
+from benchmarks import cached, offline, picture, process, ranks, report, scale
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +67,7 @@ def test_without_a_part_all_run_with_their_defaults(
         monkeypatch.setattr(module, "main", lambda options, name=name: asked.update({name: options}))
     monkeypatch.setattr(sys, "argv", ["scale"])
     scale.main()
-    assert list(asked) == ["ranks", "cached", "mine", "model"]
+    assert list(asked) == ["ranks", "cached", "mine", "model", "draw"]
     assert [line for line in capsys.readouterr().out.splitlines() if line] == [f"## {name}" for name in asked]
     assert asked["ranks"].ranks == [1, 2, 3, 4]
     assert asked["mine"].candidates == 1_000_000
@@ -85,6 +85,20 @@ def test_faiss_is_left_out_where_it_is_not_installed(
     scale.main()
     assert asked == [["goal", "faiss"] if installed else ["goal"]]
     assert ("pip install faiss-cpu" in capsys.readouterr().err) != installed
+
+
+def test_the_picture_is_of_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = []
+    monkeypatch.setattr(picture, "draw", lambda rows, path: drawn.append((rows, path)))
+    monkeypatch.setattr(sys, "argv", ["scale", "draw", "--out", str(tmp_path / "a.svg")])
+    scale.main()
+    newest = max(report.RESULTS.glob("cached-*.json"))
+    assert drawn == [(json.loads(newest.read_text())["rows"], tmp_path / "a.svg")]
+    monkeypatch.undo()
+    picture.draw(drawn[0][0], tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert text.count("<!-- ") >= 2
+    assert all(f"<!-- {name} -->" in text for name in [*cached.WAYS, "all-gather + grad", "ring"])
 
 
 def test_options_belong_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from goal import validation
-from goal.distributed import shared_seed, whole
+from goal.gathered import shared_seed, whole
 from goal.objective import Objective
 from goal.terms import unknown
 from goal.two_way import TwoWay

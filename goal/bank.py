@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from goal import distributed, validation, wire
+from goal import gathered, validation, wire
 from goal.objective import Objective
 from goal.two_way import TwoWay
 
@@ -111,7 +111,7 @@ class Bank(nn.Module):
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit.
         """
-        every = distributed.whole(self._ranks, str(self), x, y, ids, y_ids)
+        every = gathered.whole(self._ranks, str(self), x, y, ids, y_ids)
         x, y = self._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:
@@ -188,7 +188,7 @@ class Banked(TwoWay):
         """
         what = f"{self}, {self.bank.x.pushed} rows pushed"  # ranks whose banks differ would compute different losses
         check = self.objective.check_finite
-        every = distributed.whole(self.objective._ranks, what, x, y, ids, y_ids, weight, check)
+        every = gathered.whole(self.objective._ranks, what, x, y, ids, y_ids, weight, check)
         x, y = self.bank._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:

@@ -10,8 +10,7 @@ The global batch is the ranks' rows in rank order. A call goes
     weigh    every rank weighs all anchors: it knows all entries of G
     emit     ∂l/∂x and ∂l/∂y of its own rows; nothing is sent in backward
 
-What is sent goes through `goal.wire`, as rows of bytes, and is counted there. `gathered` is for losses of the whole
-matrix S, which every rank then computes.
+What is sent goes through `goal.wire`, as rows of bytes, and is counted there.
 """
 
 from __future__ import annotations
@@ -19,56 +18,27 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from goal import engine, reference, validation
+from goal import engine, reference
 from goal.engine import Dense, Outcome, Seen, Settings, Whole
+from goal.gathered import Global, Local, gathered, local
 from goal.similarity import Entries, Gradients, Mined, Needs, total
 from goal.statistics import Limits, Masks, Pairs, Partial, Statistics, finish, merge
 from goal.wire import Agreed, Ranks, Wire, agree, counting, pack, ranks, unpack
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Global", "Result", "counting", "gathered", "run", "size_of", "traffic"]
 
 Emit = Callable[[Tensor | None, Needs], Gradients]  # times the incoming gradient, at the embedded own rows
 
 
-# ── own arguments ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Local(NamedTuple):
-    """This rank's arguments, checked."""
-
-    x: Tensor  # (n, D), as they came
-    y: Tensor  # (n, D)
-    ids: Tensor | None  # (n,) int64
-    y_ids: Tensor | None  # (n,); `ids` itself where none were given
-    weight: Tensor | None  # (n,) or (2, n)
-    finite: bool
-
-
-def _local(x: object, y: object, ids: object, y_ids: object, weight: object, check_finite: bool | None) -> Local:
-    x, y = validation.embeddings(x, y)
-    n, m = len(x), len(y)
-    if n != m:
-        raise ValueError(f"x and y must have the same number of rows on each rank with group=, got {n} and {m}.")
-    finite = x.device.type == "cpu" if check_finite is None else check_finite
-    rows, cols = validation.identities(ids, y_ids, n, m, x.device)
-    scale = validation.anchor_weight(weight, n, x.device, finite)
-    if finite:
-        validation.finite(x=x, y=y)
-    return Local(x.detach(), y.detach(), rows, cols, scale, finite)
-
-
 def _signature(own: Local, chosen: Settings, ranks: Ranks, mines: bool) -> dict[str, object]:
     """What has to be the same on all ranks."""
     return {
-        **_described(own),
+        **own.described(),
         "T": chosen.product.T,
         "P": chosen.product.P,
         "mining": chosen.mining,
@@ -76,35 +46,8 @@ def _signature(own: Local, chosen: Settings, ranks: Ranks, mines: bool) -> dict[
         "reduction": chosen.reduction,
         "averaged": ranks.averaged,
         "exchange": ranks.exchange,
-        "check_finite": own.finite,
         "mines": mines,
     }
-
-
-def _described(own: Local) -> dict[str, object]:
-    """What of the data has to be the same on all ranks."""
-    return {
-        "D": own.x.shape[1],
-        "x.dtype": own.x.dtype,
-        "y.dtype": own.y.dtype,
-        "ids": "none" if own.ids is None else "given",
-        "y_ids": "none" if own.y_ids is own.ids else "given",
-        "weight": None if own.weight is None else "(K,)" if own.weight.dim() == 1 else "(2, K)",
-    }
-
-
-def _columns(own: Local) -> list[Tensor]:
-    """Ids and weights, a row for each pair, as they are sent."""
-    weight = None if own.weight is None else own.weight.to(engine.computing_dtype(own.x, own.y)).movedim(-1, 0)
-    y_ids = None if own.y_ids is own.ids else own.y_ids
-    return [one for one in (own.ids, y_ids, weight) if one is not None]
-
-
-def _of_columns(own: Local, columns: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Ids, y_ids and weights again: of all pairs what `own` has of its own."""
-    *ids, weight = columns if own.weight is not None else [*columns, None]
-    rows, cols = (ids[0], ids[-1]) if ids else (None, None)
-    return rows, cols, None if weight is None else weight.movedim(0, -1)
 
 
 # ── share ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,9 +122,9 @@ class Spread(NamedTuple):
 
 def _share(wire: Wire, own: Local, chosen: Settings, agreed: Agreed, x: Tensor, y: Tensor) -> Spread:
     """s⁺, ids and weights of all pairs in one exchange."""
-    columns = [reference.s_pos(chosen.similarity, x, y, len(x)), *_columns(own)]
+    columns = [reference.s_pos(chosen.similarity, x, y, len(x)), *own.columns()]
     s_pos, *rest = unpack(wire.gather(pack(*columns), agreed.counts).wait(), columns)
-    ids, y_ids, weight = _of_columns(own, rest)
+    ids, y_ids, weight = own.of_all(rest)
     if ids is not None and y_ids is not None:
         ids, y_ids = reference.id_codes(ids, y_ids, x.dtype)
     tie = reference.rounding_of(x.shape[1], x.dtype, *agreed.longest)
@@ -492,7 +435,7 @@ def run(
     try:
         if chosen.impl == "triton":
             raise ValueError("impl='triton' cannot be used with group=: the kernels take whole batches, no blocks.")
-        own = _local(x, y, ids, y_ids, weight, check_finite)
+        own = local(x, y, ids, y_ids, weight, check_finite)
         arguments = _signature(own, chosen, ranks, mines)
         dtype = engine.computing_dtype(own.x, own.y)
         x, y = (chosen.similarity.embed(side.to(dtype)) for side in (own.x, own.y))
@@ -540,116 +483,6 @@ def _seen(spread: Spread, outcome: Outcome, found: Statistics | None, later: Cal
         weights = t, p_pos, p_neg
     seen = Seen(s_pos[own], found, weights, None if fallback is None else fallback[:, own])
     return seen if found is not None else seen._replace(later=later)  # which keeps all rows alive
-
-
-# ── for any loss ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Global(NamedTuple):
-    """The rows of all ranks, one rank after the other."""
-
-    x: Tensor  # (K, D); the own rows take the gradient, the others are constant
-    y: Tensor  # (K, D)
-    ids: Tensor | None  # (K,)
-    y_ids: Tensor | None  # (K,)
-    weight: Tensor | None  # (K,) or (2, K)
-
-
-def gathered(
-    x: Tensor,
-    y: Tensor,
-    ids: Tensor | None = None,
-    y_ids: Tensor | None = None,
-    weight: Tensor | None = None,
-    *,
-    group: ProcessGroup | str = "world",
-    averaged: bool = False,
-    what: str = "",
-) -> Global:
-    """The global batch, for a loss that has no `group=` of its own: every rank computes all of it.
-
-    The value is then the same on every rank, and the gradient at x and y exactly that of the global loss for the own
-    rows: since all ranks compute one and the same function, nothing has to be sent in backward. It takes the work and
-    the memory of the global batch on every rank; objectives with `group=` share them out. All ranks call it together.
-
-    Args:
-        x, y: (n, D) own rows, pairs in order; n may differ from rank to rank.
-        ids, y_ids, weight: (n,), weight also (2, n), as for `goal.apply`.
-        group: a `ProcessGroup`, or `"world"`.
-        averaged: multiply the gradient at x and y by the number of ranks, for DDP and FSDP, which average that of
-            parameters. Parameters of the loss itself get their whole gradient on every rank: leave those alone.
-        what: has to be the same on all ranks, such as the loss and its numbers.
-
-    Returns:
-        `Global`.
-
-    Raises:
-        ValueError, TypeError: on all ranks, naming those whose arguments are refused, or differ and in what.
-
-    Example:
-        >>> import goal, tempfile, torch
-        >>> from goal.distributed import gathered
-        >>> store = tempfile.mkdtemp() + "/store"
-        >>> torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        >>> x, y = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
-        >>> every = gathered(x, y, averaged=True)
-        >>> loss = torch.nn.functional.cross_entropy(every.x @ every.y.T, torch.arange(len(every.x)))
-        >>> loss.backward()
-        >>> torch.distributed.destroy_process_group()
-    """
-    checked = ranks(group, averaged, "gather")
-    if checked is None:
-        raise TypeError("group must be a torch.distributed.ProcessGroup or 'world', got None.")
-    return whole(checked, what, x, y, ids, y_ids, weight)
-
-
-def whole(
-    ranks: Ranks | None,
-    what: str,
-    x: Tensor,
-    y: Tensor,
-    ids: Tensor | None,
-    y_ids: Tensor | None,
-    weight: Tensor | None = None,
-    check_finite: bool | None = False,
-) -> Global:
-    """The batch: that of all ranks, as `gathered` says, or where there are none, what came."""
-    if ranks is None:
-        return Global(x, y, ids, y_ids, weight)
-    if torch.compiler.is_compiling():  # a graph ends here, and another begins
-        inner: Any = torch.compiler.disable(whole)
-        found: Global = inner(ranks, what, x, y, ids, y_ids, weight, check_finite)
-        return found
-    wire, own, error = Wire(ranks.group), None, None
-    arguments: dict[str, object] = {}
-    try:
-        own = _local(x, y, ids, y_ids, weight, check_finite)
-        arguments = {"what": what, "averaged": ranks.averaged, "check_finite": own.finite, **_described(own)}
-    except (TypeError, ValueError) as refused:
-        error = refused
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    counts = agree(wire, 0 if own is None else len(own.x), arguments, error, (False, False), (0.0, 0.0), device).counts
-    assert own is not None
-    columns = [own.x, own.y, *_columns(own)]
-    all_x, all_y, *rest = unpack(wire.gather(pack(*columns), counts).wait(), columns)
-    start = sum(counts[: wire.rank])
-    here, by = slice(start, start + len(own.x)), wire.size if ranks.averaged else 1
-    rows, cols, scale = _of_columns(own, rest)
-    return Global(_live(all_x, x, here, by), _live(all_y, y, here, by), rows, cols, scale)
-
-
-def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:
-    """All ranks' rows, the own ones as they came, with their gradient multiplied by a number."""
-    if own.requires_grad and by != 1:
-        own = own.view_as(own)
-        own.register_hook(lambda gradient: gradient * by)
-    return torch.cat([every[: here.start], own, every[here.stop :]])
-
-
-def shared_seed(ranks: Ranks, device: torch.device) -> int:
-    """A random number of rank 0, the same on all ranks, which all draw one."""
-    wire, drawn = Wire(ranks.group), torch.randint(2**62, (1, 1), device=device)
-    return int(wire.gather(drawn.view(torch.uint8), [1] * wire.size).wait().view(torch.int64)[0])
 
 
 # ── what it costs ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ import goal
 import goal.distributed
 from goal import reference
 from goal.augment import Augmented
-from goal.distributed import shared_seed
+from goal.gathered import shared_seed
 from goal.similarity import Dot
 from goal.two_way import TwoWay
 from goal.wire import Coming, Ranks, Wire

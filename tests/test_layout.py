@@ -103,8 +103,8 @@ def test_caching_knows_no_objective() -> None:
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
     assert of("two_way") == {"objective", "stats", "validation"}
-    assert of("bank") == {"distributed", "objective", "two_way", "validation", "wire"}
-    assert of("augment") == {"distributed", "objective", "terms", "two_way", "validation"}
+    assert of("bank") == {"gathered", "objective", "two_way", "validation", "wire"}
+    assert of("augment") == {"gathered", "objective", "terms", "two_way", "validation"}
 
 
 def test_offline_mining_stands_beside_evaluation() -> None:
@@ -153,7 +153,7 @@ def test_the_library_has_no_cycles() -> None:
 
 def test_only_the_public_face_builds_on_the_engine() -> None:
     users = {name for name, path in MODULES.items() if "goal.engine" in known(path)}
-    assert users <= {"goal.autograd", "goal.distributed", "goal.objective", "goal.stats"}
+    assert users <= {"goal.autograd", "goal.distributed", "goal.gathered", "goal.objective", "goal.stats"}
 
 
 def test_only_one_file_of_the_engine_speaks_to_other_ranks() -> None:

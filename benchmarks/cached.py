@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 import goal
 from benchmarks.process import apart, measured
-from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
+from benchmarks.report import conclude, markdown, show
 
 D, WIDTH, HIDDEN, CHUNK = 64, 256, 512, 1024
 Row = dict[str, Any]
@@ -130,10 +130,8 @@ def main(options: argparse.Namespace) -> None:
     print(table(rows))
     if len(set(options.sizes)) > 1:
         print(f"\n{grown(rows)}")
-    known = conditions("benchmarks.scale", processor=PROCESSOR, threads=torch.get_num_threads())
-    print(f"\n{facts(known)}, D = {D}")
-    if options.save:
-        keep(f"cached-{known['date']}", known, rows)
+    save = "cached-{date}" if options.save else None
+    conclude("benchmarks.scale", rows, f"D = {D}", save, torch.get_num_threads())
 
 
 if __name__ == "__main__":  # one measurement, for `apart`

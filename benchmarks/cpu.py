@@ -23,7 +23,7 @@ from torch.nn.functional import normalize, softplus
 
 import goal
 from benchmarks.process import apart, resident
-from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
+from benchmarks.report import conclude, markdown, show
 
 D = 1024
 COMBINATIONS = [(T, P) for T in ("con", "nca", "cir") for P in ("con", "lin", "sig", "lin-ms", "sig-ms")]
@@ -184,11 +184,9 @@ def main() -> None:
     for n in options.sizes:
         print(f"gate: N = {n}, relative error {gate(min(n, 2048)):.1e}", file=sys.stderr)
         rows += measure(n, options.rounds)
-    known = conditions("benchmarks.cpu", processor=PROCESSOR, threads=torch.get_num_threads())
     print(table(rows))
-    print(f"\n{facts(known)}, float32, D = {D}")
-    if options.save:
-        keep(f"cpu-{known['date']}-{'-'.join(map(str, options.sizes))}", known, rows)
+    save = f"cpu-{{date}}-{'-'.join(map(str, options.sizes))}" if options.save else None
+    conclude("benchmarks.cpu", rows, f"float32, D = {D}", save, torch.get_num_threads())
 
 
 if __name__ == "__main__":

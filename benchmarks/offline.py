@@ -21,7 +21,7 @@ import torch
 
 import goal
 from benchmarks.process import apart, measured
-from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
+from benchmarks.report import conclude, markdown, show
 
 D, K, ROWS = 64, 10, 1 << 16
 Row = dict[str, Any]
@@ -142,10 +142,8 @@ def main(options: argparse.Namespace) -> None:
     for row in rows:
         if row["who"] == "goal":
             print(f"\n{whole(row)}")
-    known = conditions("benchmarks.scale", processor=PROCESSOR, threads=torch.get_num_threads())
-    print(f"\n{facts(known)}, D = {D}")
-    if options.save:
-        keep(f"mine-{known['date']}-{n}x{m}", known, rows)
+    save = f"mine-{{date}}-{n}x{m}" if options.save else None
+    conclude("benchmarks.scale", rows, f"D = {D}", save, torch.get_num_threads())
 
 
 if __name__ == "__main__":  # one measurement, for `apart`

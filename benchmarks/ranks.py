@@ -32,7 +32,7 @@ from torch.nn.functional import normalize
 import goal
 import goal.distributed
 from benchmarks.process import resident
-from benchmarks.report import PROCESSOR, conditions, facts, keep, markdown, show
+from benchmarks.report import conclude, markdown, show
 
 D = 256
 OURS: dict[str, dict[str, Any]] = {
@@ -196,8 +196,5 @@ def main(options: argparse.Namespace) -> None:
     worst = max(row["error"] for row in rows)
     print(f"gate: relative error {worst:.1e} at most\n", file=sys.stderr)
     rows.sort(key=lambda row: (row["pairs"], row["what"], row["ranks"]))
-    known = conditions("benchmarks.scale", processor=PROCESSOR, threads=1)
     print(table(rows))
-    print(f"\n{facts(known)}, float32, D = {D}")
-    if options.save:
-        keep(f"ranks-{known['date']}", known, rows)
+    conclude("benchmarks.scale", rows, f"float32, D = {D}", "ranks-{date}" if options.save else None, threads=1)

@@ -78,6 +78,19 @@ def facts(known: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in known.items())
 
 
+def conclude(module: str, rows: Sequence[Mapping[str, object]], note: str, save: str | None, threads: int) -> None:
+    """The line below a CPU benchmark's table; conditions and rows are kept too where there is a name to `save` under.
+
+    Args:
+        note: what else the rows hold for, such as dtype and D.
+        save: the file's name; {date} in it is today's.
+    """
+    known = conditions(module, processor=PROCESSOR, threads=threads)
+    print(f"\n{facts(known)}, {note}")
+    if save is not None:
+        keep(save.format(date=known["date"]), known, rows)
+
+
 def keep(name: str, known: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Path:
     """Write conditions and rows as JSON under benchmarks/results/; the file is there whole or not at all."""
     RESULTS.mkdir(exist_ok=True)

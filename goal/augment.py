@@ -193,7 +193,7 @@ class Augmented(TwoWay):
         """
         ranks = self.objective._ranks
         check = self.objective.check_finite
-        x, y, ids, y_ids, weight = whole(ranks, str(self), x, y, ids, y_ids, weight, check)
+        x, y, ids, y_ids, weight = whole(ranks, self, x, y, ids, y_ids, weight, check)
         x, y = validation.embeddings(x, y)
         k = len(x)
         if len(y) != k:

@@ -111,7 +111,7 @@ class Bank(nn.Module):
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit.
         """
-        every = gathered.whole(self._ranks, str(self), x, y, ids, y_ids)
+        every = gathered.whole(self._ranks, self, x, y, ids, y_ids)
         x, y = self._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:
@@ -186,9 +186,9 @@ class Banked(TwoWay):
         Raises:
             ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device.
         """
-        what = f"{self}, {self.bank.x.pushed} rows pushed"  # ranks whose banks differ would compute different losses
-        check = self.objective.check_finite
-        every = gathered.whole(self.objective._ranks, what, x, y, ids, y_ids, weight, check)
+        ranks, check = self.objective._ranks, self.objective.check_finite
+        what = ranks and f"{self}, {self.bank.x.pushed} rows pushed"  # else banks that differ would not be noticed
+        every = gathered.whole(ranks, what, x, y, ids, y_ids, weight, check)
         x, y = self.bank._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:

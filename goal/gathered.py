@@ -132,7 +132,7 @@ def gathered(
 
 def whole(
     ranks: Ranks | None,
-    what: str,
+    what: object,  # its text has to be the same on all ranks; made only where there are any
     x: Tensor,
     y: Tensor,
     ids: Tensor | None,

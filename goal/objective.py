@@ -139,7 +139,7 @@ class Yardstick(nn.Module):
 
     def _logits(self, x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """S (N, M), and where it has equal ids off the pairs."""
-        x, y, ids, y_ids, _ = gathered.whole(self._ranks, str(self), x, y, ids, y_ids)
+        x, y, ids, y_ids, _ = gathered.whole(self._ranks, self, x, y, ids, y_ids)
         x, y = validation.embeddings(x, y)
         rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
         s = x @ y.T

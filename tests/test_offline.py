@@ -401,7 +401,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             r"memory must be at least \d+ bytes \(goal mine --memory 0\.\d+\) for D = 6 and k = 10, got 1000",
             {"memory": 1000},
         ),
-        (ValueError, "is needed where N ≠ M", {"y": grid(6)}),
+        (ValueError, r"y_ids \(goal mine --image-of\) is needed where N ≠ M", {"y": grid(6)}),
         (ValueError, "x and y must have the same D", {"y": grid(5, 7)}),
         (ValueError, r"y_ids must have shape \(5,\)", {"y_ids": [1, 2]}),
         (TypeError, "ids must be integers", {"ids": np.ones(5)}),

@@ -47,6 +47,7 @@ from goal.training.systems import SYSTEMS, Inputs
 
 Row = dict[str, float]
 Record = dict[str, Any]
+Checkpoint = tuple[Record, dict[str, dict[str, Tensor]]]  # the state; model, mean, best and optimizer by name
 
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
@@ -434,8 +435,7 @@ class _Run:
 
         Rank 0 decides, and reads it for all.
         """
-        found: tuple[Record, dict[str, dict[str, Tensor]]] | None = None
-        found = self.told(self._checkpoint(versions) if self.writes else None)
+        found: Checkpoint | None = self.told(self._checkpoint(versions) if self.writes else None)
         if found is None:
             return False
         state, groups = found
@@ -450,7 +450,7 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         return True
 
-    def _checkpoint(self, versions: Record) -> tuple[Record, dict[str, dict[str, Tensor]]] | None:
+    def _checkpoint(self, versions: Record) -> Checkpoint | None:
         """The state, and the tensors of model, mean, best and optimizer, on the CPU."""
         from safetensors import safe_open
 

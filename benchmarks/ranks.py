@@ -114,10 +114,18 @@ def crossed() -> int:
 
 
 def work(rank: int, size: int, folder: str, sizes: list[int], rounds: int) -> None:
-    """One rank: all that is measured with this many."""
+    """One rank."""
     torch.set_num_threads(1)
     limit = datetime.timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
+    with goal.distributed.joined(init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit):
+        rows = measured(rank, size, sizes, rounds)
+        dist.barrier()
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+
+
+def measured(rank: int, size: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """All that is measured with this many ranks."""
     rows: list[dict[str, Any]] = []
     for n in (each // size for each in sizes):
         for name, run in runs(size).items():
@@ -159,10 +167,7 @@ def work(rank: int, size: int, folder: str, sizes: list[int], rounds: int) -> No
                     "error": error,
                 }
             )
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:

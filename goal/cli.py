@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 import goal
 from goal import data, offline
 from goal.data.audio_visual import holds_clips
 from goal.data.files import read_array, write_atomically
+from goal.distributed import joined
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
 from goal.training.loop import Row, best, load_trained, score
@@ -112,14 +112,8 @@ def _ranks(distributed: bool, device: str) -> Iterator[bool]:
         raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal train --distributed …")
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # DDP imports it; with a group already there it would keep that, and with the group its threads, beside which the
-    # process may abort when it ends
-    importlib.import_module("torch._dynamo")
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
+    with joined("nccl" if device.startswith("cuda") else "gloo"):
+        yield int(os.environ["RANK"]) == 0
 
 
 def _sweep(options: argparse.Namespace, command: str) -> None:

@@ -28,9 +28,9 @@ from goal.engine import Dense, Outcome, Seen, Settings, Whole
 from goal.gathered import Global, Local, gathered, local
 from goal.similarity import Entries, Gradients, Mined, Needs, total
 from goal.statistics import Limits, Masks, Pairs, Partial, Statistics, finish, merge
-from goal.wire import Agreed, Ranks, Wire, agree, counting, pack, ranks, unpack
+from goal.wire import Agreed, Ranks, Wire, agree, counting, joined, pack, ranks, unpack
 
-__all__ = ["Global", "Result", "counting", "gathered", "run", "size_of", "traffic"]
+__all__ = ["Global", "Result", "counting", "gathered", "joined", "run", "size_of", "traffic"]
 
 Emit = Callable[[Tensor | None, Needs], Gradients]  # times the incoming gradient, at the embedded own rows
 

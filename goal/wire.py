@@ -1,13 +1,15 @@
 """What ranks say to each other: every exchange between the processes of a group, and the count of what it sends.
 
-`Wire` has the three exchanges that an objective needs, of rows of bytes, whatever is in them: `pack` makes such rows of
-columns and `unpack` takes them apart. `agree` is the first exchange of every call. This is the only file that calls
-torch.distributed; it knows nothing of objectives.
+`joined` makes this process one of the ranks. `Wire` has the three exchanges that an objective needs, of rows of bytes,
+whatever is in them: `pack` makes such rows of columns and `unpack` takes them apart. `agree` is the first exchange of
+every call. This is the only file that calls torch.distributed; it knows nothing of objectives.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +50,38 @@ def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
     if not (isinstance(group, dist.ProcessGroup) or (isinstance(group, str) and group == "world")):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, 'world' or None, got {group!r}.")
     return Ranks(group, averaged, exchange)
+
+
+@contextmanager
+def joined(backend: str = "gloo", **how: Any) -> Iterator[None]:
+    """This process is a rank of the default group within the block, and after it nothing is left of that group.
+
+    To destroy a group is not enough: as long as anything holds it, it has threads, and one that frees a tensor while
+    Python ends aborts the process.
+
+    Args:
+        backend: "gloo", or "nccl" on GPUs.
+        how: the other arguments of `torch.distributed.init_process_group`; without any, what torchrun says.
+
+    Raises:
+        ValueError, RuntimeError: as `init_process_group` does, of arguments or of ranks that do not come.
+
+    Example:
+        >>> import goal.distributed, tempfile, torch
+        >>> store, x = "file://" + tempfile.mkdtemp() + "/store", torch.eye(3)
+        >>> with goal.distributed.joined(init_method=store, rank=0, world_size=1):
+        ...     goal.apply(x, x, group="world").item() == goal.apply(x, x).item()
+        True
+    """
+    importlib.import_module("torch._dynamo")  # DDP imports it, and with a group already there it would keep that
+    dist.init_process_group(backend, **how)
+    group = dist.group.WORLD  # held to the end, where Python alone frees it: then its threads are waited for
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # models hold it, and what an exception that any library caught has kept in a circle of frames
+        del group
 
 
 # ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────────────

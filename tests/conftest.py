@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, which is made for one or the other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of PyTorch: there is a worker for each core
 
 from collections.abc import Iterator
 

@@ -10,7 +10,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -594,21 +594,20 @@ def training(
 # ── the processes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def join(rank: int, size: int, folder: str, seconds: int) -> None:
-    importlib.import_module("torch._dynamo")  # see goal.cli._ranks
+def joined(rank: int, size: int, folder: str, seconds: int) -> AbstractContextManager[None]:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=seconds),
-    )
+    limit = datetime.timedelta(seconds=seconds)
+    return goal.distributed.joined(init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
 
 
 def work(rank: int, folder: str) -> None:
-    """One process: all jobs of the groups that it is in, in the same order as everybody else."""
-    join(rank, WORLD, folder, seconds=300)  # of a machine that is busy with other things
+    """One process."""
+    with joined(rank, WORLD, folder, seconds=300):  # of a machine that is busy with other things
+        jobs_of(rank, folder)
+
+
+def jobs_of(rank: int, folder: str) -> None:
+    """All jobs of the groups that this rank is in, in the same order as everybody else."""
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     groups = {size: dist.new_group(members) if size < WORLD else "world" for size, members in MEMBERS.items()}
     found: dict[str, list[str]] = {}
@@ -622,12 +621,11 @@ def work(rank: int, folder: str) -> None:
             found[job.name] = [traceback.format_exc()]
     torch.save(found, Path(folder) / f"found-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def trainer(rank: int, size: int, port: int, folder: str, trainings: Sequence[tuple[str, str, str]]) -> None:
     """One process of torchrun, in which Lightning's Trainer makes the group, wraps the model and takes the steps."""
-    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch._dynamo")  # see goal.distributed.joined
     from lightning.pytorch import LightningModule, Trainer
 
     class Module(LightningModule):
@@ -666,30 +664,30 @@ def trainer(rank: int, size: int, port: int, folder: str, trainings: Sequence[tu
 
 def fail(rank: int, folder: str, how: str, at: int, exchange: str) -> None:
     """Two good calls, then rank 1 dies or hangs before exchange `at` of the third; what rank 0 says is kept."""
-    join(rank, 2, folder, seconds=3)
-    x, y = unit(6, 4, rank).requires_grad_(), unit(6, 4, 10 + rank)
-    for _ in range(2):
-        goal.apply(x, y, group="world", exchange=exchange).backward()
-    calls = [0]
+    with joined(rank, 2, folder, seconds=3):
+        x, y = unit(6, 4, rank).requires_grad_(), unit(6, 4, 10 + rank)
+        for _ in range(2):
+            goal.apply(x, y, group="world", exchange=exchange).backward()
+        calls = [0]
 
-    def failing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == at and how == "dies":
-                os._exit(1)
-            if calls[0] == at:
-                time.sleep(60)
-            return call(*args)
+        def failing(call: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == at and how == "dies":
+                    os._exit(1)
+                if calls[0] == at:
+                    time.sleep(60)
+                return call(*args)
 
-        return counted
+            return counted
 
-    if rank == 1:
-        for name in ("gather", "swap", "shift"):
-            setattr(Wire, name, failing(getattr(Wire, name)))
-    start = time.monotonic()
-    try:
-        said = f"nothing was raised: {goal.apply(x, y, group='world', exchange=exchange).item()}"
-    except RuntimeError as error:
-        said = f"RuntimeError: {error}"
-    Path(folder, f"said-{rank}").write_text(f"{time.monotonic() - start:.2f} {said}")
-    os._exit(0)
+        if rank == 1:
+            for name in ("gather", "swap", "shift"):
+                setattr(Wire, name, failing(getattr(Wire, name)))
+        start = time.monotonic()
+        try:
+            said = f"nothing was raised: {goal.apply(x, y, group='world', exchange=exchange).item()}"
+        except RuntimeError as error:
+            said = f"RuntimeError: {error}"
+        Path(folder, f"said-{rank}").write_text(f"{time.monotonic() - start:.2f} {said}")
+        os._exit(0)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import goal
+import goal.distributed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -408,12 +408,17 @@ class Both(nn.Module):
         return found
 
 
-def replicas(rank: int, folder: str) -> None:
-    """What each of two ranks does: its own rows, of another number than the other's."""
+def replica(rank: int, folder: str) -> None:
+    """One of two ranks."""
     torch.set_num_threads(1)
     limit = timedelta(seconds=120)  # ranks that reduce another number of times wait for each other
-    importlib.import_module("torch._dynamo")  # see goal.cli._ranks
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    with goal.distributed.joined(init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit):
+        compared(rank)
+    Path(folder, f"done-{rank}").touch()
+
+
+def compared(rank: int) -> None:
+    """What each of the ranks does: its own rows, of another number than the other's."""
     inputs = [batch(n, n, seed=n) for n in (21, 9)]
     truths = [whole(*towers(), each, goal.Objective())[1] for each in inputs]
     expected = [(a + b) / 2 for a, b in zip(*truths, strict=True)]
@@ -441,12 +446,10 @@ def replicas(rank: int, folder: str) -> None:
         goal.cached_step(*sides, inputs[rank], goal.Objective(), chunk=8)
     close(gradients(both), truths[rank])
     assert not reductions
-    Path(folder, f"done-{rank}").touch()
-    dist.destroy_process_group()
 
 
 def test_replicas_reduce_once(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(replicas, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 

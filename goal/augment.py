@@ -115,8 +115,7 @@ def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None 
 
 def _checked(x: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     x = validation.matrix("x", x, "(B, D)")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be a whole number >= 1, got {n!r}.")
+    validation.whole_number("n", n)
     return x, validation.identity("ids", ids, len(x), "x", x.device)
 
 

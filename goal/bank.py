@@ -90,9 +90,8 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self._ranks = wire.ranks(group, False, "gather")
-        for name, value in (("size", size), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}.")
+        validation.whole_number("size", size)
+        validation.whole_number("dim", dim)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}.")
         self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from goal import validation
+
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # split along dimension 0
 Encoder = Callable[..., Tensor]  # called with a tensor, with *several, or with **named ones
 
@@ -134,11 +136,7 @@ class Cache:
     """
 
     def __init__(self, chunk: int) -> None:
-        if isinstance(chunk, bool) or not isinstance(chunk, int):
-            raise TypeError(f"chunk must be a whole number of rows, got {chunk!r}.")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 row, got {chunk}.")
-        self.chunk = chunk
+        self.chunk = validation.whole_number("chunk", chunk)
         self._encoded: list[_Encoded] = []
 
     def encode(self, encoder: Encoder, inputs: Inputs) -> Tensor:

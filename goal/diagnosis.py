@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import get_total_norm
 
-from goal import pictures
+from goal import pictures, validation
 from goal.autograd import gradients
 from goal.data.files import write_atomically
 from goal.terms import check_number
@@ -259,8 +259,7 @@ def diagnose(
     Source: the vanishing zone is that of T-SelHN (Li et al., RVSE++).
     """
     eps = check_number("goal.diagnose", "eps", eps)
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise ValueError(f"start must be a whole number >= 0, got {start!r}.")
+    validation.whole_number("start", start, 0)
     if isinstance(encoders, nn.Module):
         encoders = {"encoder": encoders}
     return Diagnosis(objective, dict(encoders or {}), None if path is None else Path(path), eps, start)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine, reference
+from goal import engine, reference, validation
 from goal.engine import Dense, Outcome, Seen, Settings, Whole
 from goal.gathered import Global, Local, gathered, local
 from goal.similarity import Entries, Gradients, Mined, Needs, total
@@ -495,9 +495,7 @@ def size_of(group: object, ranks_: int | None, exchange: str) -> int | None:
         return None if checked is None else Wire(checked.group).size
     if checked is not None:
         raise ValueError("ranks and group are both given: ranks is for a plan without a group.")
-    if isinstance(ranks_, bool) or not isinstance(ranks_, int) or ranks_ < 1:
-        raise ValueError(f"ranks must be a whole number >= 1, got {ranks_!r}.")
-    return ranks_
+    return validation.whole_number("ranks", ranks_)
 
 
 class Traffic(NamedTuple):

@@ -91,7 +91,7 @@ def search(
                 [5, 0]])
     """
     x = validation.matrix("x", x, "(N, D)")
-    scan, k = _Scan(bind(similarity), x.device), _count("k", k)
+    scan, k = _Scan(bind(similarity), x.device), validation.whole_number("k", k)
     if (ids is None) != (y_ids is None):
         raise ValueError("ids and y_ids are given together, or neither.")
     own = others = None
@@ -173,7 +173,7 @@ def mine(
         raise ValueError(f"x and y must have the same D, got x {(n, d)} and y {(m, width)}.")
     if max(n, m) > _LOW:
         raise ValueError(f"x and y may have up to {_LOW} rows, got {max(n, m)}.")
-    k, device, path = _count("k", k), torch.device(device), _checked(Path(out))
+    k, device, path = validation.whole_number("k", k), torch.device(device), _checked(Path(out))
     labels = _identities(ids, y_ids, n, m)
     scan = _Scan(bind(similarity), device)
     rows = _rows_in(memory, n, m, d, k)
@@ -437,7 +437,7 @@ class _Store:
 
 def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
     """How many rows of x to hold, so that all arrays fit into so many bytes."""
-    memory = _count("memory", memory)
+    memory = validation.whole_number("memory", memory)
     block = min(BLOCK, m)
     width = min(_ROWS, n)
     tile = (block + _GROUP) * (width + _GROUP)
@@ -611,11 +611,3 @@ def _checked(out: Path) -> Path:
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}.")
     return out
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return value

@@ -89,6 +89,15 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
     return w
 
 
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """An int from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value}.")
+    return value
+
+
 def finite(**tensors: Tensor) -> None:
     """Raise for NaN or inf, naming the tensor and its first bad row; one reduction per tensor while all is well."""
     for name, tensor in tensors.items():

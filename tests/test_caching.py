@@ -458,13 +458,13 @@ def test_replicas_reduce_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunk", [0, -3])
 def test_a_chunk_has_rows(chunk: int) -> None:
-    with pytest.raises(ValueError, match=f"chunk must be at least 1 row, got {chunk}"):
+    with pytest.raises(ValueError, match=f"chunk must be a whole number >= 1, got {chunk}"):
         goal.Cache(chunk)
 
 
 @pytest.mark.parametrize("chunk", [True, 2.0, "8"])
 def test_a_chunk_is_a_number_of_rows(chunk: Any) -> None:
-    with pytest.raises(TypeError, match="chunk must be a whole number of rows"):
+    with pytest.raises(TypeError, match="chunk must be a whole number >= 1"):
         goal.Cache(chunk)
 
 

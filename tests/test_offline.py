@@ -394,7 +394,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, r"out must end in one of \.parquet, \.csv, \.npz, got .*a\.txt", {"out": tmp_path / "a.txt"}),
         (ValueError, "out: there is no folder", {"out": tmp_path / "no" / "a.npz"}),
-        (ValueError, "k must be at least 1, got 0", {"k": 0}),
+        (ValueError, "k must be a whole number >= 1, got 0", {"k": 0}),
         (TypeError, "k must be a whole number", {"k": 2.0}),
         (
             ValueError,

@@ -34,6 +34,22 @@ def refused(error: type[Exception], *parts: str, by: Callable[[], Any]) -> None:
         assert part in str(raised.value), f"{part!r} is not in: {raised.value}"
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("size", lambda value: goal.Bank(value, 4)),
+        ("dim", lambda value: goal.Bank(4, value)),
+        ("chunk", goal.Cache),
+        ("ranks", lambda value: goal.explain(X, Y, ranks=value)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)]
+)
+def test_whole_numbers(name: str, call: Callable[[Any], Any], value: Any, error: type[Exception]) -> None:
+    refused(error, f"{name} must be a whole number >= 1, got {value!r}", by=lambda: call(value))
+
+
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────
 
 UNKNOWN = [

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from goal.validation import whole_number
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> 0-d, with the field behind it
 Field = Callable[[Tensor], Tensor]  # (n,) -> (n,)
 
@@ -134,9 +136,9 @@ def batch_integrability(
     Source: the symmetric Jacobian is Poincaré's lemma; Richardson (1911); Clenshaw and Curtis (1960).
     """
     x, y = embeddings("x", x), embeddings("y", y)
-    count("probes", probes, 1)
-    count("loops", loops, 0)
-    count("seed", seed, 0)
+    whole_number("probes", probes)
+    whole_number("loops", loops, 0)
+    whole_number("seed", seed, 0)
     size = number("size", size)
     field = _flat(objective, x, y)
     z = torch.cat([x.flatten(), y.flatten()])
@@ -229,13 +231,6 @@ def embeddings(name: str, value: object) -> Tensor:
     value = value.detach().to("cpu", torch.float64)
     if not bool(value.isfinite().all()):
         raise ValueError(f"{name} must be finite, got {value[~value.isfinite()][0].item()}.")
-    return value
-
-
-def count(name: str, value: object, least: int) -> int:
-    """An int that is at least so large."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
     return value
 
 

@@ -15,6 +15,7 @@ from goal.lab.field import decompose, field_of
 from goal.terms import STATISTICS, Definition, Parameter, Product, Term, check_number
 from goal.terms import P as PAIRS
 from goal.terms import T as TRIPLETS
+from goal.validation import whole_number
 
 _DEGREE = 8  # of the polynomial that stands for a nearest loss
 
@@ -71,8 +72,7 @@ def schedule(a: Part, b: Part, steps: int) -> Callable[[int], Term]:
         >>> P(25).params, P(1000).params
         ({'weight': 0.25}, {'weight': 1.0})
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"compose.schedule: steps must be a whole number >= 1, got {steps!r}.")
+    whole_number("compose.schedule: steps", steps)
     mixture(a, b)  # refused now rather than at the first step
     return lambda step: mixture(a, b, weight=min(max(step / steps, 0.0), 1.0))
 

@@ -20,11 +20,12 @@ from torch.nn.functional import normalize
 
 import goal
 from goal import pictures
-from goal.lab.batch import Loop, Loss, count, emitted, loop_work, number
+from goal.lab.batch import Loop, Loss, emitted, loop_work, number
 from goal.lab.field import field_of
 from goal.lab.progress import progress
 from goal.mining import Mining
 from goal.terms import Product, Term, unknown
+from goal.validation import whole_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,7 +187,7 @@ def simulate(
         if chosen not in known:
             raise unknown(name, chosen, known)
     for name, size, least in (("n", n, 2), ("d", d, 2), ("steps", steps, 1), ("seed", seed, 0)):
-        count(name, size, least)
+        whole_number(name, size, least)
     lr = _LR[model] if lr is None else number("lr", lr)
     noise = number("noise", noise, or_zero=True)
     if objective is None:
@@ -373,7 +374,7 @@ def triplet_trajectory(
     field = field_of(Product(goal.T.bind(T), goal.P.bind(P)))
     if space not in ("plane", "sphere"):
         raise unknown("space", space, ("plane", "sphere"))
-    count("steps", steps, 1)
+    whole_number("steps", steps)
     lr = number("lr", lr)
     for name, s in (("s_pos", s_pos), ("s_neg", s_neg)):
         real = isinstance(s, int | float) and not isinstance(s, bool)

@@ -664,7 +664,7 @@ def trainer(rank: int, size: int, port: int, folder: str, trainings: Sequence[tu
 
 def fail(rank: int, folder: str, how: str, at: int, exchange: str) -> None:
     """Two good calls, then rank 1 dies or hangs before exchange `at` of the third; what rank 0 says is kept."""
-    with joined(rank, 2, folder, seconds=3):
+    with joined(rank, 2, folder, seconds=8):  # of waiting for the other's start, too
         x, y = unit(6, 4, rank).requires_grad_(), unit(6, 4, 10 + rank)
         for _ in range(2):
             goal.apply(x, y, group="world", exchange=exchange).backward()

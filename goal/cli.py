@@ -433,19 +433,28 @@ def _progress(config: TrainConfig, speaks: bool) -> Iterator[Callable[[Row], Non
     if not sys.stdout.isatty():
         yield lambda row: print(_line(row), flush=True)
         return
+    from rich.console import Group
+    from rich.live import Live
     from rich.progress import Progress
+    from rich.text import Text
 
-    with Progress(transient=True) as bar:
-        task = bar.add_task(config.label, total=None)
-        yield lambda row: bar.update(
-            task, completed=row["step"], total=row["end"], description=f"{config.label}  {_line(row)}"
-        )
+    bar = Progress()
+    task = bar.add_task(config.label, total=None)
+    with Live(bar, transient=True) as live:
+
+        def show(row: Row) -> None:
+            bar.update(task, completed=row["step"], total=row["end"])
+            live.update(Group(bar, Text(_line(row))))
+
+        yield show
 
 
 def _line(row: Row) -> str:
     score = f"RSUM {row['val_rsum']:.1f}" if "val_rsum" in row else f"MAP@all {row['val_map']:.1f}"
+    stage = f"stage {row['stage']}  " if "stage" in row else ""
     return (
-        f"step {row['step']}  loss {row['loss']:.3f}  validation {score}  s⁺ {row['s_pos']:.2f}  s⁻ {row['s_neg']:.2f}"
+        f"step {row['step']}  {stage}loss {row['loss']:.3f}  validation {score}  "
+        f"s⁺ {row['s_pos']:.2f}  s⁻ {row['s_neg']:.2f}"
     )
 
 

@@ -1,8 +1,10 @@
 """The command `goal` as a user runs it: in processes of their own, killed and interrupted, with output to a pipe."""
 
 import csv
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +100,7 @@ def test_quick_says_so_and_a_pipe_gets_whole_lines(swept: tuple[Path, str]) -> N
     folder, printed = swept
     assert "QUICK" in printed
     assert "QUICK" in (folder / "table.md").read_text()
-    assert "of 6 runs met the limit of 60 steps" in printed
+    assert "of 4 runs met the limit of 60 steps" in printed  # 2 of the objectives are one
     assert "[4/4] " in printed
     assert "\x1b" not in printed
     assert "…" not in printed
@@ -277,3 +279,19 @@ def test_a_run_that_diverges_is_exit_code_1(capsys: pytest.CaptureFixture[str], 
     error = capsys.readouterr().err
     assert "cir × sig-ms, seed 0" in error
     assert "at step" in error
+
+
+def test_a_terminal_of_80_columns_shows_everything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for name, value in (("COLUMNS", "80"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    few = ["--max-steps", "4", "--eval-every", "2", "--curriculum", "mixup", "--switch", "1", "--root", str(tmp_path)]
+    assert cli.main(["train", *SLICE, *few]) == 0
+    shown = terminal.getvalue()
+    assert re.search(r"step 4  stage 1  loss \d\.\d{3}  validation RSUM \d+\.\d  s⁺ -?\d\.\d\d  s⁻ -?\d\.\d\d\n", shown)
+    assert "100%" in shown

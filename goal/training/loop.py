@@ -311,6 +311,8 @@ class _Run:
         validated = self.told(self._validate() if self.writes else None)
         loss = math.fsum(state.losses) / len(state.losses)
         row = {"step": state.step, "loss": loss, "lr": self._lr(), **validated}
+        if isinstance(self.objective, Curriculum):
+            row["stage"] = self.objective.stage  # in which this evaluation ends the interval
         state.curve.append(row)
         state.losses = []
         value = row[f"val_{self.metric}"]

@@ -170,7 +170,8 @@ class Sweep:
 
     def note(self, command: str = "") -> str:
         """The conditions, in sentences."""
-        base, records = self.base, self.records()
+        base = self.base
+        runs = [result for result in self.results.values() if isinstance(result, dict)]  # the others are of searches
         sentences = [
             f"{self.images} training images of {base.data}; {base.setting}, {self.seeds} seeds. "
             f"A run ends {'when validation RSUM has stopped rising' if not base.epochs else 'after its epochs'}; "
@@ -180,8 +181,8 @@ class Sweep:
             sentences.append("T × P is summed over the batch, as the system's own objective is.")
         if self.quick:
             sentences.insert(0, QUICK_NOTE)
-        if rising := sum(record["stopped"] == "max_steps" for record in records):
-            sentences.append(f"{rising} of {len(records)} runs met the limit of {base.max_steps} steps before that.")
+        if rising := sum(run["stopped"] == "max_steps" for run in runs):
+            sentences.append(f"{rising} of {len(runs)} runs met the limit of {base.max_steps} steps before that.")
         if self.trials:
             sentences.append(f"Every objective had {self.trials} trials, judged on the validation split.")
         if command:

@@ -224,11 +224,11 @@ def test_the_terminal_table_is_plain_and_complete(records):
     for r in runs:
         values = [o["test"]["rsum"] for o in runs if (o["T"], o["P"]) == (r["T"], r["P"])]
         assert f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" in text
-    assert "48 runs, 3 seeds" in text
+    assert "16 objectives, 3 seeds" in text
     assert "con(margin=0.2)" in text
     partial = terminal_table(records[:4])  # three runs of cir × sig-ms, one of con × con: the sweep goes on
     assert "·" in partial
-    assert "4 runs, 1 to 3 seeds" in partial
+    assert "2 objectives, 1 to 3 seeds" in partial
     colored = terminal_table(records, color=True)
     assert re.sub("\x1b.*?m", "", colored) == terminal_table(records)
     assert colored.count("\x1b[1m") == 6  # the best of three matrices and of three recipe columns

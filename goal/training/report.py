@@ -137,7 +137,7 @@ def terminal_table(records: Sequence[RunRecord], *, color: bool = False) -> str:
     R@1 t→i   sig-ms
     cir         10.0
     <BLANKLINE>
-    1 run, 1 seed.
+    1 objective, 1 seed.
     """
     groups = _default_and_tuned(records)
     blocks = []
@@ -420,11 +420,11 @@ def _align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _counts(objectives: Sequence[_Objective]) -> str:
-    """How many runs and seeds stand behind a table, and what its ± means."""
+    """How many objectives and seeds stand behind a table, and what its ± means."""
     seeds = [len(o.runs) for o in objectives]
     several = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else f"{seeds[0]}"
     unit = "seed" if several == "1" else "seeds"
-    text = f"{sum(seeds)} run{'s' * (sum(seeds) > 1)}, {several} {unit}"
+    text = f"{len(seeds)} objective{'s' * (len(seeds) > 1)}, {several} {unit}"
     text += "." if max(seeds) == 1 else "; mean ± sample standard deviation over seeds."
     return text + (" T = con is con(margin=0.2)." if any(map(_has_margin, objectives)) else "")
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from goal import validation
 from goal.similarity import Dot, bind
 
 Array = Tensor | NDArray[Any]
@@ -214,7 +215,7 @@ def map_at_all(
     codes = torch.from_numpy(np.unique(np.concatenate(labels), return_inverse=True)[1]).to(x.device)
     rows = torch.arange(max(len(x), len(y)), device=x.device)
     x_side, y_side = _Side("x", rows[: len(x)], codes[: len(x)]), _Side("y", rows[: len(y)], codes[len(x) :])
-    metric, chunk = bind(similarity), _count("chunk", chunk)
+    metric, chunk = bind(similarity), validation.whole_number("chunk", chunk)
     with torch.inference_mode(), _exact_float32(x.device):
         x2y, y2x = _pair_scores(x, y, metric)
         x2y_ap = 100 * _average_precision(x2y, x_side, y_side, chunk)
@@ -233,7 +234,7 @@ def _evaluate(
     chunk: int,
 ) -> RetrievalMetrics:
     """Ranks of every fold, and the means over the folds; owner (n_captions,) is the image of each caption."""
-    folds, chunk = _count("folds", folds), _count("chunk", chunk)
+    folds, chunk = validation.whole_number("folds", folds), validation.whole_number("chunk", chunk)
     if n_images % folds:
         raise ValueError(f"folds={folds} must divide the {n_images} images, else folds differ in difficulty.")
     ranks = {"i2t": np.empty(n_images, np.int64), "t2i": np.empty(len(owner), np.int64)}
@@ -418,14 +419,6 @@ def _labels(name: str, value: Labels, n: int) -> NDArray[Any]:
     if labels.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one per row, got {labels.shape}.")
     return labels
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return value
 
 
 def _check_scores(s: Tensor, rows: slice, query: _Side, candidate: _Side) -> None:

@@ -190,8 +190,8 @@ def test_a_bank_in_another_dtype_and_a_cached_step() -> None:
 
 def test_what_is_refused() -> None:
     x, ids = embeddings(3), torch.arange(3)
-    for size in (0, -1, 2.0, True):
-        with pytest.raises((TypeError, ValueError), match="size must be a whole number >= 1"):
+    for size, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="size must be a whole number >= 1"):
             goal.Bank(size, 4)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="dtype must be a floating-point"):
         goal.Bank(4, 4, torch.int8)

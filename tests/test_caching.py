@@ -3,12 +3,12 @@
 import copy
 import functools
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 import goal
-import goal.distributed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -410,9 +409,7 @@ class Both(nn.Module):
 
 def replica(rank: int, folder: str) -> None:
     """One of two ranks."""
-    torch.set_num_threads(1)
-    limit = timedelta(seconds=120)  # ranks that reduce another number of times wait for each other
-    with goal.distributed.joined(init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit):
+    with ranks.joined(rank, 2, folder, seconds=120):  # ranks that reduce another number of times wait for each other
         compared(rank)
     Path(folder, f"done-{rank}").touch()
 

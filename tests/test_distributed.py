@@ -293,7 +293,7 @@ def test_a_rank_that_fails_is_an_error_on_the_others(how: str, at: int, exchange
     both[1].join(10)
     took, said = (tmp_path / "said-0").read_text().split(" ", 1)
     assert said.startswith("RuntimeError"), said
-    assert float(took) < 30, "the group's limit is 8 seconds, and rank 1 would sleep for 60"
+    assert float(took) < 10
 
 
 # ── arguments ───────────────────────────────────────────────────────────────────────────────────────────────────────

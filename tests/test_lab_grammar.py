@@ -198,7 +198,7 @@ def points(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @given(products())
-@settings(max_examples=80)
+@settings(max_examples=200)
 def test_verdicts_in_symbols_and_in_numbers_agree(drawn: tuple[Expression, Expression]) -> None:
     check(*drawn)
 

@@ -5,21 +5,26 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
+import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 64 << 20  # a check reads this much at a time
 BAR_BYTES = 2 << 30  # a check of a larger array shows a progress bar
+TEMPORARY = ".tmp"  # how files end that take their place when they are whole
 
 
 def read_lines(path: Path) -> list[str]:
@@ -133,17 +138,78 @@ def save_atomically(path: Path, array: NDArray[Any]) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file to write, which takes the place of `path` once it is on disk, or is gone after an error."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    """A temporary file to write, which takes the place of `path` once it is on disk, or is gone after an error.
+
+    It is closed before it is renamed: Windows renames no open file. One that a killed process has left stays until
+    `alone` clears its folder.
+
+    Raises:
+        OSError: naming `path`, where the disk is full or the folder takes no file.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path), suffix=TEMPORARY, delete=False) as file:
+            temporary = file.name
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # temporary files are private
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.chmod(temporary, 0o644)  # temporary files are private
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename or TEMPORARY).endswith(TEMPORARY):
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:40]}."  # names have a limit, and this one is longer than the file's
+
+
+def clear_temporaries(folder: Path, path: Path | None = None) -> None:
+    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing."""
+    start = "." if path is None else _prefix(path)
+    for left in folder.iterdir():
+        if left.name.startswith(start) and left.name.endswith(TEMPORARY):
+            left.unlink(missing_ok=True)
+
+
+class Busy(RuntimeError):
+    """Another process is at work in a folder."""
+
+
+@contextmanager
+def alone(folder: Path, patience: float = 3.0) -> Iterator[None]:
+    """No other process works in a folder within the block; half-written files that a killed one left are cleared.
+
+    The lock is the operating system's on the file `.lock`: it ends with its process, however that ends. `.locked-by`
+    tells others who is there.
+
+    Args:
+        folder: which exists.
+        patience: seconds to wait for a process that is about to end.
+
+    Raises:
+        Busy: naming the folder and the process that is at work there.
+    """
+    lock, holder = FileLock(folder / ".lock"), folder / ".locked-by"
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        with suppress(OSError):
+            who = holder.read_text(encoding="utf-8")
+            raise Busy(f"{folder}: is in use by {who}. Wait for it, stop it, or name another folder") from None
+        raise Busy(f"{folder}: is in use by another process. Wait for it, or name another folder") from None
+    try:
+        clear_temporaries(folder)
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_atomically(holder, f"process {os.getpid()} on {platform.node()} since {since} ({command})".encode())
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_provenance(out: Path, files: Iterable[str], packages: Iterable[str], **facts: Any) -> None:

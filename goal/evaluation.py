@@ -8,6 +8,7 @@ promise equal rows bit-equal results, so otherwise rounding would decide an exac
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ Array = Tensor | NDArray[Any]
 Labels = Array | Sequence[int] | Sequence[str]
 Scores = Callable[[slice], Tensor]  # rows of queries -> (rows, candidates)
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CUTOFFS = (1, 5, 10)
 _CANDIDATES = 4096  # scored at once; bounds the working memory of order embeddings
 
@@ -105,6 +107,7 @@ def evaluate(
     similarity: str = "dot",
     folds: int = 1,
     chunk: int = 256,
+    leave_one_out: bool = False,
 ) -> RetrievalMetrics:
     """Recall@1/5/10, median and mean rank, image to text and text to image.
 
@@ -114,7 +117,7 @@ def evaluate(
     captions are positives and the best of them counts; for a caption its image is the one positive.
 
     Args:
-        x: (n_images, D) image embeddings, floating point.
+        x: (n_images, D) image embeddings, floating point: a dense tensor or an array of any layout or byte order.
         y: (n_captions, D) caption embeddings, on the same device.
         image_of: (n_captions,) integers, the row of x that each caption belongs to; an image may have any
             number of captions above none. None: caption k belongs to image k.
@@ -122,11 +125,17 @@ def evaluate(
         folds: evaluate consecutive, equal parts of the images with their captions, each by itself, and
             average (COCO 1K: five folds of 5,000 images; COCO 5K: one).
         chunk: queries scored at once; memory is chunk × candidates, never the whole matrix.
+        leave_one_out: row k of y is no candidate for row k of x, and the other way round. For x and y that are
+            one set, say views of things, where image_of names another view of the same thing for each.
 
     Raises:
-        ValueError: shapes do not fit, an index is out of range, an image has no caption, or an embedding or a
-            score is not finite (the message names the side and the first bad row).
+        ValueError: shapes do not fit, an index is out of range, an image has no caption, an embedding or a
+            score is not finite (the message names the side and the first bad row), or leave_one_out would leave
+            out a positive.
         TypeError: embeddings that are not floating point, or an image_of that is not integer.
+
+    Warns:
+        UserWarning: x and y hold the same rows and leave_one_out is off, so that every query meets itself.
 
     >>> import torch
     >>> x = torch.eye(3)
@@ -138,23 +147,25 @@ def evaluate(
     """
     x, y = _embeddings("x (images)", x), _embeddings("y (captions)", y)
     _check_fit(x, y)
-    owner, metric = _owners(image_of, len(x), len(y)).to(x.device), bind(similarity)
+    if not leave_one_out:
+        _warn_of_one_set(x, y)
+    owner, metric = _owners(image_of, len(x), len(y), leave_one_out).to(x.device), bind(similarity)
 
     def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
         return _pair_scores(x[images], y[captions], metric)
 
     with torch.inference_mode(), _exact_float32(x.device):
-        return _evaluate(scores, owner, len(x), folds, chunk)
+        return _evaluate(scores, owner, len(x), folds, chunk, leave_one_out)
 
 
 def evaluate_similarity(
-    S: Array, image_of: Labels | None = None, *, folds: int = 1, chunk: int = 256
+    S: Array, image_of: Labels | None = None, *, folds: int = 1, chunk: int = 256, leave_one_out: bool = False
 ) -> RetrievalMetrics:
     """The metrics of `evaluate` for a model that gives the scores themselves (cross-attention, ensembles).
 
     Args:
         S: (n_images, n_captions) scores, higher is better, floating point, compared in their own dtype.
-        image_of, folds, chunk: as in `evaluate`.
+        image_of, folds, chunk, leave_one_out: as in `evaluate`.
 
     Raises:
         ValueError, TypeError: as in `evaluate`.
@@ -162,15 +173,15 @@ def evaluate_similarity(
     >>> evaluate_similarity(np.array([[0.9, 0.2], [0.3, 0.1]])).i2t_ranks
     array([1, 2])
     """
-    matrix = _floating("S", S)
-    owner = _owners(image_of, *matrix.shape).to(matrix.device)
+    matrix = _matrix("S", S)
+    owner = _owners(image_of, len(matrix), matrix.shape[1], leave_one_out).to(matrix.device)
 
     def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
         part = matrix if len(images) == len(matrix) else matrix[images][:, captions]
         return (lambda rows: part[rows]), (lambda rows: part[:, rows].T)
 
     with torch.inference_mode():
-        return _evaluate(scores, owner, len(matrix), folds, chunk)
+        return _evaluate(scores, owner, len(matrix), folds, chunk, leave_one_out)
 
 
 def map_at_all(
@@ -181,6 +192,7 @@ def map_at_all(
     *,
     similarity: str = "dot",
     chunk: int = 256,
+    leave_one_out: bool = False,
 ) -> MapMetrics:
     """Mean average precision over the whole ranking, both ways, for labelled data (audio-visual retrieval).
 
@@ -188,38 +200,52 @@ def map_at_all(
 
     Relevant are the items of the other side with the query's label, numbered r = 1, 2, … from the best.
     Ties count against the model: among items of equal score every irrelevant one stands before the relevant.
+    Where x and y are one set, every query would find itself first: with `leave_one_out` the items of query k are
+    all rows of the other side but row k.
 
     Args:
-        x: (n, D) embeddings, floating point.
+        x: (n, D) embeddings, floating point, as in `evaluate`.
         y: (m, D) embeddings, on the same device.
-        x_labels: (n,) integers or strings.
+        x_labels: (n,) integers of any dtype or strings: an array, a tensor, a sequence or a table's column.
+            They are compared exactly, whatever their dtypes.
         y_labels: (m,) of the same kind.
         similarity, chunk: as in `evaluate`.
+        leave_one_out: row k of y is no item for row k of x, and the other way round; n = m, and both have one label.
 
     Raises:
         ValueError: shapes do not fit, a query has no relevant item (its average precision does not exist), or
             an embedding or a score is not finite.
         TypeError: embeddings that are not floating point, labels that are neither integers nor strings.
 
+    Warns:
+        UserWarning: x and y hold the same rows and leave_one_out is off.
+
     >>> x, y = np.eye(2), np.array([[1.0, 0.0], [0.2, 0.9], [0.0, 0.8]])
     >>> print(map_at_all(x, y, ["dog", "cat"], ["dog", "dog", "cat"]))
     MAP@all x→y 75.0  y→x 83.3  mean 79.2
+    >>> one_set = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> print(map_at_all(one_set, one_set, [0, 1, 0, 1], [0, 1, 0, 1], leave_one_out=True))
+    MAP@all x→y 41.7  y→x 41.7  mean 41.7
 
     Source: Zhen et al., Deep Supervised Cross-modal Retrieval (2019), §4.2, with ties made explicit.
     """
     x, y = _embeddings("x", x), _embeddings("y", y)
     _check_fit(x, y)
-    labels = [_labels("x_labels", x_labels, len(x)), _labels("y_labels", y_labels, len(y))]
-    if (labels[0].dtype.kind == "U") != (labels[1].dtype.kind == "U"):
-        raise TypeError(f"labels must be of one kind, got {labels[0].dtype} for x and {labels[1].dtype} for y.")
-    codes = torch.from_numpy(np.unique(np.concatenate(labels), return_inverse=True)[1]).to(x.device)
+    codes = _codes(_labels("x_labels", x_labels, len(x)), _labels("y_labels", y_labels, len(y))).to(x.device)
     rows = torch.arange(max(len(x), len(y)), device=x.device)
     x_side, y_side = _Side("x", rows[: len(x)], codes[: len(x)]), _Side("y", rows[: len(y)], codes[len(x) :])
+    if leave_one_out:
+        _check_one_set(len(x), len(y))
+        if not torch.equal(x_side.key, y_side.key):
+            row = int((x_side.key != y_side.key).byte().argmax())
+            raise ValueError(f"leave_one_out: row {row} of x and of y is one item, but its labels differ.")
+    else:
+        _warn_of_one_set(x, y)
     metric, chunk = bind(similarity), validation.whole_number("chunk", chunk)
     with torch.inference_mode(), _exact_float32(x.device):
         x2y, y2x = _pair_scores(x, y, metric)
-        x2y_ap = 100 * _average_precision(x2y, x_side, y_side, chunk)
-        y2x_ap = 100 * _average_precision(y2x, y_side, x_side, chunk)
+        x2y_ap = 100 * _average_precision(x2y, x_side, y_side, chunk, leave_one_out)
+        y2x_ap = 100 * _average_precision(y2x, y_side, x_side, chunk, leave_one_out)
     return MapMetrics(float(x2y_ap.mean()), float(y2x_ap.mean()), x2y_ap, y2x_ap)
 
 
@@ -232,6 +258,7 @@ def _evaluate(
     n_images: int,
     folds: int,
     chunk: int,
+    leave_one_out: bool,
 ) -> RetrievalMetrics:
     """Ranks of every fold, and the means over the folds; owner (n_captions,) is the image of each caption."""
     folds, chunk = validation.whole_number("folds", folds), validation.whole_number("chunk", chunk)
@@ -248,7 +275,7 @@ def _evaluate(
             ("i2t", i2t, image_side, caption_side),
             ("t2i", t2i, caption_side, image_side),
         ):
-            rank, tied = _rank(score, query, candidate, chunk)
+            rank, tied = _rank(score, query, candidate, chunk, leave_one_out)
             ranks[side][query.row.cpu().numpy()] = rank
             fold |= {f"{side}_r{k}": 100 * float((rank <= k).mean()) for k in _CUTOFFS}
             fold |= {f"{side}_medr": float(np.median(rank)), f"{side}_meanr": float(rank.mean())}
@@ -272,13 +299,26 @@ class _Side(NamedTuple):
     key: Tensor  # (n,) a candidate is right for a query when their keys are equal
 
 
-def _rank(score: Scores, query: _Side, candidate: _Side, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _scored(
+    score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(queries, scores, which are right) of some queries at a time, (queries, candidates); −inf for one left out."""
+    for start in range(0, len(query.row), chunk):
+        rows = slice(start, start + chunk)
+        s, right = score(rows), query.key[rows, None] == candidate.key
+        _check_scores(s, rows, query, candidate)
+        if leave_one_out:
+            itself = query.row[rows, None] == candidate.row
+            s, right = s.masked_fill(itself, -torch.inf), right & ~itself
+        yield rows, s, right
+
+
+def _rank(
+    score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Rank of each query's best right candidate, and whether a wrong one ties with it; (queries,) each."""
     ranks, ties = [], []
-    for rows in _blocks(len(query.row), chunk):
-        s = score(rows)  # (rows, candidates)
-        _check_scores(s, rows, query, candidate)
-        right = query.key[rows, None] == candidate.key
+    for _, s, right in _scored(score, query, candidate, chunk, leave_one_out):
         best = s.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         above = (s > best).sum(1, dtype=torch.int32)  # never a right one: best is their maximum
         level = ((s == best) & ~right).sum(1, dtype=torch.int32)
@@ -287,19 +327,19 @@ def _rank(score: Scores, query: _Side, candidate: _Side, chunk: int) -> tuple[ND
     return torch.cat(ranks).cpu().numpy().astype(np.int64), torch.cat(ties).cpu().numpy()
 
 
-def _average_precision(score: Scores, query: _Side, candidate: _Side, chunk: int) -> NDArray[np.float64]:
+def _average_precision(
+    score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
+) -> NDArray[np.float64]:
     """Average precision of each query, (queries,); irrelevant candidates first among equals."""
     place = torch.arange(1, len(candidate.row) + 1, device=candidate.row.device)
     parts = []
-    for rows in _blocks(len(query.row), chunk):
-        s = score(rows)  # (rows, candidates)
-        _check_scores(s, rows, query, candidate)
-        relevant = (query.key[rows, None] == candidate.key).byte()
-        if not relevant.any(1).all():
+    for rows, s, right in _scored(score, query, candidate, chunk, leave_one_out):
+        relevant = right.byte()
+        if not right.any(1).all():
             row = rows.start + int(relevant.amax(1).argmin())
             raise ValueError(
-                f"{query.name} row {row} has a label that no row of {candidate.name} has, so it has no "
-                "average precision. Leave such queries out."
+                f"{query.name} row {row} has a label that no {'other ' * leave_one_out}row of {candidate.name} has, "
+                "so it has no average precision. Leave such queries out."
             )
         irrelevant_first = relevant.argsort(dim=1, stable=True)
         by_score = s.gather(1, irrelevant_first).argsort(dim=1, descending=True, stable=True)
@@ -352,18 +392,65 @@ def _exact_float32(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
-
-
 # ---- checks ----------------------------------------------------------------------------------------------
 
 
-def _floating(name: str, value: Array) -> Tensor:
+def floating(name: str, value: Any, first: int = 0) -> Tensor:
+    """The same numbers as a dense floating-point tensor without a gradient; `value` is only copied where it must be.
+
+    An array in another byte order or layout is as good as its contiguous copy. What would lose something on its
+    way is refused: masks, precision beyond 64 bits, values that a sparse tensor leaves out.
+
+    Args:
+        name: of the argument, for errors.
+        value: a tensor or anything that NumPy makes an array of.
+        first: the number of the first row, for errors.
+
+    Raises:
+        TypeError, ValueError: naming the argument, and what came.
+
+    >>> floating("x", np.ones((2, 3), ">f4")[:, ::-1]).shape
+    torch.Size([2, 3])
+    """
+    tensor = value if isinstance(value, Tensor) else _from_array(name, value, first)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}.")
+    if tensor.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a tensor on the meta device.")
+    if tensor.dtype not in _FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; allowed are {allowed}.")
+    return tensor.detach()
+
+
+def _from_array(name: str, value: Any, first: int) -> Tensor:
+    array = _array(name, value, first)
+    if array.dtype.kind not in "iufcb":
+        kind = "" if isinstance(value, np.ndarray) else f"{type(value).__name__} of "
+        raise TypeError(f"{name} must be a tensor or an array of numbers, got {kind}{array.dtype}.")
+    native = np.require(array, array.dtype.newbyteorder("="), ["C", "ALIGNED"])
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written
+            return torch.from_numpy(native)
+    except TypeError:
+        raise TypeError(f"{name} must be floating point of at most 64 bits, got {array.dtype}.") from None
+
+
+def _array(name: str, value: Any, first: int = 0) -> NDArray[Any]:
+    """A NumPy array of any kind, of which nothing is masked."""
+    if isinstance(value, np.ma.MaskedArray) and value.ndim and np.ma.is_masked(value):
+        row = first + int(np.ma.getmaskarray(value).reshape(len(value), -1).any(1).argmax())
+        raise ValueError(f"{name} must not be masked, but row {row} is: leave such rows out, or fill them.")
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # uneven rows, tensors with gradients in a list
+        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}: {error}") from None
+
+
+def _matrix(name: str, value: Array) -> Tensor:
     """A floating-point matrix with at least one row and column, detached."""
-    tensor = value.detach() if isinstance(value, Tensor) else _from_numpy(name, value)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}.")
+    tensor = floating(name, value)
     if tensor.ndim != 2 or 0 in tensor.shape:
         raise ValueError(f"{name} must be a matrix with rows and columns, got shape {tuple(tensor.shape)}.")
     return tensor
@@ -371,7 +458,7 @@ def _floating(name: str, value: Array) -> Tensor:
 
 def _embeddings(name: str, value: Array) -> Tensor:
     """(N, D) finite float32."""
-    rows = _floating(name, value).float()
+    rows = _matrix(name, value).float()
     finite = rows.isfinite().all(1)
     if not finite.all():
         row, bad = int(finite.byte().argmin()), int((~finite).sum())
@@ -386,22 +473,35 @@ def _check_fit(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}.")
 
 
-def _owners(image_of: Labels | None, n_images: int, n_captions: int) -> Tensor:
-    """(n_captions,) int64: the image of each caption."""
-    if image_of is None:
-        if n_captions != n_images:
-            raise ValueError(
-                f"image_of=None means one caption per image, but images and captions number {n_images} and "
-                f"{n_captions}. Pass image_of, the image's row for each caption: "
-                "torch.arange(n_images).repeat_interleave(k) if each image's k captions follow one another."
-            )
-        return torch.arange(n_images)
-    owner = image_of.detach().cpu() if isinstance(image_of, Tensor) else _from_numpy("image_of", image_of)
-    if owner.is_floating_point() or owner.is_complex() or owner.dtype == torch.bool:
-        raise TypeError(f"image_of must be integers, got {owner.dtype}.")
-    if owner.shape != (n_captions,):
-        raise ValueError(f"image_of must have shape ({n_captions},), one per caption, got {(*owner.shape,)}.")
-    owner = owner.long()
+def _check_one_set(n: int, m: int) -> None:
+    if n != m:
+        raise ValueError(f"leave_one_out: row k of x and of y must be one item, but they have {n} and {m} rows.")
+
+
+def _warn_of_one_set(x: Tensor, y: Tensor) -> None:
+    if x.shape == y.shape and torch.equal(x, y):
+        warnings.warn(
+            "x and y hold the same rows, so every query finds itself among the candidates. "
+            "leave_one_out=True leaves it out.",
+            stacklevel=3,
+        )
+
+
+def _owners(image_of: Labels | None, n_images: int, n_captions: int, leave_one_out: bool) -> Tensor:
+    """(n_captions,) int64 on the CPU: the image of each caption."""
+    if leave_one_out:
+        _check_one_set(n_images, n_captions)
+    cpu = torch.device("cpu")
+    if image_of is not None:
+        owner = validation.identity("image_of", image_of, n_captions, "y (captions)", cpu)
+    elif n_captions == n_images:
+        owner = torch.arange(n_images, device=cpu)
+    else:
+        raise ValueError(
+            f"image_of=None means one caption per image, but images and captions number {n_images} and "
+            f"{n_captions}. Pass image_of, the image's row for each caption: "
+            "torch.arange(n_images).repeat_interleave(k) if each image's k captions follow one another."
+        )
     outside = ((owner < 0) | (owner >= n_images)).nonzero()
     if len(outside):
         row = int(outside[0])
@@ -409,16 +509,56 @@ def _owners(image_of: Labels | None, n_images: int, n_captions: int) -> Tensor:
     counts = torch.bincount(owner, minlength=n_images)
     if not counts.all():
         raise ValueError(f"image {int(counts.argmin())} has no caption in image_of, so it has no rank.")
+    itself = owner == torch.arange(n_captions, device=cpu)
+    if leave_one_out and itself.any():
+        row = int(itself.byte().argmax())
+        raise ValueError(
+            f"leave_one_out leaves out row {row} for itself, and by image_of row {row} is its one positive: "
+            "image_of must name another row for each."
+        )
     return owner
 
 
-def _labels(name: str, value: Labels, n: int) -> NDArray[Any]:
-    labels = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-    if labels.dtype.kind not in "iuU":
-        raise TypeError(f"{name} must be integers or strings, got {labels.dtype}.")
-    if labels.shape != (n,):
-        raise ValueError(f"{name} must have shape ({n},), one per row, got {labels.shape}.")
-    return labels
+def _labels(name: str, value: Labels, n: int) -> list[int] | list[str]:
+    """The labels as Python's own integers or strings, which compare exactly."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.layout != torch.strided or value.is_meta:
+            raise TypeError(f"{name} must be integers or strings, got {value.dtype}, {value.layout}, {value.device}.")
+        value = value.detach().cpu().numpy()
+    if hasattr(value, "__array__"):
+        array = _array(name, value)
+        if array.shape != (n,):
+            raise ValueError(f"{name} must have shape ({n},), one per row, got {array.shape}.")
+        if array.dtype.kind not in "iuUTO":
+            raise TypeError(f"{name} must be integers or strings, got {array.dtype}.")
+        value = array.tolist()
+    elif not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be integers or strings, one per row, got {type(value).__name__}.")
+    elif len(value) != n:
+        raise ValueError(f"{name} must have shape ({n},), one per row, got ({len(value)},).")
+    items: list[Any] = [_plain(item) for item in value]  # no array of a list: that rounds, and mixes kinds
+    for row, item in enumerate(items):
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise TypeError(f"{name} must be integers or strings, but row {row} is {item!r} ({type(item).__name__}).")
+        if isinstance(item, str) != isinstance(items[0], str):
+            raise TypeError(f"{name} must be of one kind, but row 0 is {items[0]!r} and row {row} is {item!r}.")
+    return items
+
+
+def _plain(item: Any) -> Any:
+    """An integer or a string of NumPy or torch as Python's own."""
+    if isinstance(item, np.integer | np.str_) or (isinstance(item, Tensor) and item.dim() == 0):
+        return item.item()
+    return item
+
+
+def _codes(x_labels: list[int] | list[str], y_labels: list[int] | list[str]) -> Tensor:
+    """(n + m,) a number for each label, equal where labels are."""
+    kinds = [str if isinstance(labels[0], str) else int for labels in (x_labels, y_labels)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"labels must be of one kind, got {kinds[0].__name__} for x and {kinds[1].__name__} for y.")
+    codes: dict[int | str, int] = {}
+    return torch.tensor([codes.setdefault(label, len(codes)) for label in [*x_labels, *y_labels]], device="cpu")
 
 
 def _check_scores(s: Tensor, rows: slice, query: _Side, candidate: _Side) -> None:

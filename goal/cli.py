@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import math
 import os
 import shlex
 import sys
@@ -12,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 import goal
 from goal import data, offline
 from goal.data.audio_visual import holds_clips
 from goal.data.files import read_array, write_atomically
+from goal.data.pairs import read_image_of
 from goal.distributed import joined
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
@@ -148,16 +151,30 @@ def _eval(options: argparse.Namespace, command: str) -> None:
         raise ValueError("give a run's folder, or both --x and --y")
     if options.run_dir is not None:
         run = load_trained(options.run_dir)
+        if options.leave_one_out:
+            raise ValueError("--leave-one-out: is for the files --x and --y, not for a run")
         metrics = score(run.config, run.model, run.split(options.split), options.folds)
     else:
         pairs = data.paired(options.x, options.y, options.image_of)
         assert pairs.y is not None
-        metrics = evaluate(pairs.x, pairs.y, pairs.image_of, similarity=options.similarity, folds=options.folds)
+        metrics = evaluate(
+            pairs.x,
+            pairs.y,
+            pairs.image_of,
+            similarity=options.similarity,
+            folds=options.folds,
+            leave_one_out=options.leave_one_out,
+        )
     print("\n".join(str(metrics).split(" | ")))
 
 
 def _mine(options: argparse.Namespace, command: str) -> None:
-    image_of = None if options.image_of is None else read_array(options.image_of, "image_of")
+    if not 0 < options.memory * 1e9 < math.inf:
+        raise ValueError(f"--memory: must be a finite number of gigabytes > 0, got {options.memory}")
+    image_of = None
+    if options.image_of is not None:
+        n, m = (np.atleast_1d(read_array(path, "features")).shape[0] for path in (options.images, options.texts))
+        image_of = read_image_of(options.image_of, n, m)
     out = offline.mine(
         options.images,
         options.texts,
@@ -334,6 +351,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-of", type=Path, help="row of x for each row of y; without it equally many, in order")
     sub.add_argument("--similarity", default="cosine", help="of the files: cosine, dot or order")
     sub.add_argument("--folds", type=int, default=1, help="average over so many equal parts (COCO 1K: 5)")
+    one_set = "both files are one set: row k of y is no candidate for row k of x, and --image-of names another row"
+    sub.add_argument("--leave-one-out", action="store_true", help=one_set)
 
     sub = command("mine", "write the k hardest negatives of each row of two files of embeddings; resumes", _mine)
     sub.add_argument("--images", type=Path, required=True, help="(N, D) embeddings, .npy")

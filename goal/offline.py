@@ -8,13 +8,18 @@ once.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import io
 import json
 import math
-import shutil
+import numbers
+import operator
+import os
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -25,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from goal import validation
-from goal.data.files import atomic_file, bar, read_array, save_atomically, write_atomically
-from goal.evaluation import _exact_float32
+from goal.data.files import BAR_BYTES, alone, atomic_file, bar, read_array, write_atomically
+from goal.evaluation import _exact_float32, floating
 from goal.similarity import Dot, bind
 
 BLOCK = 4096  # rows of y read at once, and in one file of what is known so far
@@ -34,6 +39,10 @@ _ROWS = 1024  # rows of x in a tile
 _GROUP = 16  # entries of a tile whose maximum is taken before one of them is looked at
 _AT_ONCE = 512  # rows of a tile that are looked into at once
 _LOW = 0xFFFFFFFF
+_MOST = 1 << 24  # negatives of a row
+_DIGEST = 32  # bytes of SHA-256
+_LOCK = (".locked-by", ".lock")  # what `alone` keeps in a folder; the lock is what is removed last
+_CPU = torch.device("cpu")
 
 
 class Sliced(Protocol):
@@ -69,7 +78,7 @@ def search(
     Args:
         x: (N, D) floating point, the queries. They stay in memory; on a GPU the work is done there.
         blocks: (b, D) arrays or tensors, one after the other, of any number of rows.
-        k: negatives for each row, ≥ 1.
+        k: negatives for each row, 1 to 2²⁴.
         ids: (N,) integers; rows with equal ids are never negatives of each other. Without, all of the stream are
             negatives of all of x.
         y_ids: (M,) integers, of all rows of the stream; given together with `ids`.
@@ -90,13 +99,15 @@ def search(
                 [4, 0],
                 [5, 0]])
     """
-    x = validation.matrix("x", x, "(N, D)")
-    scan, k = _Scan(bind(similarity), x.device), validation.whole_number("k", k)
+    x = validation.matrix("x", floating("x", x), "(N, D)")
+    scan, k = _Scan(bind(similarity), x.device), _count(k)
     if (ids is None) != (y_ids is None):
         raise ValueError("ids and y_ids are given together, or neither.")
     own = others = None
     if ids is not None:
         own = validation.identity("ids", ids, len(x), "x", x.device)
+        if not hasattr(y_ids, "__len__"):
+            raise TypeError(f"y_ids must be integers, one for each row of the stream, got {type(y_ids).__name__}.")
         others = validation.identity("y_ids", y_ids, len(y_ids), "the stream", x.device)
     keys, first = _no_keys(len(x), k, x.device), 0
     with torch.inference_mode(), _exact_float32(x.device):
@@ -130,13 +141,15 @@ def mine(
     """Write the k most similar negatives of every row of x in y, and of every row of y in x, from one pass over S.
 
     As many rows of x as fit are in memory; y streams by. What is known so far lies in the folder ``<out>.partial``, so
-    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed. That it
-    is the same is told by the arguments, all ids, and 64 rows of each side. The folder is gone when `out` is there.
+    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed, and a
+    damaged one is named when it is read. The same are calls whose arguments, ids and rows are equal, wherever they come
+    from: all rows are read once before the work to take their digest, and once more after it, as nothing may change
+    meanwhile. One call at a time works on an `out`. The folder is gone when `out` is there.
 
     Args:
         x: (N, D) floating point: a .npy file, read piece by piece, or anything whose rows can be sliced.
         y: (M, D) of the other side.
-        k: negatives for each row, ≥ 1.
+        k: negatives for each row, 1 to 2²⁴.
         out: a file to write. `.parquet` (with pyarrow) and `.csv` have the columns side (x: row is one of x and
             negative one of y; or y), row, rank (from 1), negative, similarity. `.npz` has x_index (N, k), x_similarity,
             y_index (M, k) and y_similarity, with −1 and −inf where a row has fewer than k negatives.
@@ -147,15 +160,16 @@ def mine(
         similarity: `dot`, `cosine` or `order`.
         memory: bytes to be used, beyond Python, torch and the ids; more means fewer passes over y.
         device: where the products are made.
-        save_every: seconds after which what is known of the rows of x in memory is written.
+        save_every: seconds ≥ 0 after which what is known of the rows of x in memory is written.
 
     Returns:
         The path `out`.
 
     Raises:
         ValueError, TypeError: a shape, dtype, id or ending that does not fit; a memory that is too small, with what is
-            needed; an `out` that exists, or whose partial results are those of another call; an embedding or a
-            similarity that is not finite.
+            needed; an `out` that exists, or whose partial results are damaged or those of another call; an embedding
+            or a similarity that is not finite; rows that changed while they were mined.
+        goal.data.files.Busy: another call is at work on this `out`.
 
     Example:
         >>> import goal, numpy as np, tempfile
@@ -173,29 +187,35 @@ def mine(
         raise ValueError(f"x and y must have the same D, got x {(n, d)} and y {(m, width)}.")
     if max(n, m) > _LOW:
         raise ValueError(f"x and y may have up to {_LOW} rows, got {max(n, m)}.")
-    k, device, path = validation.whole_number("k", k), torch.device(device), _checked(Path(out))
+    path, k, device, save_every = _checked(Path(out)), _count(k), _usable(device), _seconds(save_every)
     labels = _identities(ids, y_ids, n, m)
     scan = _Scan(bind(similarity), device)
     rows = _rows_in(memory, n, m, d, k)
-    job = {
-        "k": k,
-        "similarity": scan.measure.name,
-        **{name: _digest(side, own) for name, side, own in zip(("x", "y"), sides, labels, strict=True)},
-    }
-    folder, done = (path.with_name(f"{path.name}.{word}") for word in ("partial", "done"))
-    shutil.rmtree(done, ignore_errors=True)  # of a call that was stopped at its last line
-    if path.exists() and not folder.exists():
-        raise ValueError(f"out: {str(out)!r} exists. Delete it, or choose another.")
-    store = _Store(folder, job, k, m, device)
-    if path.exists() and store.start < n:
-        raise ValueError(f"out: {str(out)!r} exists, and what {folder} holds is not finished. Delete one of them.")
-    with torch.inference_mode(), _exact_float32(device):
+    exists = f"out: {str(out)!r} exists. Delete it, or choose another."
+    folder = path.with_name(f"{path.name}.partial")
+    with _workplace(folder), torch.inference_mode(), _exact_float32(device):
+        if not (folder / "job.json").exists():
+            _clear(folder)  # what a call has left that was stopped before its first line or at its last
+            if path.exists():
+                raise ValueError(exists)
+        digests = _digests(sides, labels)
+        store = _Store(folder, {"k": k, "similarity": scan.measure.name, **digests}, n, m, device)
+        if path.exists() and store.start < n:
+            raise ValueError(f"out: {str(out)!r} exists, and what {folder} holds is not finished. Delete one of them.")
         while store.start < n:
             _mine_rows(store, scan, sides, labels, rows, save_every)
-    with atomic_file(path) as file:
-        _WRITERS[path.suffix](file, store, n, m, k)
-    folder.rename(done)
-    shutil.rmtree(done)
+        if changed := [name for name, digest in _digests(sides, labels).items() if digest != digests[name]]:
+            raise ValueError(
+                f"{' and '.join(changed)} changed while they were mined: delete {folder}, and begin again."
+            )
+        complete = folder / path.name
+        with atomic_file(complete) as file:
+            _WRITERS[path.suffix](file, store, n, m, k)
+        store.check_place()
+        if path.exists() and not filecmp.cmp(complete, path, shallow=False):
+            raise ValueError(exists)
+        os.replace(complete, path)
+        _clear(folder)
     return path
 
 
@@ -218,7 +238,8 @@ def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def _no_keys(rows: int, k: int, device: torch.device) -> Tensor:
     """(rows, k): nothing found yet."""
-    return _keys(torch.full((rows, k), -torch.inf, device=device), torch.full((rows, k), _LOW, device=device))
+    nothing = torch.full((rows, k), -torch.inf, dtype=torch.float32, device=device)
+    return _keys(nothing, torch.full((rows, k), _LOW, device=device))
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
@@ -252,7 +273,7 @@ class _Scan:
     """Tiles of S for one similarity on one device; the memory of a tile is kept from one to the next."""
 
     def __init__(self, measure: Dot, device: torch.device) -> None:
-        self.measure, self._tile = measure, torch.empty(0, device=device)
+        self.measure, self._tile = measure, torch.empty(0, dtype=torch.float32, device=device)
 
     def __call__(self, x: _Rows, y: _Rows, x_keys: Tensor, y_keys: Tensor | None) -> None:
         """Improve the keys of x (n, k), and of y (m, k) if they are wanted, by each other's rows, in place."""
@@ -326,6 +347,46 @@ def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
 # ---- a job and what is known of it -----------------------------------------------------------------------
 
 
+@contextmanager
+def _workplace(folder: Path) -> Iterator[None]:
+    """`alone` in a folder that is made for it, and removed when nothing is left in it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(alone(folder))
+                except FileNotFoundError:  # another call has just ended, and removed it
+                    continue
+                lock = _lock_of(folder)
+                try:
+                    yield
+                finally:
+                    if lock == _lock_of(folder) and all(path.name in _LOCK for path in folder.iterdir()):
+                        for name in _LOCK:  # from then on another call may be here
+                            with suppress(OSError):  # Windows keeps what is open, and removes it when it is released
+                                (folder / name).unlink()
+            return
+        finally:
+            with suppress(OSError):  # something is left, or another call is here
+                folder.rmdir()
+
+
+def _lock_of(folder: Path) -> int | None:
+    """What tells the lock of this call from one in a folder that was made anew."""
+    with suppress(OSError):
+        return (folder / ".lock").stat().st_ino
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove a store, the job first: without it nothing that is left counts."""
+    (folder / "job.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name not in _LOCK:
+            path.unlink()
+
+
 def _mine_rows(
     store: _Store,
     scan: _Scan,
@@ -340,7 +401,7 @@ def _mine_rows(
     start = store.start
     stop = min(start + rows, store.stop or n)
     store.begin(start, stop)
-    embedded = torch.empty(stop - start, d, device=store.device)
+    embedded = torch.empty(stop - start, d, dtype=torch.float32, device=store.device)
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
         embedded[first - start : last - start] = scan.measure.embed(x.read(first, last, store.device))
@@ -363,15 +424,16 @@ def _mine_rows(
 class _Store:
     """What is known so far, in a folder of its own: keys of y for each block, keys of x for each part, and the place.
 
-    Keys may be ahead of the place, never behind: what is merged again changes nothing.
+    Keys may be ahead of the place, never behind: what is merged again changes nothing. Which files there must be
+    follows from the place; others are not looked at. Each ends in a digest of the job, its own place and what it holds.
     """
 
-    def __init__(self, folder: Path, job: dict[str, Any], k: int, m: int, device: torch.device) -> None:
-        self.folder, self.k, self.m, self.device = folder, k, m, device
-        folder.mkdir(exist_ok=True)
-        known = folder / "job.json"
+    def __init__(self, folder: Path, job: dict[str, Any], n: int, m: int, device: torch.device) -> None:
+        self.folder, self.k, self.n, self.m, self.device = folder, job["k"], n, m, device
+        self._lock, self._job = _lock_of(folder), f"{json.dumps(job, sort_keys=True)} {BLOCK}"
+        known, self._place = folder / "job.json", folder / "place.json"
         if known.exists():
-            before = json.loads(known.read_text())
+            before = self._read_json(known)
             if differing := [name for name in job if before.get(name) != job[name]]:
                 raise ValueError(
                     f"{folder} holds what another call has found so far: {', '.join(differing)} differ. "
@@ -379,32 +441,98 @@ class _Store:
                 )
         else:
             write_atomically(known, json.dumps(job).encode())
-        self._place = folder / "place.json"
-        at = json.loads(self._place.read_text()) if self._place.exists() else {"start": 0, "stop": 0, "column": 0}
-        self.start: int = at["start"]  # first of the rows of x that are at work
-        self.stop: int = at["stop"]  # their end, 0 where they have not begun
-        self.column: int = at["column"]  # rows of y that they have met
+        self.start = 0  # first of the rows of x that are at work
+        self.stop = 0  # their end, 0 where they have not begun
+        self.column = 0  # rows of y that they have met
+        if self._place.exists():
+            at = self._read_json(self._place)
+            if at.pop("digest", None) != self._digest(json.dumps(at)).hexdigest():
+                raise self._damaged(self._place)
+            self.start, self.stop, self.column = at["start"], at["stop"], at["column"]
+        for side, end in (("x", self.start), ("y", m if self.start else self.column)):
+            for _ in self._keys(side, end):  # all that will be needed is there and as it was written
+                pass
+
+    def _damaged(self, path: Path, how: str = "is damaged") -> ValueError:
+        return ValueError(f"{path} {how}: delete {self.folder}, and begin again.")
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            known = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict):
+            raise self._damaged(path)
+        return known
+
+    def _digest(self, what: str) -> Any:
+        return hashlib.sha256(f"{self._job} {what}".encode())
 
     def _file(self, side: str, first: int) -> Path:
         return self.folder / f"{side}-{first:010}.npy"
 
+    def _stored(self, side: str, first: int) -> Iterator[NDArray[np.int64]]:
+        """The keys of a file, BLOCK rows at a time, and an error after the last where they are not what was written."""
+        path, header = self._file(side, first), _header((1, self.k), "<i8")  # as long as that of more rows
+        if not path.is_file():
+            raise self._damaged(path, "is missing")
+        with path.open("rb") as file:
+            rows, rest = divmod(path.stat().st_size - len(header) - _DIGEST, 8 * self.k)
+            if rows < 1 or rest or file.read(len(header)) != _header((rows, self.k), "<i8"):
+                raise self._damaged(path)
+            digest = self._digest(f"{side} {first} {rows}")
+            for start in range(0, rows, BLOCK):
+                keys = np.empty((min(BLOCK, rows - start), self.k), "<i8")
+                if file.readinto(keys.data) < keys.nbytes:
+                    raise self._damaged(path)
+                digest.update(keys)
+                yield keys
+            if file.read() != digest.digest():
+                raise self._damaged(path)
+
+    def _keys(self, side: str, end: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(first row, keys) of one side up to a row, in order."""
+        first = 0
+        while first < end:
+            row = first
+            for keys in self._stored(side, first):
+                yield row, keys
+                row += len(keys)
+            if row > end:
+                raise self._damaged(self._file(side, first))
+            first = row
+
     def _read(self, side: str, first: int, last: int) -> Tensor:
-        path = self._file(side, first)
-        if not path.exists():
-            return _no_keys(last - first, self.k, self.device)
-        keys = np.load(path, mmap_mode="r")[: last - first]  # fewer, where there is less memory than before
-        if len(keys) < last - first:
-            raise ValueError(f"{path} has {len(keys)} rows of {last - first}: delete {self.folder}, and begin again.")
-        return torch.from_numpy(np.array(keys)).to(self.device)
+        keys, row = _no_keys(last - first, self.k, self.device), first
+        for part in self._stored(side, first):
+            taken = part[: max(0, last - row)]  # a part of x may have more: there is less memory than before
+            keys[row - first : row - first + len(taken)] = torch.from_numpy(taken).to(self.device)
+            row += len(part)
+        if row < last:
+            raise self._damaged(self._file(side, first), f"has {row - first} rows of {last - first}")
+        return keys
 
     def rows_of_x(self, start: int, stop: int) -> Tensor:
-        return self._read("x", start, stop)
+        return self._read("x", start, stop) if self.column else _no_keys(stop - start, self.k, self.device)
 
     def rows_of_y(self, first: int, last: int) -> Tensor:
-        return self._read("y", first, last)
+        if self.start or first < self.column:
+            return self._read("y", first, last)
+        return _no_keys(last - first, self.k, self.device)
+
+    def check_place(self) -> None:
+        """The folder is still that in which this call is alone."""
+        if _lock_of(self.folder) != self._lock:
+            raise ValueError(f"{self.folder} was removed while a call was at work in it: begin again.")
 
     def _write(self, side: str, first: int, keys: Tensor) -> None:
-        save_atomically(self._file(side, first), keys.cpu().numpy())
+        array = np.ascontiguousarray(keys.cpu().numpy(), "<i8")
+        digest = self._digest(f"{side} {first} {len(array)}")
+        digest.update(array)
+        self.check_place()
+        with atomic_file(self._file(side, first)) as file:
+            np.save(file, array, allow_pickle=False)
+            file.write(digest.digest())
 
     def keep_y(self, first: int, keys: Tensor) -> None:
         self._write("y", first, keys)
@@ -420,19 +548,24 @@ class _Store:
         self._move(*((stop, 0, 0) if column == self.m else (start, stop, column)))
 
     def _move(self, start: int, stop: int, column: int) -> None:
+        self.check_place()
         self.start, self.stop, self.column = start, stop, column
-        place = {"start": start, "stop": stop, "column": column}
-        write_atomically(self._place, json.dumps(place).encode())
+        at: dict[str, Any] = {"start": start, "stop": stop, "column": column}
+        digest = self._digest(json.dumps(at)).hexdigest()
+        write_atomically(self._place, json.dumps({**at, "digest": digest}).encode())
 
     def found(self, side: str) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
         """(first row, index (b, k), similarity (b, k)) of one side, in order."""
-        first = 0
-        for path in sorted(self.folder.glob(f"{side}-*.npy")):
-            keys = np.load(path, mmap_mode="r")
-            for start in range(0, len(keys), BLOCK):
-                index, similarity = _decoded(torch.from_numpy(np.array(keys[start : start + BLOCK])))
-                yield first, index.numpy(), similarity.numpy()
-                first += len(index)
+        for first, keys in self._keys(side, self.n if side == "x" else self.m):
+            index, similarity = _decoded(torch.from_numpy(keys))
+            yield first, index.numpy(), similarity.numpy()
+
+
+def _header(shape: tuple[int, int], kind: str) -> bytes:
+    """What a .npy file begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
@@ -455,20 +588,18 @@ def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
     return min(n, max(_ROWS, (memory - fixed) // each // _ROWS * _ROWS))
 
 
-def _bytes(rows: Any) -> bytes:
-    if isinstance(rows, Tensor):
-        return rows.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return np.ascontiguousarray(rows).tobytes()
-
-
-def _digest(side: _Side, ids: Tensor | None) -> str:
-    """What tells this data from other data: shape, dtype, 64 rows of it, all ids."""
-    n = side.shape[0]
-    found = hashlib.blake2b(f"{side.shape} {side.dtype}".encode(), digest_size=16)
-    for row in sorted({n * i // 64 for i in range(64)} | {n - 1}):
-        found.update(_bytes(side.slice(row, row + 1)))
-    found.update(b"" if ids is None else ids.numpy().tobytes())
-    return found.hexdigest()
+def _digests(sides: tuple[_Side, _Side], labels: tuple[Tensor | None, Tensor | None]) -> dict[str, str]:
+    """What tells these data from others: every number of both sides, in float32, and all ids."""
+    digests = {}
+    for side, ids in zip(sides, labels, strict=True):
+        n, d = side.shape
+        digest = hashlib.sha256(f"{side.shape}".encode())
+        starts = range(0, n, BLOCK)
+        for first in bar(starts, f"reading {side.name}") if 4 * n * d > BAR_BYTES else starts:  # seconds
+            digest.update(side.read(first, min(first + BLOCK, n), _CPU).contiguous().numpy().data)
+        digest.update(b"" if ids is None else ids.numpy().data)
+        digests[side.name] = digest.hexdigest()
+    return digests
 
 
 # ---- what is written -------------------------------------------------------------------------------------
@@ -478,9 +609,9 @@ def _write_npz(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for side, rows in (("x", n), ("y", m)):
             for at, name, kind in ((1, "index", "<i8"), (2, "similarity", "<f4")):
-                with archive.open(f"{side}_{name}.npy", "w", force_zip64=True) as member:
-                    header = {"descr": kind, "fortran_order": False, "shape": (rows, k)}
-                    np.lib.format.write_array_header_1_0(member, header)
+                info = zipfile.ZipInfo(f"{side}_{name}.npy")  # without the time: equal calls write equal files
+                with archive.open(info, "w", force_zip64=True) as member:
+                    member.write(_header((rows, k), kind))
                     for found in store.found(side):
                         member.write(np.ascontiguousarray(found[at], dtype=kind).tobytes())
 
@@ -530,7 +661,6 @@ class _Side(NamedTuple):
 
     name: str
     shape: tuple[int, int]  # (N, D)
-    dtype: str
     slice: Callable[[int, int], Any]  # rows from, to → (b, D) array or tensor
 
     def read(self, first: int, last: int, device: torch.device) -> Tensor:
@@ -547,34 +677,39 @@ def _opened(name: str, source: Source) -> _Side:
         path = Path(source)
         if path.suffix != ".npy":
             raise ValueError(f"{name}: {path} must be a .npy file, which can be read piece by piece.")
-        array = read_array(path, name)
-        shape, dtype = array.shape, str(array.dtype)
+        shape = read_array(path, name).shape
 
         def rows(first: int, last: int) -> Any:
-            return np.array(np.load(path, mmap_mode="r")[first:last])
+            return np.array(read_array(path, name)[first:last])
 
     else:
         if not hasattr(source, "shape") or not hasattr(source, "__getitem__"):
             raise TypeError(
                 f"{name} must be a .npy file or have a shape and rows to slice, got {type(source).__name__}."
             )
-        shape, dtype = tuple(source.shape), str(getattr(source, "dtype", "unknown"))
+        if isinstance(source, Tensor):
+            source = floating(name, source)
+        table = getattr(source, "to_numpy", None)  # a data frame, whose slices may go by its index
+        array = source if table is None else table()
+        shape = array.shape
 
         def rows(first: int, last: int) -> Any:
-            return source[first:last]
+            return array[first:last]
 
-    if len(shape) != 2 or 0 in shape:
+    try:
+        n, d = map(operator.index, shape)
+    except (TypeError, ValueError):
+        n = d = 0
+    if n < 1 or d < 1:
         raise ValueError(f"{name} must have shape (N, D) with rows and columns, got {shape}.")
-    side = _Side(name, (int(shape[0]), int(shape[1])), dtype, rows)
-    side.read(0, 1, torch.device("cpu"))  # what kind of rows they are, before anything is begun
+    side = _Side(name, (n, d), rows)
+    side.read(0, 1, _CPU)  # what kind of rows they are, before anything is begun
     return side
 
 
 def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> Tensor:
     """(b, D) in float32 on the device, finite."""
-    found = rows.detach() if isinstance(rows, Tensor) else torch.from_numpy(np.ascontiguousarray(rows))
-    if not found.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {found.dtype}.")
+    found = floating(name, rows, first)
     if found.dim() != 2 or found.shape[1] != d:
         raise ValueError(f"{name} must have rows of {d} numbers, got shape {tuple(found.shape)}.")
     found = found.to(device, torch.float32)
@@ -587,11 +722,10 @@ def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> 
 
 def _identities(ids: Any, y_ids: Any, n: int, m: int) -> tuple[Tensor | None, Tensor | None]:
     """(N,) and (M,) ids on the CPU; None: the number of the row."""
-    cpu = torch.device("cpu")
-    ids, y_ids = (np.array(each) if isinstance(each, np.ndarray) else each for each in (ids, y_ids))  # not a file's map
-    own = None if ids is None else validation.identity("ids", ids, n, "x", cpu)
+    ids, y_ids = (each.copy() if isinstance(each, np.ndarray) else each for each in (ids, y_ids))  # not a file's map
+    own = None if ids is None else validation.identity("ids", ids, n, "x", _CPU)
     if y_ids is not None:
-        return own, validation.identity("y_ids", y_ids, m, "y", cpu)
+        return own, validation.identity("y_ids", y_ids, m, "y", _CPU)
     if n != m:
         raise ValueError(
             f"y_ids (goal mine --image-of) is needed where N ≠ M, to tell positives: x has {n} rows and y has {m}."
@@ -607,7 +741,38 @@ def _checked(out: Path) -> Path:
     if out.suffix not in _WRITERS:
         raise ValueError(f"out must end in one of {', '.join(_WRITERS)}, got {str(out)!r}.")
     if out.suffix == ".parquet":
-        import pyarrow  # noqa: F401  # its absence is told before the work, not after it
+        try:
+            import pyarrow  # noqa: F401  # its absence is told before the work, not after it
+        except ModuleNotFoundError as error:
+            hint = "out: .parquet is written with pyarrow: pip install 'goal-objectives[mine]'"
+            raise ModuleNotFoundError(hint, name=error.name) from error
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}.")
     return out
+
+
+def _count(k: object) -> int:
+    count = validation.whole_number("k", k)
+    if count > _MOST:
+        raise ValueError(f"k must be at most {_MOST}, got {count}.")
+    return count
+
+
+def _seconds(save_every: object) -> float:
+    allowed = "save_every (goal mine --save-every) must be a finite number of seconds >= 0"
+    if isinstance(save_every, bool) or not isinstance(save_every, numbers.Real):
+        raise TypeError(f"{allowed}, got {save_every!r}.")
+    seconds = float(save_every)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{allowed}, got {seconds}.")
+    return seconds
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).sum().item()
+    except (RuntimeError, AssertionError) as error:  # no such device, one without numbers, or torch without it
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device (goal mine --device): {str(device)!r} cannot be used: {reason}") from None
+    return found

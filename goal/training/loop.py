@@ -130,8 +130,8 @@ def train(
     (2, 'max_steps', ['i2t', 'image_of', 't2i'])
     """
     _check_call(config, save_every, diagnose, distributed)
+    run_dir = Path(run_dir).absolute()  # on_evaluation may change the folder that the process is in
     features = read(config, test)
-    versions = _versions(config, features)
     record: Record | None = _told(lambda: ended(config, run_dir, features.fingerprint), distributed)
     if record is not None:
         return record  # and nothing is written to its folder
@@ -142,8 +142,8 @@ def train(
         device = torch.device(config.device)
         work.enter_context(_computing(config.threads, device))
         run = _Run(config, features, run_dir, save_every, distributed)
-        if not run.restore(versions) and run.writes:
-            _begin(config, run_dir, versions)
+        if not run.restore() and run.writes:
+            run.begin()
         if run.writes:
             run.write_log()
         with run.watched(diagnose if run.writes else 0):
@@ -327,6 +327,7 @@ class _Run:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.writes = self.rank == 0
         self.state = State()
+        self.versions = _versions(config, features)
         self.inputs = inputs_of(features.train, features.vocabulary)
         torch.manual_seed(config.seed)
         self.model = _model(config, self.inputs)
@@ -499,19 +500,18 @@ class _Run:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-        told = {"state": dataclasses.asdict(self.state), "run": self._identity(self.versions)}
-        write_atomically(self.run_dir / "checkpoint.safetensors", save(tensors, {"checkpoint": json.dumps(told)}))
+        told = dataclasses.asdict(self.state) | {"run": self._identity()}
+        write_atomically(self.run_dir / "checkpoint.safetensors", save(tensors, {"state": json.dumps(told)}))
 
-    def _identity(self, versions: Record) -> Record:
+    def _identity(self) -> Record:
         """What a checkpoint has to be of to be continued."""
-        return {"config": json.loads(self.config.to_json()), "versions": versions}
+        return {"config": json.loads(self.config.to_json()), "versions": self.versions}
 
-    def restore(self, versions: Record) -> bool:
+    def restore(self) -> bool:
         """Continue from the checkpoint; False without one, with a damaged one, or with one of other versions or data.
 
         Rank 0 decides, and reads it for all.
         """
-        self.versions = versions
         found: Checkpoint | None = self.told(self._checkpoint)
         if found is None:
             return False
@@ -536,13 +536,13 @@ class _Run:
         groups: Groups = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
         try:
             with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {}).get("checkpoint", "{}"))
-                if told.get("run") != self._identity(self.versions):
+                told = json.loads(file.metadata()["state"])
+                if told.pop("run", None) != self._identity():
                     return None
                 for name in file.keys():  # noqa: SIM118
                     group, _, rest = name.partition(".")
                     groups[group][rest] = file.get_tensor(name)
-            state = State(**told["state"])
+            state = State(**told)
             self._check_groups(path, groups)
         except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             _warn_damaged(path, error)
@@ -559,6 +559,14 @@ class _Run:
             index = int(name.partition(".")[0])
             if moment.dim() and moment.shape != weights[index].shape:
                 raise Damaged(f"{path}: optimizer.{name} is {tuple(moment.shape)}")
+
+    def begin(self) -> None:
+        """What an earlier run has left goes first, its results before the rest; then the folder says whose it is."""
+        for name in (*RESULTS, *NOTES):
+            (self.run_dir / name).unlink(missing_ok=True)
+        write_atomically(self.run_dir / "config.json", self.config.to_json().encode())
+        write_atomically(self.run_dir / "versions.json", _json(self.versions))
+        self.save()
 
     def write_log(self) -> None:
         """Begin the log with the rows up to the checkpoint; what a killed run wrote after it, whole or half, goes."""
@@ -702,7 +710,9 @@ def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None
     except (OSError, TypeError, ValueError) as error:
         raise Damaged(f"{path}: is damaged, or of another version of goal; move {run_dir} away: {error}") from error
     if owner != config:
-        raise ValueError(f"{run_dir}: holds a run of another configuration; move it away, or name another")
+        names = [spec.name for spec in dataclasses.fields(config)]
+        differ = ", ".join(name for name in names if getattr(owner, name) != getattr(config, name))
+        raise ValueError(f"{run_dir}: holds a run of another configuration ({differ}); move it away, or name another")
     path = run_dir / "record.json"
     if not path.is_file():
         return None
@@ -717,14 +727,6 @@ def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None
         _warn_damaged(path, error)
         return None
     return record
-
-
-def _begin(config: TrainConfig, run_dir: Path, versions: Record) -> None:
-    """Begin anew: what belongs to an earlier run goes before anything is written, results first."""
-    for name in (*RESULTS, *NOTES):
-        (run_dir / name).unlink(missing_ok=True)
-    write_atomically(run_dir / "config.json", config.to_json().encode())
-    write_atomically(run_dir / "versions.json", _json(versions))
 
 
 def _warn_damaged(path: Path, error: Exception) -> None:

@@ -234,10 +234,15 @@ class Sweep:
         }
 
     def _perform(self, jobs: Sequence[Job], shown: Lines) -> None:
-        left = [job for job in jobs if not self._settled(job)]
+        left = {job.key: job for job in jobs if not self._settled(job)}
         shown.expect(len(jobs), finished=len(jobs) - len(left))
-        for event in work(left, self.workers):
-            if isinstance(event, Done):
+        for event in work(list(left.values()), self.workers):
+            if isinstance(event, Done) and left[event.key].function is train:
+                try:  # files may have changed since the sweep began
+                    self._settled(left[event.key])
+                except ValueError as error:
+                    self.failures[event.key] = str(error)
+            elif isinstance(event, Done):
                 self.results[event.key] = event.result
             elif isinstance(event, Failed):
                 self.failures[event.key] = event.message

@@ -30,7 +30,17 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from goal import validation
-from goal.data.files import BAR_BYTES, alone, atomic_file, bar, read_array, write_atomically
+from goal.data.files import (
+    BAR_BYTES,
+    Damaged,
+    alone,
+    atomic_file,
+    bar,
+    read_array,
+    read_json,
+    require,
+    write_atomically,
+)
 from goal.evaluation import _exact_float32, floating
 from goal.similarity import Dot, bind
 
@@ -41,7 +51,6 @@ _AT_ONCE = 512  # rows of a tile that are looked into at once
 _LOW = 0xFFFFFFFF
 _MOST = 1 << 24  # negatives of a row
 _DIGEST = 32  # bytes of SHA-256
-_LOCK = (".locked-by", ".lock")  # what `alone` keeps in a folder; the lock is what is removed last
 _CPU = torch.device("cpu")
 
 
@@ -358,14 +367,7 @@ def _workplace(folder: Path) -> Iterator[None]:
                     stack.enter_context(alone(folder))
                 except FileNotFoundError:  # another call has just ended, and removed it
                     continue
-                lock = _lock_of(folder)
-                try:
-                    yield
-                finally:
-                    if lock == _lock_of(folder) and all(path.name in _LOCK for path in folder.iterdir()):
-                        for name in _LOCK:  # from then on another call may be here
-                            with suppress(OSError):  # Windows keeps what is open, and removes it when it is released
-                                (folder / name).unlink()
+                yield
             return
         finally:
             with suppress(OSError):  # something is left, or another call is here
@@ -383,7 +385,7 @@ def _clear(folder: Path) -> None:
     """Remove a store, the job first: without it nothing that is left counts."""
     (folder / "job.json").unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path.name not in _LOCK:
+        if not path.name.startswith(".lock"):  # which goes last, with the folder
             path.unlink()
 
 
@@ -453,13 +455,13 @@ class _Store:
             for _ in self._keys(side, end):  # all that will be needed is there and as it was written
                 pass
 
-    def _damaged(self, path: Path, how: str = "is damaged") -> ValueError:
-        return ValueError(f"{path} {how}: delete {self.folder}, and begin again.")
+    def _damaged(self, path: Path, how: str = "is damaged") -> Damaged:
+        return Damaged(f"{path} {how}: delete {self.folder}, and begin again.")
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         try:
-            known = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
+            known = read_json(path)
+        except (Damaged, RecursionError):
             known = None
         if not isinstance(known, dict):
             raise self._damaged(path)
@@ -741,11 +743,7 @@ def _checked(out: Path) -> Path:
     if out.suffix not in _WRITERS:
         raise ValueError(f"out must end in one of {', '.join(_WRITERS)}, got {str(out)!r}.")
     if out.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401  # its absence is told before the work, not after it
-        except ModuleNotFoundError as error:
-            hint = "out: .parquet is written with pyarrow: pip install 'goal-objectives[mine]'"
-            raise ModuleNotFoundError(hint, name=error.name) from error
+        require("pyarrow", "mine")
     if not out.parent.is_dir():
         raise ValueError(f"out: there is no folder {str(out.parent)!r}.")
     return out

@@ -184,7 +184,7 @@ def alone(folder: Path, patience: float = 3.0) -> Iterator[None]:
     """No other process works in a folder within the block; half-written files that a killed one left are cleared.
 
     The lock is the operating system's on the file `.lock`: it ends with its process, however that ends. `.locked-by`
-    tells others who is there.
+    tells others who is there. Both are gone after the block.
 
     Args:
         folder: which exists.
@@ -209,7 +209,62 @@ def alone(folder: Path, patience: float = 3.0) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows, where it goes by itself; elsewhere whoever waits for it makes another
+            (folder / ".lock").unlink()
         lock.release()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        OSError: naming the file, where the disk is full.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(f"{line}\n".encode())
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        Damaged: naming the file, where it is not there, cut short, or no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
+        raise Damaged(f"{path}: is damaged: {error}") from error
+
+
+class Damaged(ValueError):
+    """A file that this library wrote does not hold what it should."""
+
+
+def folder_name(argument: str, name: str) -> str:
+    """A name under which a folder is made: no path, and no longer than file systems allow.
+
+    Raises:
+        ValueError: naming the argument.
+
+    >>> folder_name("name", "mine")
+    'mine'
+    """
+    if not name or name in (".", "..") or len(name.encode()) > 200 or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError(f"{argument}: must name one folder, with neither / nor \\ and at most 200 bytes, got {name!r}")
+    return name
+
+
+def require(package: str, extra: str) -> None:
+    """Raise before any work where a package is missing, with the line that installs it.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"{package} is not installed: pip install 'goal-objectives[{extra}]'", name=package)
 
 
 def write_provenance(out: Path, files: Iterable[str], packages: Iterable[str], **facts: Any) -> None:

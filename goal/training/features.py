@@ -3,7 +3,11 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -13,12 +17,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from goal.data import Pairs, clips, load
+from goal.data.files import chunks
+from goal.data.pairs import precomp_roots
 from goal.models import Vocabulary
 from goal.models.joint import Input
 
 CHUNK = 1024  # images whose regions are averaged at once
-LARGE = 256 << 20  # bytes of an array from which only some of its rows go into the fingerprint
-SAMPLED = 256  # how many
+SETTLED = 2 * 10**9  # nanoseconds after which a file's time tells whether it has changed
 
 Images = Literal["vectors", "unit vectors", "regions", "audio"]
 Texts = Literal["words", "features", "visual"]
@@ -41,12 +46,24 @@ class Split(NamedTuple):
     ids: Tensor  # (n,) int64: rows with equal ids are no negatives of each other
 
 
+class Inputs(NamedTuple):
+    """What the encoders are built for."""
+
+    x: int  # dimensions of the features of an image, a region or a sound
+    y: int  # tokens of the vocabulary, or dimensions of the features
+    y_kind: str  # "words", "tokens" or "vectors"
+
+    def __str__(self) -> str:
+        captions = f"{self.y} words" if self.y_kind == "words" else f"{self.y_kind} of {self.y} dimensions"
+        return f"images of {self.x} dimensions and captions as {captions}"
+
+
 class Features(NamedTuple):
-    """The three splits, and what tells them from other features."""
+    """The splits, and what tells them from other features."""
 
     train: Split
     val: Split
-    test: Split
+    test: Split | None  # None where it was not asked for
     fingerprint: str  # sha256 of all arrays
     vocabulary: Vocabulary | None = None  # of the training captions, where they are read as words
 
@@ -107,29 +124,81 @@ class Words:
         return self.tokens[rows][:, : int(lengths.max())].long(), lengths
 
 
-@functools.lru_cache(maxsize=1)
-def features(data: str, limit: int | None, images: Images = "vectors", texts: Texts = "features") -> Features:
-    """The splits of a dataset; `limit` keeps the first training images.
+def features(
+    data: str, limit: int | None, images: Images = "vectors", texts: Texts = "features", test: bool = True
+) -> Features:
+    """The splits of a dataset, checked; `limit` keeps the first training images.
+
+    The last ones are kept in memory, for the next run on them, until a file in their folder changes.
 
     Args:
         data: as for `goal.data.load`; for "audio" a folder as for `goal.data.clips`.
         limit: how many.
         images: "vectors", where regions are averaged, or the same as "unit vectors"; "regions"; or "audio" of clips.
         texts: "words", or the given "features" of captions: of sentences, or of tokens; or "visual" of clips.
+        test: read the test split; without, it need not be there.
 
     Raises:
         ValueError: no such dataset, one that does not hold what is asked for, an image without a caption, a limit
-            beyond the images.
+            beyond the images, splits of different dimensions.
     """
+    return _features(data, limit, images, texts, test, _state(data))
+
+
+@functools.lru_cache(maxsize=1)
+def _features(data: str, limit: int | None, images: Images, texts: Texts, test: bool, state: object) -> Features:
+    names = ("train", "val", "test") if test else ("train", "val")
     if images == "audio":
-        return _labelled(data, limit)
-    pairs = {name: load(data, name) for name in ("train", "val", "test")}
+        splits = {name: labelled(data, name) for name in names}
+        if limit is not None:
+            _check_limit(limit, len(splits["train"].x), f"{data} has {{}} training clips")
+            splits["train"] = Split(*(part[:limit] for part in splits["train"]))
+        _check_alike(data, splits)
+        arrays = [array for part in splits.values() for array in part]
+        return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays))
+    pairs = {name: load(data, name) for name in names}
     if limit is not None:
         pairs["train"] = _first(pairs["train"], limit)
     vocabulary = Vocabulary.of(pairs["train"]) if texts == "words" else None
-    train, val, test = (split(part, images, vocabulary) for part in pairs.values())
-    arrays = [array for part in (train, val, test) for array in part[:3]]
-    return Features(train, val, test, _fingerprint(arrays), vocabulary)
+    splits = {name: split(part, images, vocabulary) for name, part in pairs.items()}
+    _check_alike(data, splits, vocabulary)
+    arrays = [array for part in splits.values() for array in part[:3]]
+    return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays), vocabulary)
+
+
+def _state(data: str) -> object:
+    """What tells whether the files of a dataset have changed: where they are, their sizes and times.
+
+    Times are coarse: what has changed just now may change once more without another time, and is read again.
+    """
+    folder = Path(data).resolve()
+    if data == "emoji" or not folder.is_dir():
+        return None
+    now, files = time.time_ns(), []
+    for path in (path for root in precomp_roots(folder) if root.is_dir() for path in sorted(root.iterdir())):
+        with suppress(OSError):  # a link to nothing: who wants to read it says so
+            seen = path.stat()
+            if stat.S_ISREG(seen.st_mode):
+                changed = seen.st_mtime_ns, seen.st_ctime_ns
+                files.append((str(path), seen.st_ino, seen.st_size, *changed, now * (max(changed) > now - SETTLED)))
+    return tuple(files)
+
+
+def _check_alike(data: str, splits: Mapping[str, Split], vocabulary: Vocabulary | None = None) -> None:
+    """Whether what is built for the training split can read the others."""
+    trained = inputs_of(splits["train"], vocabulary)
+    for name, part in splits.items():
+        if (found := inputs_of(part, vocabulary)) != trained:
+            raise ValueError(f"{data}: {name!r} has {found}, and 'train' has {trained}")
+
+
+def inputs_of(part: Split, vocabulary: Vocabulary | None) -> Inputs:
+    """What the encoders of a split are built for; captions are words where there is a vocabulary."""
+    x, y = part.x[:1], part.y[:1]
+    if vocabulary is not None:
+        return Inputs(x.shape[-1], len(vocabulary), "words")
+    values = y[0] if isinstance(y, tuple) else y
+    return Inputs(x.shape[-1], values.shape[-1], "tokens" if isinstance(y, tuple) else "vectors")
 
 
 def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | None = None) -> Split:
@@ -173,8 +242,7 @@ def _texts_of(pairs: Pairs) -> tuple[str, ...]:
 
 def _first(pairs: Pairs, limit: int) -> Pairs:
     """The first images of the training split, with their captions."""
-    if limit > len(pairs.x):
-        raise ValueError(f"limit: {pairs.name} has {len(pairs.x)} training images, got {limit}")
+    _check_limit(limit, len(pairs.x), f"{pairs.name} has {{}} training images")
     kept = np.flatnonzero(pairs.image_of < limit)
     return dataclasses.replace(
         pairs,
@@ -192,13 +260,9 @@ def labelled(data: str, name: str) -> Split:
     return Split(audio, visual, torch.arange(len(labels)), labels)
 
 
-def _labelled(data: str, limit: int | None) -> Features:
-    train, val, test = (labelled(data, name) for name in ("train", "val", "test"))
-    if limit is not None:
-        if limit > len(train.x):
-            raise ValueError(f"limit: {data} has {len(train.x)} training clips, got {limit}")
-        train = Split(*(part[:limit] for part in train))
-    return Features(train, val, test, _fingerprint([array for part in (train, val, test) for array in part]))
+def _check_limit(limit: int, count: int, what: str) -> None:
+    if limit > count:
+        raise ValueError(f"limit: {what.format(count)}, got {limit}")
 
 
 def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
@@ -208,15 +272,14 @@ def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
         yield rows if rows.ndim == 2 else rows.mean(1)
 
 
-def _fingerprint(sides: Sequence[Any]) -> str:
-    """sha256 of tensors, tokens and arrays; of an array that is too large, of rows spread evenly over it."""
+def _fingerprint(sides: Iterable[Any]) -> str:
+    """sha256 of tensors, tokens and arrays: of every row, however large a file is."""
     digest = hashlib.sha256()
     for side in sides:
         array = side.array if isinstance(side, Mapped) else (side.tokens if isinstance(side, Words) else side).numpy()
         digest.update(f"{tuple(array.shape)}".encode())
-        if array.nbytes > LARGE:
-            array = array[np.linspace(0, len(array) - 1, SAMPLED).astype(np.int64)]
-        digest.update(np.ascontiguousarray(array).data)
+        for _, rows in chunks(array, "reading features"):
+            digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()
 
 

@@ -412,11 +412,7 @@ def floating(name: str, value: Any, first: int = 0) -> Tensor:
     >>> floating("x", np.ones((2, 3), ">f4")[:, ::-1]).shape
     torch.Size([2, 3])
     """
-    tensor = value if isinstance(value, Tensor) else _from_array(name, value, first)
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {tensor.layout}.")
-    if tensor.is_meta:
-        raise TypeError(f"{name} must hold numbers, got a tensor on the meta device.")
+    tensor = validation.dense(name, value if isinstance(value, Tensor) else _from_array(name, value, first))
     if tensor.dtype not in _FLOATS:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}; allowed are {allowed}.")
@@ -522,9 +518,10 @@ def _owners(image_of: Labels | None, n_images: int, n_captions: int, leave_one_o
 def _labels(name: str, value: Labels, n: int) -> list[int] | list[str]:
     """The labels as Python's own integers or strings, which compare exactly."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex() or value.layout != torch.strided or value.is_meta:
-            raise TypeError(f"{name} must be integers or strings, got {value.dtype}, {value.layout}, {value.device}.")
-        value = value.detach().cpu().numpy()
+        value = validation.dense(name, value).detach().cpu()
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name} must be integers or strings, got {value.dtype}.")
+        value = value.numpy()
     if hasattr(value, "__array__"):
         array = _array(name, value)
         if array.shape != (n,):

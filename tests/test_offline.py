@@ -4,10 +4,13 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 import goal
 from goal import offline
 from goal.cli import main
+from goal.data.files import Busy, alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,7 +219,7 @@ class Interrupting:
         self.left, self.reads = 10**9, 0
 
     def __getitem__(self, at: slice) -> NDArray[Any]:
-        if at.stop - at.start > 1:  # not those by which it is known again
+        if at.stop - at.start > 1:  # not the row by which its kind is known
             self.left -= 1
             self.reads += 1
             if self.left < 0:
@@ -239,26 +243,27 @@ def test_what_is_interrupted_goes_on(save_every: float, tmp_path: Path, monkeypa
             break
         except KeyboardInterrupt:
             assert not (tmp_path / "a.npz").exists()
-            assert not list(tmp_path.rglob(".*")), "nothing half-written"
+            assert not list(tmp_path.rglob(".*")), "nothing half-written, and no lock"
     assert calls >= 3
     check(tmp_path / "a.npz", x @ y.rows.T, np.arange(110), np.arange(400) % 130, 5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     if save_every == 0:
-        assert y.reads <= 9 * 6 + 2 * calls, "only the block at work is read again"
+        digests = 9 * (calls + 1)  # of all 9 blocks, before each call and at the end
+        assert y.reads <= digests + 9 * 6 + 2 * calls, "only the block at work is read again"
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("rows", [(20, 60), (60, 20)])  # held by the first call and by the second, as memory allows
 def test_stopped_between_any_two_files(rows: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, options = grid(70, seed=1), grid(100, seed=2), {"y_ids": np.arange(100), "save_every": 0.0}
-    real = {name: getattr(offline, name) for name in ("write_atomically", "save_atomically")}
+    real = {name: getattr(offline, name) for name in ("write_atomically", "atomic_file")}
     for stop_at in itertools.count(1):
         written, out = itertools.count(1), tmp_path / f"{stop_at}.npz"
 
-        def stopping(path: Path, content: Any, which: str, at: int = stop_at, count: Any = written) -> None:
+        def stopping(*given: Any, which: str, at: int = stop_at, count: Any = written) -> Any:
             if next(count) == at:
                 raise KeyboardInterrupt
-            real[which](path, content)
+            return real[which](*given)
 
         with monkeypatch.context() as patch:
             for name in real:
@@ -277,7 +282,7 @@ def test_stopped_between_any_two_files(rows: tuple[int, int], tmp_path: Path, mo
 
 
 def test_a_part_that_is_short_is_refused(tmp_path: Path) -> None:
-    store = offline._Store(tmp_path / "partial", {}, 3, 10, torch.device("cpu"))
+    store = offline._Store(tmp_path, {"k": 3}, 8, 10, torch.device("cpu"))
     store.keep_x(0, 5, 4, torch.zeros(5, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="has 5 rows of 6: delete"):
         store.rows_of_x(0, 6)
@@ -319,33 +324,250 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("at", ["rename", "rmtree"])
+@pytest.mark.parametrize("at", ["before out is there", "before the folder goes", "while the folder goes"])
 def test_stopped_at_the_very_end(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, out = grid(60), tmp_path / "a.npz"
+    x, out, options = grid(60), tmp_path / "a.npz", {"y_ids": np.arange(60)}
 
-    def stop(folder: Path, *_: object, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
-            if at == "rmtree":
-                next(iter(folder.iterdir())).unlink()
+    def stop(folder: Path) -> None:
+        if (folder / "job.json").exists():
+            if at == "while the folder goes":
+                (folder / "job.json").unlink()
             raise KeyboardInterrupt
 
+    def compare(*_: Any, **__: Any) -> bool:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(*((offline.shutil, "rmtree", stop) if at == "rmtree" else (Path, "rename", stop)))
+        if at == "before out is there":
+            patch.setattr(offline._Store, "check_place", lambda store: compare() if store.start == 60 else None)
+        else:
+            patch.setattr(offline, "_clear", stop)
         with pytest.raises(KeyboardInterrupt):
-            offline.mine(x, x, 3, out=out)
-    check(out, x @ x.T, np.arange(60), np.arange(60), 3)
-    if at == "rmtree":
+            offline.mine(x, x, 3, out=out, **options)
+    assert out.exists() == (at != "before out is there")
+    if at == "while the folder goes":
         with pytest.raises(ValueError, match="exists"):
-            offline.mine(x, x, 3, out=out)
+            offline.mine(x, x, 3, out=out, **options)
     else:
-        offline.mine(x, x, 3, out=out)
-        check(out, x @ x.T, np.arange(60), np.arange(60), 3)
+        offline.mine(x, x, 3, out=out, **options)
+    check(out, x @ x.T, np.arange(60), np.arange(60), 3)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def stopped(x: Any, y: Any, out: Path, **options: Any) -> Path:
+    """The partial results of a call that was stopped after many of its blocks of y, in its second part of x."""
+    with pytest.MonkeyPatch.context() as patch:
+        count, real = itertools.count(1), offline._Store.keep_x
+
+        def keep(store: Any, *given: Any) -> None:
+            real(store, *given)
+            if next(count) == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(offline._Store, "keep_x", keep)
+        patch.setattr(offline, "_rows_in", lambda *_: 40)
+        with pytest.raises(KeyboardInterrupt):
+            offline.mine(x, y, 3, out=out, save_every=0.0, **options)
+    folder = out.with_name(f"{out.name}.partial")
+    names = {path.name for path in folder.iterdir()}
+    blocks = {f"y-{first:010}.npy" for first in (0, 48, 96)}
+    assert names == blocks | {"job.json", "place.json", "x-0000000000.npy", "x-0000000040.npy"}
+    return folder
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("what", ["x", "y", "ids", "y_ids"])
+def test_content_decides_what_goes_on(what: str, tmp_path: Path) -> None:
+    """Files keep their names whatever is in them; and the same numbers may come from elsewhere, in another form."""
+    given = {"x": grid(110, seed=1), "y": grid(130, seed=2), "ids": np.arange(110), "y_ids": np.arange(130) % 110}
+    S, path, out = given["x"] @ given["y"].T, tmp_path / "rows.npy", tmp_path / "a.npz"
+    stopped(out=out, **given)
+    for change in (1, -1):
+        given[what][37] += change
+        np.save(path, given[what].astype(">f8" if what in ("x", "y") else ">i8"))
+        taken = {**given, what: path if what in ("x", "y") else np.load(path, mmap_mode="r")}
+        if change == 1:
+            with pytest.raises(
+                ValueError, match=f"holds what another call has found so far: {what[0].replace('i', 'x')} d"
+            ):
+                offline.mine(out=out, k=3, **taken)
+    check(offline.mine(out=out, k=3, **taken), S, given["ids"], given["y_ids"], 3)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_rows_that_change_while_they_are_mined(side: str, tmp_path: Path) -> None:
+    sides: dict[str, Any] = {"x": grid(110, seed=1), "y": grid(130, seed=2)}
+    sides[side] = changing = Interrupting(sides[side])
+
+    def read(at: slice) -> Any:
+        changing.reads += 1
+        if changing.reads == 6:
+            changing.rows[109] += 1
+        return changing.rows[at]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Interrupting, "__getitem__", lambda _, at: read(at))
+        with pytest.raises(ValueError, match=f"^{side} changed while they were mined: delete .*a.npz.partial"):
+            offline.mine(**sides, k=3, y_ids=np.arange(130), out=tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "another's":
+        path.write_bytes(next(p for p in path.parent.glob("[xy]-*.npy") if p.name != path.name).read_bytes())
+    elif how == "wide":
+        np.save(path, np.load(path).repeat(2, axis=1))
+    elif how == "float":
+        np.save(path, np.load(path).astype(float))
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        changed = bytearray(content)
+        changed[-40] ^= 1
+        written = {"empty": b"", "cut": content[:-9], "short": content[: len(content) // 2], "longer": content + b"1"}
+        path.write_bytes({**written, "a bit": changed, "nonsense": b"[" * 100_000, "list": b"[]"}[how])
+
+
+DAMAGE = {
+    "[xy]-*.npy": ["missing", "empty", "cut", "short", "longer", "a bit", "another's", "wide", "float", "folder"],
+    "place.json": ["empty", "cut", "a bit", "nonsense", "list"],
+    "job.json": ["empty", "cut", "nonsense", "list"],
+}
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("when", ["stopped", "at work"])
+@pytest.mark.parametrize(("kind", "how"), [(kind, how) for kind, each in DAMAGE.items() for how in each])
+def test_damage_is_named(kind: str, how: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file of a store is damaged before the call goes on, or in its course, no output is made of it."""
+    given: dict[str, Any] = {"x": grid(110, seed=1), "y": grid(130, seed=2), "y_ids": np.arange(130)}
+    pristine = stopped(out=tmp_path / "pristine.npz", **given)
+    names = sorted(path.name for path in pristine.glob(kind))
+    if when == "at work" and kind != "[xy]-*.npy":
+        return  # what is known of the place is not read again
+    for i, name in enumerate(names):
+        out = tmp_path / f"{i}.npz"
+        copy = Path(shutil.copytree(pristine, f"{out}.partial"))
+        with monkeypatch.context() as patch:
+            if when == "stopped":
+                damaged(copy / name, how)
+            else:  # before all is written
+                patch.setitem(
+                    offline._WRITERS,
+                    ".npz",
+                    lambda *given, path=copy / name: (damaged(path, how), offline._write_npz(*given)),
+                )
+            with pytest.raises(
+                ValueError, match=rf"{name}:? (is damaged|is missing).*: delete .*{i}.npz.partial, and begin"
+            ):
+                offline.mine(**given, k=3, out=out)
+        assert not out.exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["job.json", "place.json"])
+def test_without_its_head_a_store_is_begun_anew(name: str, tmp_path: Path) -> None:
+    x, y, options = grid(110, seed=1), grid(130, seed=2), {"y_ids": np.arange(130)}
+    folder = stopped(x, y, tmp_path / "a.npz", **options)
+    (folder / name).unlink()
+    for path in folder.glob("*.npy"):
+        path.write_bytes(b"what is not looked at")
+    check(offline.mine(x, y, 3, out=tmp_path / "a.npz", **options), x @ y.T, np.arange(110), np.arange(130), 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+# ── several calls at once ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Waiting(Interrupting):
+    """Rows that wait, when they are mined, until they may go on."""
+
+    def __init__(self, rows: NDArray[Any]) -> None:
+        super().__init__(rows)
+        self.reached, self.free = threading.Event(), threading.Event()
+
+    def __getitem__(self, at: slice) -> NDArray[Any]:
+        if at.stop - at.start > 1 and (at.start, at.stop) == (0, 48):
+            self.reads += 1
+            if self.reads == 2:  # the first is for the digest
+                self.reached.set()
+                assert self.free.wait(60)
+        return self.rows[at]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_one_call_at_a_time(patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another call, of any arguments, names the one that is at work, or waits for it and sees that out is there."""
+    y, x, out = Waiting(grid(100, seed=2)), grid(100, seed=1), tmp_path / "a.npz"
+    entered = threading.Event()
+
+    def patient(folder: Path) -> Any:
+        entered.set()
+        return alone(folder, patience)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(offline.mine, x, y, 3, out=out)
+        assert y.reached.wait(60)
+        monkeypatch.setattr(offline, "alone", patient)
+        if patience:
+            second = pool.submit(offline.mine, x, x, 5, out=out)
+            assert entered.wait(60)
+        else:
+            with pytest.raises(Busy, match=rf"a\.npz\.partial: is in use by process {os.getpid()}"):
+                offline.mine(x, y, 3, out=out)
+        y.free.set()
+        check(first.result(60), x @ y.rows.T, np.arange(100), np.arange(100), 3)
+        if patience:
+            with pytest.raises(ValueError, match=r"exists\. Delete it, or choose another"):
+                second.result(60)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.usefixtures("small")
+def test_two_outs_in_one_folder(tmp_path: Path) -> None:
+    y, x, outs = Waiting(grid(100, seed=2)), grid(100, seed=1), [tmp_path / f"{'long' * 20}{i}.npz" for i in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(offline.mine, x, y, 3, out=outs[0])
+        assert y.reached.wait(60)
+        check(offline.mine(x, x, 5, out=outs[1]), x @ x.T, np.arange(100), np.arange(100), 5)
+        y.free.set()
+        check(first.result(60), x @ y.rows.T, np.arange(100), np.arange(100), 3)
+    assert sorted(tmp_path.iterdir()) == outs
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("meanwhile", ["out", "folder"])
+def test_what_others_do_meanwhile(meanwhile: str, tmp_path: Path) -> None:
+    y, x, out = Waiting(grid(100, seed=2)), grid(100, seed=1), tmp_path / "a.npz"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(offline.mine, x, y, 3, out=out)
+        assert y.reached.wait(60)
+        if meanwhile == "out":
+            out.write_bytes(b"of somebody else")
+        else:
+            shutil.rmtree(f"{out}.partial")
+            Path(f"{out}.partial").mkdir()
+        y.free.set()
+        with pytest.raises(
+            ValueError, match="exists" if meanwhile == "out" else "was removed while a call was at work"
+        ):
+            first.result(60)
+    if meanwhile == "out":
+        assert out.read_bytes() == b"of somebody else"
+        out.unlink()
+    check(offline.mine(x, y, 3, out=out), x @ y.rows.T, np.arange(100), np.arange(100), 3)
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_partial_results_are_of_one_call(tmp_path: Path) -> None:
     x, y = grid(110, seed=1), Interrupting(grid(110, seed=2))
-    y.left = 0
+    y.left = 1  # which the digest reads
     with pytest.raises(KeyboardInterrupt):
         offline.mine(x, y, 5, out=tmp_path / "a.npz")
     y.left = 100
@@ -413,20 +635,34 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (ValueError, "no such file", {"x": tmp_path / "x.npy"}),
         (ValueError, "row 3 has NaN or inf", {"x": np.where(np.arange(5)[:, None] == 3, np.nan, x)}),
         (ValueError, "not finite: scale the embeddings down", {"x": np.full((5, 6), 3e38, np.float32)}),
+        (ValueError, "k must be at most 16777216, got 1000000000", {"k": 10**9}),
+        (ValueError, r"save_every \(goal mine --save-every\) must be a finite .*>= 0, got nan", {"save_every": np.nan}),
+        (ValueError, "save_every .* got inf", {"save_every": np.inf}),
+        (ValueError, "save_every .* got -1", {"save_every": -1}),
+        (TypeError, "save_every .* got '1'", {"save_every": "1"}),
+        (ValueError, "device .*'nowhere' cannot be used", {"device": "nowhere"}),
+        (ValueError, "device .*'meta' cannot be used", {"device": "meta"}),
     ]
     for kind, message, changed in refused:
         with pytest.raises(kind, match=message):
             offline.mine(**{"x": x, "y": x + 1, "out": out, **changed})
         partial = tmp_path / "a.npz.partial"
-        if not message.startswith(("row 3", "not finite")):  # which only reading all of it tells
+        if not message.startswith("not finite"):  # which only the products tell
             assert not partial.exists(), "refused before anything is written"
         shutil.rmtree(partial, ignore_errors=True)
     out.write_bytes(b"")
     with pytest.raises(ValueError, match=r"exists\. Delete it, or choose another"):
         offline.mine(x, x, out=out)
-    partial.mkdir()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.usefixtures("small")
+def test_an_out_that_exists_beside_partial_results(tmp_path: Path) -> None:
+    x, y, out = grid(110, seed=1), grid(130, seed=2), tmp_path / "a.npz"
+    stopped(x, y, out, y_ids=np.arange(130))
+    out.write_bytes(b"")
     with pytest.raises(ValueError, match=r"exists, and what .* holds is not finished"):
-        offline.mine(x, x, out=out)
+        offline.mine(x, y, 3, y_ids=np.arange(130), out=out)
     assert out.read_bytes() == b""
 
 

@@ -425,6 +425,8 @@ def _from_array(name: str, value: Any, first: int) -> Tensor:
         kind = "" if isinstance(value, np.ndarray) else f"{type(value).__name__} of "
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {kind}{array.dtype}.")
     native = np.require(array, array.dtype.newbyteorder("="), ["C", "ALIGNED"])
+    if any(stride < 0 for stride in native.strides):  # one row may be C-contiguous backwards
+        native = native.copy()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing is written

@@ -1,10 +1,12 @@
 """Mining whole datasets against the definition, every row's negatives sorted; and mining that is interrupted."""
 
 import csv
+import errno
 import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from test_evaluation import KINDS, REFUSED
 
 import goal
 from goal import offline
@@ -58,6 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "BLOCK", 48)
     monkeypatch.setattr(offline, "_ROWS", 20)
     monkeypatch.setattr(offline, "_AT_ONCE", 7)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and no test cuts the power
 
 
 def read(path: Path) -> dict[str, NDArray[Any]]:
@@ -699,3 +703,185 @@ def test_goal_mine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert main([*command, "--image-of", "image_of.npy", "--out", "n.parquet"]) == 2
     assert "goal-objectives[mine]" in capsys.readouterr().err
     assert goal.offline is offline
+
+
+# ── rows, ids and settings of any kind ──────────────────────────────────────────────────────────────────────────────
+
+
+class Lying:
+    """Rows to slice that are not as their shape says."""
+
+    def __init__(self, shape: Any, rows: Any) -> None:
+        self.shape, self.rows = shape, rows
+
+    def __getitem__(self, at: slice) -> Any:
+        return self.rows if callable(self.rows) else self.rows[at]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_sources(kind: str, tmp_path: Path) -> None:
+    x, y = grid(60, seed=1), grid(60, seed=2)
+    made = KINDS[kind](x, tmp_path)
+    if kind not in ("list", "table"):  # which have no rows to slice
+        out = offline.mine(y, made, 3, out=tmp_path / "a.npz")
+        check(out, y @ x.T, np.arange(60), np.arange(60), 3)
+    for found in (offline.search(torch.from_numpy(y), [made], 3), offline.search(torch.from_numpy(y), [x], 3)):
+        for one, other in zip(found, truth(y @ x.T, None, None, 3), strict=True):
+            np.testing.assert_array_equal(one.numpy(), other)
+    found = offline.search(made, [y], 3)
+    np.testing.assert_array_equal(found.index.numpy(), truth(x @ y.T, None, None, 3)[0])
+
+
+class Frame(Lying):
+    """A table whose slices go by an index that runs backwards."""
+
+    def __getitem__(self, at: slice) -> Any:
+        return self.rows[::-1][at]
+
+    def to_numpy(self) -> Any:
+        return self.rows
+
+
+def test_a_table_is_read_by_position(tmp_path: Path) -> None:
+    x, y = grid(60, seed=1), grid(60, seed=2)
+    out = offline.mine(Frame(x.shape, x), y, 3, out=tmp_path / "a.npz")
+    check(out, x @ y.T, np.arange(60), np.arange(60), 3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind != "uneven"])
+def test_kinds_of_sources_that_are_refused(kind: str, tmp_path: Path) -> None:
+    make, message = REFUSED[kind]
+    x = np.random.default_rng(0).integers(1, 8, (6, 6)).astype(np.float32)
+    if kind == "longdouble" and np.dtype(np.longdouble).itemsize == 8:
+        return  # where it is float64
+    for name, call in {
+        "x": lambda bad: offline.mine(bad, x, out=tmp_path / "a.npz"),
+        "y": lambda bad: offline.mine(x, bad, out=tmp_path / "a.npz"),
+        "the stream": lambda bad: offline.search(torch.from_numpy(x), [bad]),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=f"^{name} .*({message})"):
+            call(make(x))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Lying((9, 4), np.ones((9, 3), np.float32)), r"x must have rows of 4 numbers, got shape \(1, 3\)"),
+        (Lying((9, 4), np.ones((7, 4), np.float32)), r"x\[0:9\] gave 7 rows"),
+        (Lying((9, 4), np.ones(9, np.float32)), r"x must have rows of 4 numbers, got shape \(1,\)"),
+        (Lying((9, 4), lambda: None), "x must be a tensor or an array of numbers"),
+        (Lying((9, 4), [None] * 9), "x must be a tensor or an array of numbers, got list of object"),
+        (Lying((9, -4), np.ones((9, 4))), r"x must have shape \(N, D\) with rows and columns, got \(9, -4\)"),
+        (Lying((9, 4.0), np.ones((9, 4))), r"x must have shape \(N, D\)"),
+        (Lying((None, 4), np.ones((9, 4))), r"x must have shape \(N, D\)"),
+        (Lying(None, np.ones((9, 4))), r"x must have shape \(N, D\)"),
+        (Lying(9, np.ones((9, 4))), r"x must have shape \(N, D\)"),
+        (Lying((9, 4, 1), np.ones((9, 4))), r"x must have shape \(N, D\)"),
+        (Lying((10**30, 4), np.ones((9, 4))), "x and y may have up to 4294967295 rows"),
+        (np.ones(9, [("a", "f4"), ("b", "f4")]), r"x must have shape \(N, D\)"),
+    ],
+)
+def test_a_shape_that_lies(source: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        offline.mine(source, np.ones((9, 4), np.float32), y_ids=np.arange(9), out=tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", "u1", object])
+def test_ids_of_any_integer_kind(dtype: Any, tmp_path: Path) -> None:
+    x, y = grid(40, seed=1), grid(50, seed=2)
+    ids, y_ids = np.arange(40) // 2, np.arange(50) % 20
+    out = offline.mine(x, y, 3, ids=ids.astype(dtype), y_ids=y_ids.astype(dtype), out=tmp_path / "a.npz")
+    check(out, x @ y.T, ids, y_ids, 3)
+    huge = ids + 2**62, (y_ids + 2**62).tolist()  # as float64 many are equal
+    check(offline.mine(x, y, 3, ids=huge[0], y_ids=huge[1], out=tmp_path / "b.npz"), x @ y.T, ids, y_ids, 3)
+    found = offline.search(torch.from_numpy(x), [y], 3, ids=-huge[0], y_ids=[-label for label in huge[1]])
+    np.testing.assert_array_equal(found.index.numpy(), truth(x @ y.T, ids, y_ids, 3)[0])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
+def test_what_the_process_has_set_as_default_changes_nothing(device: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    x, y, before = grid(40, seed=1), grid(40, seed=2), torch.get_default_dtype()
+    try:
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        out = offline.mine(
+            x, y, np.int64(3), memory=np.int64(1 << 30), save_every=np.float32(1), out=tmp_path / "a.npz"
+        )
+        found = offline.search(torch.from_numpy(x), [y], 3)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    check(out, x @ y.T, np.arange(40), np.arange(40), 3)
+    np.testing.assert_array_equal(found.index.numpy(), truth(x @ y.T, None, None, 3)[0])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("end", [".npz", ".csv", ".parquet"])
+def test_a_full_disk_is_named_with_the_file(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, out = grid(60), tmp_path / f"a{end}"
+    real = offline._Store._keys
+
+    def full(store: Any, side: str, end: int) -> Iterator[Any]:
+        if end == 60:  # the output is being written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(store, side, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline._Store, "_keys", full)
+        with pytest.raises(OSError, match=rf"a\{end} cannot be written: No space left"):
+            offline.mine(x, x + 1, 3, out=out)
+    assert not list(tmp_path.rglob(".*"))
+    first = offline.mine(x, x + 1, 3, out=out).read_bytes()
+    out.unlink()
+    assert offline.mine(x, x + 1, 3, out=out).read_bytes() == first, "equal calls write equal files"
+
+
+def test_what_killed_calls_have_left(tmp_path: Path) -> None:
+    x, y, out = grid(110, seed=1), grid(130, seed=2), tmp_path / "a.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offline, "BLOCK", 48)
+        folder = stopped(x, y, out, y_ids=np.arange(130))
+        for name in (".a.npz.1.tmp", ".y-0000000000.npy.2.tmp", ".place.json.3.tmp", ".lock", ".locked-by", "a.npz"):
+            (folder / name).write_bytes(b"half")
+        check(offline.mine(x, y, 3, y_ids=np.arange(130), out=out), x @ y.T, np.arange(110), np.arange(130), 3)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--memory", "inf"], "--memory: must be a finite number of gigabytes > 0, got inf"),
+        (["--memory", "nan"], "--memory: must be .* got nan"),
+        (["--memory", "-1"], "--memory: must be .* got -1"),
+        (["--memory", "0"], "--memory: must be .* got 0"),
+        (["--memory", "1e300"], "--memory: must be .* got 1e[+]300"),
+        (["--save-every", "nan"], "--save-every.* got nan"),
+        (["--save-every", "inf"], "--save-every.* got inf"),
+        (["--save-every", "-1"], "--save-every.* got -1"),
+        (["-k", "1000000000"], "k must be at most"),
+        (["-k", "-1"], "k must be a whole number >= 1"),
+        (["--device", "nowhere"], "--device"),
+        (["--image-of", "far.npy"], r"far\.npy: row 3 is 99, there are images 0 to 4"),
+        (["--image-of", "before.npy"], r"before\.npy: row 4 is -1, there are images 0 to 4"),
+        (["--image-of", "large.npy"], r"large\.npy: row 0 is 18446744073709551615, there are"),
+        (["--image-of", "floats.npy"], r"floats\.npy: must be \(5,\) integers"),
+        (["--image-of", "short.npy"], r"short\.npy: must be \(5,\) integers"),
+    ],
+)
+def test_what_goal_mine_refuses(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", grid(5))
+    np.save("far.npy", [0, 1, 2, 99, 4])
+    np.save("before.npy", [0, 1, 2, 3, -1])
+    np.save("large.npy", np.array([2**64 - 1, 1, 2, 3, 4], np.uint64))
+    np.save("floats.npy", np.arange(5.0))
+    np.save("short.npy", np.arange(4))
+    assert main(["mine", "--images", "a.npy", "--texts", "a.npy", "--out", "n.npz", *given]) == 2
+    assert re.match(f"goal mine: .*{message}", capsys.readouterr().err)
+    assert not list(tmp_path.glob("n.npz*"))

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -290,6 +291,8 @@ def test_a_part_that_is_short_is_refused(tmp_path: Path) -> None:
     store.keep_x(0, 5, 4, torch.zeros(5, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="has 5 rows of 6: delete"):
         store.rows_of_x(0, 6)
+    with pytest.raises(ValueError, match=r"x-0000000000\.npy is damaged"):
+        list(store._keys("x", 4))  # which says that there are 4 rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -471,6 +474,17 @@ def test_damage_is_named(kind: str, how: str, when: str, tmp_path: Path, monkeyp
             ):
                 offline.mine(**given, k=3, out=out)
         assert not out.exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["x-0000000040.npy", "y-0000000048.npy", "place.json"])
+def test_a_file_of_another_call_is_damage(name: str, tmp_path: Path) -> None:
+    x, y, options = grid(110, seed=1), grid(130, seed=2), {"y_ids": np.arange(130)}
+    folder = stopped(x, y, tmp_path / "a.npz", **options)
+    other = stopped(x, grid(130, seed=3), tmp_path / "b.npz", **options)
+    shutil.copy(other / name, folder / name)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        offline.mine(x, y, 3, out=tmp_path / "a.npz", **options)
 
 
 @pytest.mark.usefixtures("small")
@@ -837,6 +851,7 @@ def test_a_full_disk_is_named_with_the_file(end: str, tmp_path: Path, monkeypatc
     assert not list(tmp_path.rglob(".*"))
     first = offline.mine(x, x + 1, 3, out=out).read_bytes()
     out.unlink()
+    monkeypatch.setattr(time, "localtime", lambda _: time.gmtime(10**9))
     assert offline.mine(x, x + 1, 3, out=out).read_bytes() == first, "equal calls write equal files"
 
 

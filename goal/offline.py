@@ -74,7 +74,7 @@ class Found(NamedTuple):
 
 
 def search(
-    x: Tensor,
+    x: Tensor | NDArray[Any],
     blocks: Iterable[Any],
     k: int = 10,
     *,
@@ -85,7 +85,7 @@ def search(
     """The k most similar negatives of every row of x in a stream, of which each block is looked at once.
 
     Args:
-        x: (N, D) floating point, the queries. They stay in memory; on a GPU the work is done there.
+        x: (N, D) floating point, the queries. They stay in memory; a tensor on a GPU is searched there.
         blocks: (b, D) arrays or tensors, one after the other, of any number of rows.
         k: negatives for each row, 1 to 2²⁴.
         ids: (N,) integers; rows with equal ids are never negatives of each other. Without, all of the stream are
@@ -108,8 +108,8 @@ def search(
                 [4, 0],
                 [5, 0]])
     """
-    x = validation.matrix("x", floating("x", x), "(N, D)")
-    scan, k = _Scan(bind(similarity), x.device), _count(k)
+    x, k = validation.matrix("x", floating("x", x), "(N, D)"), _count(k)
+    scan = _Scan(bind(similarity), x.device)
     if (ids is None) != (y_ids is None):
         raise ValueError("ids and y_ids are given together, or neither.")
     own = others = None
@@ -217,7 +217,7 @@ def mine(
             raise ValueError(
                 f"{' and '.join(changed)} changed while they were mined: delete {folder}, and begin again."
             )
-        complete = folder / path.name
+        complete = folder / folder.stem  # equal calls write equal files
         with atomic_file(complete) as file:
             _WRITERS[path.suffix](file, store, n, m, k)
         store.check_place()
@@ -383,10 +383,8 @@ def _lock_of(folder: Path) -> int | None:
 
 def _clear(folder: Path) -> None:
     """Remove a store, the job first: without it nothing that is left counts."""
-    (folder / "job.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if not path.name.startswith(".lock"):  # which goes last, with the folder
-            path.unlink()
+    for path in (folder / "job.json", folder / "place.json", folder / folder.stem, *folder.glob("[xy]-*.npy")):
+        path.unlink(missing_ok=True)
 
 
 def _mine_rows(
@@ -611,8 +609,7 @@ def _write_npz(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for side, rows in (("x", n), ("y", m)):
             for at, name, kind in ((1, "index", "<i8"), (2, "similarity", "<f4")):
-                info = zipfile.ZipInfo(f"{side}_{name}.npy")  # without the time: equal calls write equal files
-                with archive.open(info, "w", force_zip64=True) as member:
+                with archive.open(f"{side}_{name}.npy", "w", force_zip64=True) as member:
                     member.write(_header((rows, k), kind))
                     for found in store.found(side):
                         member.write(np.ascontiguousarray(found[at], dtype=kind).tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -90,12 +91,12 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """An int from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An int from `least` on; NumPy's integers too."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value}.")
-    return value
+    return int(value)
 
 
 def finite(**tensors: Tensor) -> None:

@@ -148,6 +148,7 @@ def test_a_long_name_of_a_term_makes_a_short_name_of_a_folder(tmp_path: Path) ->
         ({"model": "vse++", "word_dim": 10**9}, "word_dim: .* at most 65536"),
         ({"threads": 10**9}, "threads: .* at most 1024"),
         ({"seed": 2**64}, "seed: .* at most"),
+        ({"data": "a\0b"}, "data: must hold no NUL"),
         ({"lr": np.float64("nan")}, "lr: must be finite"),
         ({"params": {"tau": np.float32("inf")}}, r"params\['tau'\]: must be finite"),
     ],

@@ -223,7 +223,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
     number = int(given)
     if not least <= number < _LIMIT:
-        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number > 0)}, got {value}.")
+        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number >= _LIMIT)}, got {value}.")
     return number
 
 

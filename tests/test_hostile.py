@@ -265,7 +265,7 @@ WEIGHT = [1.0, 0.1, 0.3, 0.0, 2.0, 0.7, 1e-3, 1.0]
         [np.float64(one) for one in WEIGHT],
         np.array(WEIGHT[::-1])[::-1],
     ],
-    ids=str,
+    ids=lambda weight: type(weight).__name__,
 )
 def test_numbers_of_any_kind_are_weights(weight: Any) -> None:
     x, y = X.double(), Y.double()

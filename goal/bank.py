@@ -94,8 +94,9 @@ class Bank(nn.Module):
         super().__init__()
         self._ranks = wire.ranks(group, False, "gather")
         size, dim = validation.whole_number("size", size), validation.whole_number("dim", dim)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}.")
+        if dtype not in validation.DTYPES:
+            known = ", ".join(map(str, validation.DTYPES))
+            raise TypeError(f"dtype must be a floating-point torch.dtype, one of {known}, got {dtype!r}.")
         self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
         self._warned = False
 
@@ -209,8 +210,7 @@ class Banked(TwoWay):
                 finiteness is checked, a row of the bank that is not finite in the batch's dtype.
         """
         ranks, check = self.objective._ranks, self.objective.check_finite
-        pushed = f"{self.bank.x.pushed} and {self.bank.y.pushed} rows pushed"
-        what = ranks and f"{self}, {pushed}"  # else banks that differ would not be noticed
+        what = ranks and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
         every = gathered.whole(ranks, what, x, y, ids, y_ids, weight, check)
         x, y = self.bank._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)

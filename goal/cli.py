@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stdout, whose number no file of ours may take
         pass
     os.close(free)
-    with unfailing():
+    with unfailing(), warnings.catch_warnings():
+        warnings.showwarning = _warn
         return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
+    print(f"goal: {message}", file=sys.stderr)  # where in the code is of no use here
 
 
 def _run(arguments: Sequence[str]) -> int:

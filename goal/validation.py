@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -43,8 +43,8 @@ def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
         hint = f": torch.as_tensor({name}) makes one" if type(value) in (np.ndarray, list, tuple) else ""
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}{hint}.")
     value = dense(name, value, meta)
-    if value.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {known}, got {value.dtype}.")
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
@@ -120,7 +120,7 @@ def _integers(name: str, value: object, side: str) -> Tensor:
     if hasattr(value, "__array__"):  # an array, or a column of a table
         array = _array(what, value)
         if array.dtype.kind in "iu":
-            if array.dtype == np.uint64 and (array >= _LIMIT).any():
+            if array.dtype.kind == "u" and (array >= _LIMIT).any():
                 row = int((array >= _LIMIT).argmax())
                 raise _too_large(name, int(array.flat[row]), row)
             return torch.from_numpy(array.astype(np.int64))
@@ -187,7 +187,7 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
             f"weight must have shape ({k},), one for each pair, or (2, {k}), a row for each direction, "
             f"got {tuple(w.shape)}."
         )
-    w = w.to(device, w.dtype if w.dtype in _DTYPES and device.type != "mps" else torch.float32)  # mps has no float64
+    w = w.to(device, w.dtype if w.dtype in DTYPES and device.type != "mps" else torch.float32)  # mps has no float64
     if check and not bool(((w >= 0) & (w < torch.inf)).all()):
         bad = (~((w >= 0) & (w < torch.inf))).nonzero()[0].tolist()
         at = ", ".join(map(str, bad))
@@ -223,7 +223,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
     number = int(given)
     if not least <= number < _LIMIT:
-        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number > 0)}, got {value}.")
+        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number >= _LIMIT)}, got {value}.")
     return number
 
 

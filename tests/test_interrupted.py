@@ -234,6 +234,8 @@ def of_another_size(path: Path) -> None:
         ("record.json", cut),
         ("record.json", garbled),
         ("record.json", lambda path: path.write_text("[]")),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"t2i_r5"', '"t2i_r6"'))),
     ],
 )
 def test_a_damaged_result_is_made_again_by_name(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:

@@ -339,6 +339,8 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
     if "str" in kind:
         if not isinstance(value, str):
             raise TypeError(f"{spec.name}: must be text, got {type(value).__name__} ({value!r})")
+        if "\0" in value:
+            raise ValueError(f"{spec.name}: must hold no NUL, got {value!r}")
         return value
     whole = "int" in kind
     number = _number(spec.name, value, whole)

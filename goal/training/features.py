@@ -18,9 +18,11 @@ from torch.nn.functional import normalize
 
 from goal.data import Pairs, clips, load
 from goal.data.files import chunks
+from goal.data.maps import ByPath
 from goal.data.pairs import precomp_roots
 from goal.models import Vocabulary
 from goal.models.joint import Input
+from goal.models.text import padded
 
 CHUNK = 1024  # images whose regions are averaged at once
 SETTLED = 2 * 10**9  # nanoseconds after which a file's time tells whether it has changed
@@ -75,8 +77,10 @@ class Batch(NamedTuple):
     captions: Tensor  # (batch,) int64, rows of y
 
 
-class Mapped:
+class Mapped(ByPath):
     """Rows of an array that stays on disk: (n, R, D) regions, or (m, L, D) tokens that end in rows of zeros.
+
+    Sent to another process, a memory map travels as its file's path.
 
     Args:
         array: memory-mapped, floating point.
@@ -100,28 +104,34 @@ class Mapped:
         values = torch.from_numpy(np.array(read, np.float32))
         if not self.padded:
             return values
-        places = torch.arange(1, values.shape[1] + 1)
+        places = torch.arange(1, values.shape[1] + 1, device="cpu")
         return values, ((values != 0).any(2) * places).amax(1)
 
 
 class Words:
-    """Captions as tokens of a vocabulary, encoded once; a batch is as wide as its longest.
+    """Captions as tokens of a vocabulary, encoded once and kept one after another; a batch is as wide as its longest.
+
+    Args:
+        captions: several texts.
+        vocabulary: their words.
+        name: what errors and warnings call the captions.
 
     >>> words = Words(["a dog", "a"], Vocabulary(["a", "dog"]))
     >>> words[1:]
     (tensor([[1, 5, 2]]), tensor([3]))
     """
 
-    def __init__(self, captions: Sequence[str], vocabulary: Vocabulary) -> None:
-        tokens, self.lengths = vocabulary.encode(captions)
-        self.tokens = tokens.int()  # (m, L)
+    def __init__(self, captions: Sequence[str], vocabulary: Vocabulary, name: str = "captions") -> None:
+        tokens, self.lengths = vocabulary.flat(captions, name)
+        self.tokens = tokens.int()  # (ΣL,)
+        self.first = self.lengths.cumsum(0) - self.lengths  # (m,) where each caption begins
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.lengths)
 
     def __getitem__(self, rows: Any) -> tuple[Tensor, Tensor]:
         lengths = self.lengths[rows]
-        return self.tokens[rows][:, : int(lengths.max())].long(), lengths
+        return padded(self.tokens, self.first[rows], lengths).long(), lengths
 
 
 def features(
@@ -155,7 +165,7 @@ def _features(data: str, limit: int | None, images: Images, texts: Texts, test: 
             splits["train"] = Split(*(part[:limit] for part in splits["train"]))
         _check_alike(data, splits)
         arrays = [array for part in splits.values() for array in part]
-        return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays))
+        return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays, ()))
     pairs = {name: load(data, name) for name in names}
     if limit is not None:
         pairs["train"] = _first(pairs["train"], limit)
@@ -163,7 +173,8 @@ def _features(data: str, limit: int | None, images: Images, texts: Texts, test: 
     splits = {name: split(part, images, vocabulary) for name, part in pairs.items()}
     _check_alike(data, splits, vocabulary)
     arrays = [array for part in splits.values() for array in part[:3]]
-    return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays), vocabulary)
+    fingerprint = _fingerprint(arrays, () if vocabulary is None else vocabulary.words)
+    return Features(splits["train"], splits["val"], splits.get("test"), fingerprint, vocabulary)
 
 
 def _state(data: str) -> object:
@@ -205,12 +216,18 @@ def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | Non
     """A split as a model takes it, captions as words where there is a vocabulary; arguments as for `features`.
 
     Raises:
-        ValueError: captions or images that are not there in that form, or an image without a caption.
+        ValueError: captions or images that are not there in that form, an image without a caption, or one whose mean or
+            norm is beyond float32.
     """
     bare = np.bincount(pairs.image_of, minlength=len(pairs.x)) == 0
     if bare.any():
         raise ValueError(f"{pairs.name}: image {int(bare.argmax())} of {pairs.split!r} has no caption")
-    y = _features_of(pairs) if vocabulary is None else Words(_texts_of(pairs), vocabulary)
+    if vocabulary is None:
+        y = _features_of(pairs)
+    else:
+        y = Words(
+            _texts_of(pairs), vocabulary, name=f"{pairs.name}: captions of {pairs.split!r} ({pairs.split}_caps.txt)"
+        )
     x: Any
     if images == "regions":
         if pairs.x.ndim != 3:
@@ -221,8 +238,9 @@ def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | Non
         x = Mapped(pairs.x)
     else:
         x = torch.from_numpy(np.concatenate(list(_pooled(pairs.x))))
+        _check_norms(pairs, "image", x)
         x = normalize(x, dim=1) if images == "unit vectors" else x
-    return Split(x, y, torch.from_numpy(pairs.image_of), torch.arange(len(x)))
+    return Split(x, y, torch.from_numpy(pairs.image_of), torch.arange(len(x), device="cpu"))
 
 
 def _features_of(pairs: Pairs) -> Any:
@@ -231,7 +249,19 @@ def _features_of(pairs: Pairs) -> Any:
             f"{pairs.name}: the captions of {pairs.split!r} are only text; put their features beside them "
             f"({pairs.split}_caps.npy, one row per caption)"
         )
-    return Mapped(pairs.y, padded=True) if pairs.y.ndim == 3 else torch.tensor(pairs.y, dtype=torch.float32)
+    if pairs.y.ndim == 3:
+        return Mapped(pairs.y, padded=True)
+    y = torch.from_numpy(np.array(pairs.y, np.float32))
+    _check_norms(pairs, "caption", y)
+    return y
+
+
+def _check_norms(pairs: Pairs, what: str, rows: Tensor) -> None:
+    """Refuse (n, D) rows whose mean over regions, or whose norm, is infinite: they would be normalised to 0 or NaN."""
+    finite = rows.norm(dim=1).isfinite()
+    if not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"{pairs.name}: {what} {row} of {pairs.split!r} is too large, its norm is infinite in float32")
 
 
 def _texts_of(pairs: Pairs) -> tuple[str, ...]:
@@ -257,7 +287,7 @@ def labelled(data: str, name: str) -> Split:
     """A split of labelled clips: x is audio, y is visual, and the labels are the ids."""
     found = clips(data, name)
     audio, visual, labels = (torch.from_numpy(part) for part in (found.audio, found.visual, found.labels))
-    return Split(audio, visual, torch.arange(len(labels)), labels)
+    return Split(audio, visual, torch.arange(len(labels), device="cpu"), labels)
 
 
 def _check_limit(limit: int, count: int, what: str) -> None:
@@ -269,12 +299,14 @@ def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
     """(n, D) float32 of (n, D) or, averaged, (n, R, D), some rows at a time."""
     for start in range(0, len(x), CHUNK):
         rows = np.asarray(x[start : start + CHUNK], np.float32)
-        yield rows if rows.ndim == 2 else rows.mean(1)
+        with np.errstate(over="ignore"):  # what is infinite then is refused
+            pooled = rows if rows.ndim == 2 else rows.mean(1)
+        yield pooled
 
 
-def _fingerprint(sides: Iterable[Any]) -> str:
-    """sha256 of tensors, tokens and arrays: of every row, however large a file is."""
-    digest = hashlib.sha256()
+def _fingerprint(sides: Iterable[Any], words: Sequence[str]) -> str:
+    """sha256 of tensors, tokens and arrays, of every row, however large a file is; and of a vocabulary's words."""
+    digest = hashlib.sha256("\n".join(words).encode())
     for side in sides:
         array = side.array if isinstance(side, Mapped) else (side.tokens if isinstance(side, Words) else side).numpy()
         digest.update(f"{tuple(array.shape)}".encode())

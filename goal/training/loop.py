@@ -50,6 +50,7 @@ Row = dict[str, float]
 Record = dict[str, Any]
 
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+MEASURES = {"rsum": (*RECALLS, "rsum", "i2t_medr", "t2i_medr"), "map": ("x2y", "y2x", "mean")}  # of the test split
 
 
 class TrainingError(RuntimeError):
@@ -541,7 +542,7 @@ class _Run:
                     return None
                 for name in file.keys():  # noqa: SIM118
                     group, _, rest = name.partition(".")
-                    groups[group][rest] = file.get_tensor(name)
+                    groups[group][rest] = file.get_tensor(name).clone()  # not a map of a file that is replaced soon
             state = State(**told)
             self._check_groups(path, groups)
         except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -596,8 +597,7 @@ class _Run:
             if isinstance(metrics, MapMetrics):
                 record["test"] = metrics.as_dict()
             else:
-                names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
-                record["test"] = {name: getattr(metrics, name) for name in names}
+                record["test"] = {name: getattr(metrics, name) for name in MEASURES["rsum"]}
                 record["ranks"] = {
                     "i2t": metrics.i2t_ranks.tolist(),
                     "t2i": metrics.t2i_ranks.tolist(),
@@ -721,12 +721,24 @@ def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None
         raise ValueError(f"{run_dir}: was trained on other features of {config.data!r}; move it away, or name another")
     try:
         record: Record = read_json(path)
-        if not isinstance(record, dict) or not {"label", "curve", "stopped"} <= set(record):
-            raise Damaged(f"{path}: is no record of a run")
+        _check_record(record, config)
     except Damaged as error:
         _warn_damaged(path, error)
         return None
     return record
+
+
+def _check_record(record: Any, config: TrainConfig) -> None:
+    """Whether it is what `finish` writes for such a run."""
+    fixed = {**config.names, "model": config.model, "seed": config.seed}
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in fixed.items()):
+        raise Damaged("it is no record of this run")
+    metric = _metric(config)
+    tested = record.get("test", dict.fromkeys(MEASURES[metric], 0))  # a trial of a search has no test
+    numbers = [record.get(f"best_val_{metric}")]
+    numbers += [tested.get(name) if isinstance(tested, dict) else None for name in MEASURES[metric]]
+    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.get("curve"), list):
+        raise Damaged("it lacks a number")
 
 
 def _warn_damaged(path: Path, error: Exception) -> None:

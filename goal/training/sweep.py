@@ -126,12 +126,12 @@ class Sweep:
         check_device(self.base.device)
         for package in ("matplotlib", "safetensors", *(["optuna"] if trials else [])):
             require(package, "train")
-        data = read_pairs(self.base)
-        Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
-        self.images, self.fingerprint = len(data.train.x), data.fingerprint
         system = self.base.model * (self.base.model != "heads")
         parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{trials}" * bool(trials))
         self.folder = Path(root) / folder_name("name", "-".join(filter(None, parts)) if name is None else name)
+        data = read_pairs(self.base)
+        Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
+        self.images, self.fingerprint = len(data.train.x), data.fingerprint
         by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
         self.workers = workers or by_default
         self.results: dict[str, Any] = {}  # by the job's key

@@ -22,10 +22,10 @@ from goal import data, offline
 from goal.data.audio_visual import holds_clips
 from goal.data.files import Busy, alone, folder_name, read_array, write_atomically
 from goal.data.pairs import read_image_of
+from goal.data.terminal import unfailing
 from goal.distributed import joined
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
-from goal.training.display import unfailing
 from goal.training.loop import Row, best, load_trained, score
 from goal.training.report import RunRecord, terminal_table
 from goal.training.systems import SYSTEMS

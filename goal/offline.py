@@ -35,12 +35,12 @@ from goal.data.files import (
     Damaged,
     alone,
     atomic_file,
-    bar,
     read_array,
     read_json,
     require,
     write_atomically,
 )
+from goal.data.terminal import bar
 from goal.evaluation import _exact_float32, floating
 from goal.similarity import Dot, bind
 

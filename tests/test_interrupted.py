@@ -18,6 +18,7 @@ import goal
 from goal import cli
 from goal.data import files
 from goal.data.files import Busy, Damaged, alone, atomic_file, clear_temporaries, write_atomically
+from goal.data.terminal import bar
 from goal.training import Incomplete, Sweep, TrainConfig, loop, search, train
 from goal.training.display import display
 from goal.training.loop import load_trained
@@ -432,6 +433,14 @@ def test_printing_never_ends_work(stream: Stream | None, tmp_path: Path, monkeyp
         assert "validation RSUM" in stream.text
         assert "cir ? sig-ms" in stream.text
         assert "[1/0] s?" in stream.text
+
+
+@pytest.mark.parametrize("stream", [None, Stream(None), Stream(BrokenPipeError())], ids=["closed", "ascii", "nobody"])
+def test_a_bar_never_ends_work(stream: Stream | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(bar(range(3), "s⁺")) == [0, 1, 2]
+    assert stream is None or stream.error is not None or "s?" in stream.text
 
 
 def test_a_missing_extra_names_its_install_line_before_any_work(

@@ -108,7 +108,7 @@ def test_banks_and_made_rows_go_through_objectives() -> None:
 
 
 def test_offline_mining_stands_beside_evaluation() -> None:
-    assert of("offline") == {"data.files", "evaluation", "similarity", "validation"}
+    assert of("offline") == {"data.files", "data.terminal", "evaluation", "similarity", "validation"}
 
 
 def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from goal.data.maps import mapped
+from goal.data.terminal import bar
 
 T = TypeVar("T")
 
@@ -168,18 +169,6 @@ def chunks(array: NDArray[Any], what: str, multiple: int = 1) -> Iterator[tuple[
     starts = range(0, len(array), rows)
     for start in bar(starts, what) if array.nbytes > BAR_BYTES else starts:
         yield start, array[start : start + rows]
-
-
-def bar(items: Sequence[T], what: str, done: int = 0) -> Iterable[T]:
-    """The items, but for the first `done`, under a progress bar on stderr; without rich, just the items."""
-    if importlib.util.find_spec("rich") is None:
-        return items[done:]
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(
-        items[done:], description=what, total=len(items), completed=done, console=Console(stderr=True), transient=True
-    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from goal.data.files import bar
+from goal.data.terminal import bar
 
 T = TypeVar("T")
 

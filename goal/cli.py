@@ -78,6 +78,14 @@ def _run(arguments: Sequence[str]) -> int:
     except (TrainingError, Busy, OSError, MemoryError) as error:
         print(f"goal {options.command}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        print(f"goal {options.command}: out of memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except Warning as error:  # where Python was told to make errors of them
+        print(f"goal {options.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"\nStopped. The same command goes on from what was saved last: {command}", file=sys.stderr)

@@ -59,7 +59,7 @@ def test_a_run_is_scored_on_the_data_that_is_named(
 ) -> None:
     folder, record = trained
     run, moved = copied(folder / "run", tmp_path / "run"), copied(folder / "data", tmp_path / "moved data")
-    with_metadata(run / "model.safetensors", lambda told: told["config"].update(data="gone"))
+    with_metadata(run / "model.safetensors", lambda told: told.update(at="gone"))
     assert cli.main(["eval", str(run)]) == 2
     assert "'gone' is no folder" in capsys.readouterr().err
     assert cli.main(["eval", str(run), "--data", str(moved)]) == 0
@@ -71,9 +71,26 @@ def test_a_run_is_scored_on_the_data_that_is_named(
         other.split("test")
 
 
+def test_a_run_is_scored_on_its_own_data_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name / "data", seed)
+    monkeypatch.chdir(tmp_path / "a")
+    record = train(TrainConfig(data="data", **TINY), tmp_path / "a" / "run")
+    monkeypatch.chdir(tmp_path / "b")
+    assert cli.main(["eval", "../a/run"]) == 0
+    assert f"RSUM {record['test']['rsum']:.1f}" in capsys.readouterr().out
+    written(tmp_path / "a" / "data", 2)
+    with pytest.warns(UserWarning, match="'test' is not what it was when the model was trained"):
+        load_trained(tmp_path / "a" / "run").split("test")
+
+
 def test_other_defaults_of_torch_change_nothing(tmp_path: Path) -> None:
     record = train(small(max_steps=4), tmp_path / "plain")
-    for name, device, dtype in (("meta", "meta", torch.float32), ("double", "cpu", torch.float64)):
+    others = (("meta", "meta", torch.float32), ("double", "cpu", torch.float64), ("half", "cpu", torch.float16))
+    for name, device, dtype in others:
         torch.set_default_device(device)
         torch.set_default_dtype(dtype)
         try:
@@ -90,6 +107,7 @@ def test_other_defaults_of_torch_change_nothing(tmp_path: Path) -> None:
 
 def test_training_without_a_test_wants_no_test_split(tmp_path: Path) -> None:
     config = TrainConfig(data=written(tmp_path / "data", 0, ("train", "val")), **TINY)
+    assert "test" not in train(config, tmp_path / "run", test=False)
     assert "test" not in train(config, tmp_path / "run", test=False)
     with pytest.raises(ValueError, match=r"split: .* has no test_x\.npy"):
         train(config, tmp_path / "other")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -146,11 +147,11 @@ def test_a_folder_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch:
 def test_every_row_of_a_large_array_is_in_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "CHUNK_BYTES", 64)  # as if the arrays were large
     config = TrainConfig(data=written(tmp_path / "data", 0), **TINY)
-    before = loop.read(config).fingerprint
+    before = loop.read(config).fingerprints
     x = np.load(tmp_path / "data" / "train_x.npy")
     x[37, 5] += 1
     np.save(tmp_path / "data" / "train_x.npy", x)
-    assert loop.read(config).fingerprint != before
+    assert loop.read(config).fingerprints != before
 
 
 CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
@@ -193,6 +194,38 @@ def test_what_an_earlier_run_left_is_gone_before_another_begins(tmp_path: Path) 
     train(config, run)
     train(config, tmp_path / "whole")
     assert content(run) == content(tmp_path / "whole")
+    (run / "checkpoint.safetensors").write_bytes(b"killed before it was removed")
+    train(config, run)
+    assert content(run) == content(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("registries")
+def test_another_term_of_the_same_name_is_another_run(tmp_path: Path) -> None:
+    def trained(mine: Callable[..., Any]) -> Any:
+        goal.T._definitions.pop("mine", None)
+        goal.triplet_weight("mine")(mine)
+        return train(small(T="mine", max_steps=4), tmp_path)
+
+    record = trained(lambda s_pos, s_neg: s_neg - s_neg + 1)
+    assert trained(lambda s_pos, s_neg: s_neg - s_neg + 1) == record  # written elsewhere
+    with pytest.raises(ValueError, match="was trained with another definition of mine × sig-ms"):
+        trained(lambda s_pos, s_neg: s_neg - s_neg + 2)
+
+
+def test_regions_that_change_while_they_are_read_end_the_run(tmp_path: Path) -> None:
+    data, rng = tmp_path / "data", np.random.default_rng(0)
+    data.mkdir()
+    for split in ("train", "val", "test"):
+        np.save(data / f"{split}_ims.npy", rng.standard_normal((16, 3, 8)).astype(np.float32))
+        (data / f"{split}_caps.txt").write_text("a red dog\na blue cat\n" * 8)
+    config = TrainConfig(model="rvse++", data=str(data), dim=8, word_dim=4, batch=8, epochs=2)
+
+    def change(row: loop.Row) -> None:
+        np.save(data / "train_ims.npy", rng.standard_normal((16, 3, 8)).astype(np.float32))
+
+    with pytest.raises(ValueError, match=r"train_ims\.npy: has changed while it was read"):
+        train(config, tmp_path / "run", on_evaluation=change)
+    assert not (tmp_path / "run" / "record.json").exists()
 
 
 def test_features_that_change_during_a_sweep_fail_what_comes_after(tmp_path: Path) -> None:
@@ -226,15 +259,36 @@ def of_another_size(path: Path) -> None:
     save_file(tensors | {name: tensors[name][:1].clone()}, path, told)
 
 
+def one_byte(path: Path) -> None:
+    """As many bytes as before, one of them another."""
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def another_state(path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {"state": json.dumps(json.loads(told["state"]) | {"drops": 1})})
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("checkpoint.safetensors", cut),
+        ("checkpoint.safetensors", one_byte),
+        ("checkpoint.safetensors", another_state),
         ("checkpoint.safetensors", garbled),
         ("checkpoint.safetensors", of_another_size),
         ("record.json", cut),
         ("record.json", garbled),
         ("record.json", lambda path: path.write_text("[]")),
+        ("record.json", lambda path: path.write_text("[" * 100_000)),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"stopped"', '"ended"'))),
+        ("record.json", lambda path: path.write_text(re.sub(r'"rsum": [\d.]+', '"rsum": NaN', path.read_text()))),
         ("record.json", lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))),
         ("record.json", lambda path: path.write_text(path.read_text().replace('"t2i_r5"', '"t2i_r6"'))),
     ],
@@ -252,7 +306,23 @@ def test_a_damaged_result_is_made_again_by_name(name: str, damage: Callable[[Pat
     assert content(run) == content(whole)
 
 
-@pytest.mark.parametrize("damage", [cut, garbled, lambda path: path.write_text('{"later": 1}'), Path.unlink])
+def test_notes_of_a_half_done_run_are_written_again(tmp_path: Path) -> None:
+    begun(small(), tmp_path, evaluations=2)
+    cut(tmp_path / "versions.json")
+    record = train(small(), tmp_path)
+    assert train(small(), tmp_path) == record
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        garbled,
+        lambda path: path.write_text("[" * 100_000),
+        lambda path: path.write_text('{"later": 1}'),
+        Path.unlink,
+    ],
+)
 @pytest.mark.parametrize("name", ["config.json", "versions.json"])
 def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
     train(small(), tmp_path)
@@ -302,6 +372,7 @@ def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ("name", "damage", "message"),
     [
         ("model.safetensors", cut, "model.safetensors: holds no run"),
+        ("model.safetensors", one_byte, "model.safetensors: holds no run: its content is not what was written"),
         ("model.safetensors", garbled, "model.safetensors: holds no run"),
         ("vocabulary.json", cut, "vocabulary.json: no vocabulary"),
         ("vocabulary.json", lambda path: path.write_text('{"words": ["a"]}'), "vocabulary.json: has 6 tokens"),

@@ -218,13 +218,13 @@ def test_limit_keeps_the_first_images_with_their_captions(grid: Path, clips: Pat
 
 
 def test_the_fingerprint_tells_files_apart(grid: Path, tmp_path: Path) -> None:
-    def written(change: Callable[[np.ndarray], None]) -> str:
+    def written(change: Callable[[np.ndarray], None]) -> dict[str, str]:
         for path in grid.iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         array = np.load(tmp_path / "test_ims.npy")
         change(array)
         np.save(tmp_path / "test_ims.npy", array)
-        return features(str(tmp_path), None, "regions", "words").fingerprint
+        return features(str(tmp_path), None, "regions", "words").fingerprints
 
     same = written(lambda array: None)
     assert same == written(lambda array: None)

@@ -157,7 +157,7 @@ def test_features_limit_keeps_the_first_images_with_their_captions() -> None:
     assert torch.equal(part.train.x, whole.train.x[:30])
     assert part.train.image_of.tolist() == np.repeat(np.arange(30), 5).tolist()
     assert torch.equal(part.val.x, whole.val.x)
-    assert part.fingerprint != whole.fingerprint
+    assert part.fingerprints != whole.fingerprints
     with pytest.raises(ValueError, match="limit: emoji has 1157 training images, got 2000"):
         features("emoji", 2000)
 
@@ -198,7 +198,7 @@ def test_the_validation_split_alone_chooses_the_weights(tmp_path: Path) -> None:
     best = max(record["curve"], key=lambda row: row["val_rsum"])
     assert (record["best_step"], record["best_val_rsum"]) == (best["step"], best["val_rsum"])
     assert record["best_step"] < record["steps"]  # or the last weights would do
-    config, heads, _, _ = load_trained(tmp_path)
+    config, heads, *_ = load_trained(tmp_path)
     data = features("emoji", 120)
     assert score(config, heads, data.val).rsum == record["best_val_rsum"]
     assert score(config, heads, data.test).rsum == record["test"]["rsum"]
@@ -303,7 +303,7 @@ def test_a_run_that_has_ended_is_not_run_again_and_not_mixed_up(
     assert train(small(), tmp_path, on_evaluation=killed_after(0)) == record
     with pytest.raises(ValueError, match="another configuration"):
         train(small(seed=1), tmp_path)
-    changed = features("emoji", 120)._replace(fingerprint="other")
+    changed = features("emoji", 120)._replace(fingerprints={"train": "other"})
     monkeypatch.setattr(loop, "features", lambda *asked: changed)
     with pytest.raises(ValueError, match="other features"):
         train(small(), tmp_path)

@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 import re
+import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
@@ -194,7 +195,8 @@ class TrainConfig:
         """
         base = self._base()
         if not isinstance(base, goal.Objective):
-            return goal.recipe(str(self.recipe), **self.params, group=group, averaged=group is not None)
+            its: dict[str, Any] = {"group": group, "averaged": group is not None, "check_finite": False}
+            return goal.recipe(str(self.recipe), **self.params, **its)
         bound = functools.partial(self._bound, group=group, averaged=group is not None)
         stages: list[nn.Module] = []
         until: list[Until] = []
@@ -235,6 +237,13 @@ class TrainConfig:
         T, P = (_definition(name, str(getattr(self, name))) for name in KINDS)
         similarity, reduction = "order" if system.order else "dot", self.reduction or system.reduction
         return goal.Objective(T, P, mining=str(self.mining), reduction=reduction, similarity=similarity)
+
+    def definitions(self) -> dict[str, str]:
+        """What tells terms of the user's own from others of their names: digests of their code."""
+        base = self._base()
+        terms = _terms(base) if isinstance(base, goal.Objective) else {}
+        functions = {kind: t.definition.function for kind, t in terms.items() if not t.name.startswith("found-")}
+        return {kind: _code(f) for kind, f in functions.items() if not str(f.__module__).startswith("goal.")}
 
     @property
     def label(self) -> str:
@@ -295,6 +304,20 @@ def _definition(kind: Kind, name: str) -> Any:
 
         return definition(kind, name)
     return (goal.T if kind == "T" else goal.P)[name]
+
+
+def _code(function: Any) -> str:
+    """A digest of what a function does, wherever it is written; of other callables only their kind is known."""
+
+    def described(code: Any) -> str:
+        if not isinstance(code, types.CodeType):
+            return repr(code)
+        return f"{code.co_code!r} {code.co_names} {[described(constant) for constant in code.co_consts]}"
+
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    told = described(getattr(function, "__code__", type(function).__qualname__))
+    told += repr([cell for cell in cells if isinstance(cell, int | float | str)])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def available(device: str) -> bool:

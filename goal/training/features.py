@@ -5,7 +5,7 @@ import functools
 import hashlib
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from goal.data import Pairs, clips, load
 from goal.data.files import chunks
-from goal.data.maps import ByPath
+from goal.data.maps import ByPath, OnDisk, on_disk, stamp_of
 from goal.data.pairs import precomp_roots
 from goal.models import Vocabulary
 from goal.models.joint import Input
@@ -66,7 +66,7 @@ class Features(NamedTuple):
     train: Split
     val: Split
     test: Split | None  # None where it was not asked for
-    fingerprint: str  # sha256 of all arrays
+    fingerprints: dict[str, str]  # of each split: the SHA-256 of all its rows
     vocabulary: Vocabulary | None = None  # of the training captions, where they are read as words
 
 
@@ -98,6 +98,16 @@ class Mapped(ByPath):
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def check_file(self) -> None:
+        """Raise where the file behind the map is no longer what was mapped.
+
+        Raises:
+            ValueError: naming the file.
+        """
+        place = on_disk(self.array)
+        if isinstance(place, OnDisk) and (not Path(place.path).exists() or stamp_of(place.path) != place.stamp):
+            raise ValueError(f"{place.path}: has changed while it was read; run it again, on what is there now")
 
     def __getitem__(self, rows: Any) -> Input:
         read = self.array[rows.numpy() if isinstance(rows, Tensor) else rows]
@@ -164,17 +174,16 @@ def _features(data: str, limit: int | None, images: Images, texts: Texts, test: 
             _check_limit(limit, len(splits["train"].x), f"{data} has {{}} training clips")
             splits["train"] = Split(*(part[:limit] for part in splits["train"]))
         _check_alike(data, splits)
-        arrays = [array for part in splits.values() for array in part]
-        return Features(splits["train"], splits["val"], splits.get("test"), _fingerprint(arrays, ()))
+        prints = {name: fingerprint(part) for name, part in splits.items()}
+        return Features(splits["train"], splits["val"], splits.get("test"), prints)
     pairs = {name: load(data, name) for name in names}
     if limit is not None:
         pairs["train"] = _first(pairs["train"], limit)
     vocabulary = Vocabulary.of(pairs["train"]) if texts == "words" else None
     splits = {name: split(part, images, vocabulary) for name, part in pairs.items()}
     _check_alike(data, splits, vocabulary)
-    arrays = [array for part in splits.values() for array in part[:3]]
-    fingerprint = _fingerprint(arrays, () if vocabulary is None else vocabulary.words)
-    return Features(splits["train"], splits["val"], splits.get("test"), fingerprint, vocabulary)
+    prints = {name: fingerprint(part, vocabulary) for name, part in splits.items()}
+    return Features(splits["train"], splits["val"], splits.get("test"), prints, vocabulary)
 
 
 def _state(data: str) -> object:
@@ -304,12 +313,12 @@ def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
         yield pooled
 
 
-def _fingerprint(sides: Iterable[Any], words: Sequence[str]) -> str:
-    """sha256 of tensors, tokens and arrays, of every row, however large a file is; and of a vocabulary's words."""
-    digest = hashlib.sha256("\n".join(words).encode())
-    for side in sides:
+def fingerprint(part: Split, vocabulary: Vocabulary | None = None) -> str:
+    """SHA-256 of a split's tensors, tokens and arrays, of every row, however large a file is, and of the words."""
+    digest = hashlib.sha256("\n".join(vocabulary.words if vocabulary is not None else ()).encode())
+    for side in part:
         array = side.array if isinstance(side, Mapped) else (side.tokens if isinstance(side, Words) else side).numpy()
-        digest.update(f"{tuple(array.shape)}".encode())
+        digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
         for _, rows in chunks(array, "reading features"):
             digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()

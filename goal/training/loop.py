@@ -18,6 +18,7 @@ they are (average = 0).
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import platform
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +38,23 @@ from torch import Tensor, nn
 
 import goal
 from goal import data
-from goal.data.files import Damaged, alone, append_line, read_json, require, write_atomically
+from goal.data.files import Busy, Damaged, alone, append_line, check_file, read_json, require, write_atomically
 from goal.evaluation import MapMetrics, RetrievalMetrics, evaluate, evaluate_similarity, map_at_all
 from goal.models import SCAN, Vocabulary
 from goal.training import systems
 from goal.training.config import TrainConfig, available, check_device
-from goal.training.features import Features, Inputs, Sampler, Split, features, inputs_of, labelled, split
+from goal.training.features import (
+    Features,
+    Inputs,
+    Mapped,
+    Sampler,
+    Split,
+    features,
+    fingerprint,
+    inputs_of,
+    labelled,
+    split,
+)
 from goal.training.schedule import Curriculum, FewSemiHard
 from goal.training.systems import SYSTEMS
 
@@ -133,20 +145,19 @@ def train(
     _check_call(config, save_every, diagnose, distributed)
     run_dir = Path(run_dir).absolute()  # on_evaluation may change the folder that the process is in
     features = read(config, test)
-    record: Record | None = _told(lambda: ended(config, run_dir, features.fingerprint), distributed)
+    record: Record | None = _told(lambda: finished(config, run_dir, features.fingerprints), distributed)
     if record is not None:
-        return record  # and nothing is written to its folder
+        return record
     with ExitStack() as work:
-        record = _told(lambda: _entered(work, config, run_dir, features.fingerprint), distributed)
+        record = _told(lambda: _entered(work, config, run_dir, features.fingerprints), distributed)
         if record is not None:
             return record
         device = torch.device(config.device)
         work.enter_context(_computing(config.threads, device))
         run = _Run(config, features, run_dir, save_every, distributed)
-        if not run.restore() and run.writes:
-            run.begin()
+        restored = run.restore()
         if run.writes:
-            run.write_log()
+            run.write_notes(anew=not restored)
         with run.watched(diagnose if run.writes else 0):
             while run.state.stopped is None:
                 row = run.interval()
@@ -172,11 +183,11 @@ def _check_call(config: TrainConfig, save_every: float, diagnose: int, distribut
         _check_distributed(config)
 
 
-def _entered(work: ExitStack, config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None:
+def _entered(work: ExitStack, config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -> Record | None:
     """Take the folder for this process alone; the record, where another has ended the run until then."""
     run_dir.mkdir(parents=True, exist_ok=True)
     work.enter_context(alone(run_dir))
-    return ended(config, run_dir, fingerprint)
+    return _ended(config, run_dir, fingerprints)
 
 
 def _check_distributed(config: TrainConfig) -> None:
@@ -215,6 +226,7 @@ class Trained(NamedTuple):
     model: nn.Module  # with the best weights, in evaluation mode
     vocabulary: Vocabulary | None
     inputs: Inputs  # what the model reads
+    fingerprints: dict[str, str]  # of the splits that it was trained, validated and tested on
 
     def split(self, name: str) -> Split:
         """A split of its data, in the form that its model takes.
@@ -229,6 +241,9 @@ class Trained(NamedTuple):
             part = split(data.load(self.config.data, name), system.images, self.vocabulary)
         if (found := inputs_of(part, self.vocabulary)) != self.inputs:
             raise ValueError(f"{self.config.data}: {name!r} has {found}, and the model reads {self.inputs}")
+        known = None if name == "train" and self.config.limit else self.fingerprints.get(name)
+        if known is not None and known != fingerprint(part, self.vocabulary):
+            warnings.warn(f"{self.config.data}: {name!r} is not what it was when the model was trained", stacklevel=2)
         return part
 
 
@@ -238,40 +253,43 @@ def load_trained(run_dir: Path, *, device: str | None = None, data: str | None =
     Args:
         run_dir: the run's folder.
         device: where to compute; by default where it was trained, or on the CPU where that is not there.
-        data: the dataset that `Trained.split` reads; by default the one it was trained on.
+        data: the dataset that `Trained.split` reads; by default the one it was trained on, where it lay then. That it
+            has changed is a warning.
 
     Raises:
         ValueError: no finished run in the folder, a damaged file (named), a device that is not there.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    path = run_dir / "model.safetensors"
+    path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors)")
     try:
         with safe_open(path, framework="pt") as file:
             told = json.loads(file.metadata()["run"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no map of it
         config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if told.get("sha256") not in (None, _digest(tensors)):
+            raise Damaged("its content is not what was written")
+        prints, at = dict(told.get("data", {})), str(told.get("at", config.data))
+    except Exception as error:  # whatever a damaged file leads to
         raise Damaged(f"{path}: holds no run: {error}") from error
     if device is not None or not available(config.device):
         config = dataclasses.replace(config, device=device or "cpu")
     check_device(config.device)
-    if data is not None:
-        config = dataclasses.replace(config, data=data)
+    config = dataclasses.replace(config, data=at if data is None else data)
     with torch.device("meta"):  # sizes first: a wrong one takes no memory
         like = _model(config, inputs)
     _check_tensors(path, tensors, like.state_dict())
-    with torch.device("cpu"):
+    with _defaults():
         model = _model(config, inputs)
     model.load_state_dict(tensors)
     vocabulary = None
     if inputs.y_kind == "words":
-        vocabulary = Vocabulary.load(run_dir / "vocabulary.json")
+        vocabulary = Vocabulary.load(path.with_name("vocabulary.json"))
         if len(vocabulary) != inputs.y:
-            raise Damaged(f"{run_dir / 'vocabulary.json'}: has {len(vocabulary)} tokens, and the model {inputs.y}")
-    return Trained(config, model.eval().to(config.device), vocabulary, inputs)
+            raise Damaged(f"{path.with_name('vocabulary.json')}: has {len(vocabulary)} tokens, the model {inputs.y}")
+    return Trained(config, model.eval().to(config.device), vocabulary, inputs, prints if data is None else {})
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -284,7 +302,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str,
 
 def score(config: TrainConfig, model: nn.Module, part: Split, folds: int = 1) -> RetrievalMetrics | MapMetrics:
     """Retrieval metrics of a split as a model of `SYSTEMS` embeds it; the products in float32."""
-    with torch.inference_mode():
+    with torch.inference_mode(), _defaults():
         prepared = systems.prepared(model, part, torch.device(config.device))
         return _measured(config, model, prepared, _similarity(config.objective()), folds)[0]
 
@@ -501,8 +519,16 @@ class _Run:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+        self._check_files()
         told = dataclasses.asdict(self.state) | {"run": self._identity()}
+        told["sha256"] = _digest(tensors, told)
         write_atomically(self.run_dir / "checkpoint.safetensors", save(tensors, {"state": json.dumps(told)}))
+
+    def _check_files(self) -> None:
+        """No file that is read while training goes on has changed: the result would be of neither content."""
+        for side in (side for part in self.features[:3] if part is not None for side in part[:2]):
+            if isinstance(side, Mapped):
+                side.check_file()
 
     def _identity(self) -> Record:
         """What a checkpoint has to be of to be continued."""
@@ -529,23 +555,26 @@ class _Run:
 
     def _checkpoint(self) -> Checkpoint | None:
         """The state, and the tensors on the CPU."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         path = self.run_dir / "checkpoint.safetensors"
         if not path.is_file():
             return None
         groups: Groups = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(check_file(path), framework="pt") as file:
                 told = json.loads(file.metadata()["state"])
-                if told.pop("run", None) != self._identity():
+                if told.get("run") != self._identity():
                     return None
-                for name in file.keys():  # noqa: SIM118
-                    group, _, rest = name.partition(".")
-                    groups[group][rest] = file.get_tensor(name).clone()  # not a map of a file that is replaced soon
-            state = State(**told)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no map of it
+            if told.pop("sha256", None) != _digest(tensors, told):
+                raise Damaged("its content is not what was written")
+            for name, tensor in tensors.items():
+                group, _, rest = name.partition(".")
+                groups[group][rest] = tensor
+            state = State(**{name: value for name, value in told.items() if name != "run"})
             self._check_groups(path, groups)
-        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever a damaged file leads to
             _warn_damaged(path, error)
             return None
         return state, groups
@@ -561,24 +590,27 @@ class _Run:
             if moment.dim() and moment.shape != weights[index].shape:
                 raise Damaged(f"{path}: optimizer.{name} is {tuple(moment.shape)}")
 
-    def begin(self) -> None:
-        """What an earlier run has left goes first, its results before the rest; then the folder says whose it is."""
-        for name in (*RESULTS, *NOTES):
+    def write_notes(self, anew: bool) -> None:
+        """Say whose folder it is, and begin the log with the rows up to the checkpoint; what a killed run wrote goes.
+
+        Args:
+            anew: what an earlier run has left goes first, its results before the rest.
+        """
+        for name in (*RESULTS, *NOTES) if anew else ():
             (self.run_dir / name).unlink(missing_ok=True)
         write_atomically(self.run_dir / "config.json", self.config.to_json().encode())
         write_atomically(self.run_dir / "versions.json", _json(self.versions))
-        self.save()
-
-    def write_log(self) -> None:
-        """Begin the log with the rows up to the checkpoint; what a killed run wrote after it, whole or half, goes."""
         lines = "".join(json.dumps(row) + "\n" for row in self.state.curve)
         write_atomically(self.run_dir / "metrics.jsonl", lines.encode())
+        if anew:
+            self.save()
 
     def finish(self, test: bool) -> Record:
         """Write the best weights and the record, and remove the checkpoint."""
         from safetensors.torch import save
 
         config, state = self.config, self.state
+        self._check_files()
         self.mean.load_state_dict(self.best)
         record: Record = {
             **config.names,
@@ -605,7 +637,13 @@ class _Run:
                 }
         if self.features.vocabulary is not None:
             self.features.vocabulary.save(self.run_dir / "vocabulary.json")
-        told = {"config": json.loads(config.to_json()), "inputs": self.inputs._asdict()}
+        told = {
+            "config": json.loads(config.to_json()),
+            "inputs": self.inputs._asdict(),
+            "data": self.features.fingerprints,
+            "at": config.data if config.data == "emoji" else str(Path(config.data).resolve()),
+            "sha256": _digest(self.best),
+        }
         content = save(self.best, {"run": json.dumps(told)})  # one entry: they are written in any order
         write_atomically(self.run_dir / "model.safetensors", content)
         write_atomically(self.run_dir / "record.json", _json(record))
@@ -626,7 +664,7 @@ def _told(make: Callable[[], Any], distributed: bool) -> Any:
     if dist.get_rank() == 0:
         try:
             box[0] = make()
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:
             box[1] = error
     dist.broadcast_object_list(box)
     made, refusal = box
@@ -659,19 +697,25 @@ def _similarity(objective: nn.Module) -> str:
 @contextmanager
 def _computing(threads: int, device: torch.device) -> Iterator[None]:
     """The run's threads, random numbers and defaults; the caller's come back afterwards."""
-    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        with (
-            torch.device("cpu") if elsewhere else nullcontext(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
+        with _defaults(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         torch.set_num_threads(before)
-        torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _defaults() -> Iterator[None]:
+    """What modules are made of where nothing else is said: float32 on the CPU."""
+    before, elsewhere = torch.get_default_dtype(), torch.get_default_device().type != "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu") if elsewhere else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _versions(config: TrainConfig, data: Features) -> Record:
@@ -682,8 +726,19 @@ def _versions(config: TrainConfig, data: Features) -> Record:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else config.device,
-        "data": data.fingerprint,
+        "data": data.fingerprints,
+        "terms": config.definitions(),
     }
+
+
+def _digest(tensors: Mapping[str, Tensor], told: Record | None = None) -> str:
+    """SHA-256 of what a file holds."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {array.dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(array.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # ---- a run's folder --------------------------------------------------------------------------------------
@@ -692,22 +747,30 @@ RESULTS = ("record.json", "checkpoint.safetensors", "model.safetensors")  # what
 NOTES = ("vocabulary.json", "metrics.jsonl", "diagnosis.jsonl", "diagnosis.png", "versions.json", "config.json")
 
 
-def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None:
+def finished(config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -> Record | None:
     """The record of a run that has ended; None where there is none, or, with a warning, a damaged one.
 
     Args:
-        fingerprint: that of the run's `Features`.
+        fingerprints: those of the run's `Features`.
 
     Raises:
         Damaged: naming the file that should tell whose folder it is.
         ValueError: a folder with the results of another configuration, or of a run on other features.
     """
+    record = _ended(config, run_dir, fingerprints)
+    if record is not None and any((run_dir / name).exists() for name in ("checkpoint.safetensors", ".lock")):
+        with suppress(Busy, OSError), alone(run_dir):  # it was killed at its last line
+            (run_dir / "checkpoint.safetensors").unlink(missing_ok=True)
+    return record
+
+
+def _ended(config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -> Record | None:
     if not any((run_dir / name).is_file() for name in RESULTS):
         return None
     path = run_dir / "config.json"
     try:
-        owner = TrainConfig.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, TypeError, ValueError) as error:
+        owner = TrainConfig.from_json(json.dumps(read_json(path)))
+    except (TypeError, ValueError) as error:
         raise Damaged(f"{path}: is damaged, or of another version of goal; move {run_dir} away: {error}") from error
     if owner != config:
         names = [spec.name for spec in dataclasses.fields(config)]
@@ -717,14 +780,21 @@ def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None
     if not path.is_file():
         return None
     versions = read_json(run_dir / "versions.json")
-    if not isinstance(versions, dict) or versions.get("data") != fingerprint:
+    if not isinstance(versions, dict):
+        raise Damaged(f"{run_dir / 'versions.json'}: is damaged: it holds {type(versions).__name__}")
+    then = versions.get("data")
+    if not isinstance(then, dict) or any(then.get(name, value) != value for name, value in fingerprints.items()):
         raise ValueError(f"{run_dir}: was trained on other features of {config.data!r}; move it away, or name another")
+    if versions.get("terms", {}) != config.definitions():
+        raise ValueError(f"{run_dir}: was trained with another definition of {config.label}; move it away")
     try:
         record: Record = read_json(path)
         _check_record(record, config)
     except Damaged as error:
-        _warn_damaged(path, error)
+        _warn_damaged(path, error.__cause__ or error)
         return None
+    if "test" in fingerprints and "test" not in record:
+        raise ValueError(f"{run_dir}: holds a run without a test; move it away, or name another")
     return record
 
 
@@ -735,13 +805,19 @@ def _check_record(record: Any, config: TrainConfig) -> None:
         raise Damaged("it is no record of this run")
     metric = _metric(config)
     tested = record.get("test", dict.fromkeys(MEASURES[metric], 0))  # a trial of a search has no test
-    numbers = [record.get(f"best_val_{metric}")]
-    numbers += [tested.get(name) if isinstance(tested, dict) else None for name in MEASURES[metric]]
-    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.get("curve"), list):
+    rows = record.get("curve")
+    if not isinstance(tested, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Damaged("it lacks its test or its curve")
+    numbers = [record.get(name) for name in (f"best_val_{metric}", "best_step", "steps")]
+    numbers += [tested.get(name) for name in MEASURES[metric]]
+    numbers += [row.get(name) for row in rows for name in ("step", "loss", f"val_{metric}")]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise Damaged("it lacks a number")
+    if not isinstance(record.get("stopped"), str) or not isinstance(record.get("params"), dict):
+        raise Damaged("it does not say how it ended, or with what")
 
 
-def _warn_damaged(path: Path, error: Exception) -> None:
+def _warn_damaged(path: Path, error: BaseException) -> None:
     warnings.warn(f"{path}: is damaged, so the run is begun again: {error}", stacklevel=2)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import goal
-from goal.data.files import Damaged, alone, folder_name, require
+from goal.data.files import alone, folder_name, require
 from goal.training.config import TrainConfig, check_device
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
-from goal.training.loop import Record, TrainingError, ended, read_pairs, train
+from goal.training.loop import Record, TrainingError, finished, read_pairs, train
 from goal.training.report import RunRecord, write_report
 from goal.training.tune import search
 from goal.training.workers import Done, Failed, Job, cores, work
@@ -131,7 +131,7 @@ class Sweep:
         self.folder = Path(root) / folder_name("name", "-".join(filter(None, parts)) if name is None else name)
         data = read_pairs(self.base)
         Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
-        self.images, self.fingerprint = len(data.train.x), data.fingerprint
+        self.images, self.fingerprints = len(data.train.x), data.fingerprints
         by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
         self.workers = workers or by_default
         self.results: dict[str, Any] = {}  # by the job's key
@@ -213,8 +213,8 @@ class Sweep:
         if job.function is train and job.key not in self.results:
             config, run_dir, _ = job.arguments
             try:
-                record = ended(config, run_dir, self.fingerprint)
-            except Damaged as error:
+                record = finished(config, run_dir, self.fingerprints)
+            except ValueError as error:  # another's folder, other features, damage
                 self.failures[job.key] = str(error)
             else:
                 if record is not None:
@@ -238,10 +238,7 @@ class Sweep:
         shown.expect(len(jobs), finished=len(jobs) - len(left))
         for event in work(list(left.values()), self.workers):
             if isinstance(event, Done) and left[event.key].function is train:
-                try:  # files may have changed since the sweep began
-                    self._settled(left[event.key])
-                except ValueError as error:
-                    self.failures[event.key] = str(error)
+                self._settled(left[event.key])  # files may have changed since the sweep began
             elif isinstance(event, Done):
                 self.results[event.key] = event.result
             elif isinstance(event, Failed):

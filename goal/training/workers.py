@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
@@ -81,7 +83,9 @@ def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
                 except (EOFError, ConnectionError):
                     del busy[pipe]
                     process.join()
-                    yield Failed(job.key, f"its process died with exit code {process.exitcode} (is memory short?)")
+                    cut = process.exitcode == -getattr(signal, "SIGBUS", 0)
+                    why = "was a file cut that it read?" if cut else "is memory short?"
+                    yield Failed(job.key, f"its process died with exit code {process.exitcode} ({why})")
                     if waiting:
                         begin()
                     continue
@@ -111,6 +115,7 @@ def _started() -> tuple[Any, Any]:
 def _serve(pipe: Any) -> None:
     """The life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    warnings.showwarning = lambda message, *place, **more: print(message, file=sys.stderr)  # the place is of no use
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         while True:

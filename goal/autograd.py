@@ -337,12 +337,12 @@ def _run(
         validation.finite(**checked)
     with torch.no_grad(), _no_autocast(x.device.type):
         masks = engine.masks(x, y, rows, cols, how)
-        batch = engine.prepare(x, y, chosen.similarity, masks, how, check_finite)
+        batch = engine.prepare(x, y, chosen.similarity, masks, how)
         outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
-        loss = attach(x, y, (loss,), chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
+        loss = attach(x, y, (loss,), chosen, batch.masks, how, outcome.mined, outcome.dense)
     return Run(batch, outcome, loss)
 
 
@@ -414,23 +414,22 @@ class _Emit(torch.autograd.Function):
         chosen: Settings,
         masks: Masks,
         how: How,
-        finite: bool,
         mined: Mined | None,
         dense: Dense | None,
     ) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, how, finite, mined, dense
+        ctx.rest = chosen, masks, how, mined, dense
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
-        chosen, masks, how, finite, mined, dense = ctx.rest
+        chosen, masks, how, mined, dense = ctx.rest
         with torch.no_grad(), _no_autocast(x.device.type):
-            batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
+            batch = engine.prepare(x, y, chosen.similarity, masks, how)
             gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
         gx, gy = _once(gx, gy, x, y, incoming)
-        return gx, gy, None, None, None, None, None, None, None
+        return gx, gy, None, None, None, None, None, None
 
 
 class _EmitOwn(torch.autograd.Function):

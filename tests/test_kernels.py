@@ -967,7 +967,7 @@ def test_operators_keep_the_rules(P: str, mining: str, with_ids: bool) -> None:
     torch.library.opcheck(of.pair, (x, y, "dot", k, *how))
     torch.library.opcheck(of.mine, (x, y, *pairs, *masks, numbers, *asked, *how))
     torch.library.opcheck(of.dense_value, (x, y, *pairs, share, *masks, *terms, True, *how))
-    flags = (True, with_ids, True, not with_ids)  # need_x, need_y, finite, every
+    flags = (True, with_ids, not with_ids)  # need_x, need_y, every
     torch.library.opcheck(of.dense_emit, (x, y, *pairs, share, relative, names, *masks, *terms, *flags, *how))
     torch.library.opcheck(of.mined_emit, (x, y, index, share, share, torch.ones(()), with_ids, True))
 

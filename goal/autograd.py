@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from goal import distributed, engine, ops, validation, wire
 from goal.engine import Batch, Dense, Outcome, Settings
@@ -321,25 +324,29 @@ def _run(
     if ranks is not None:
         call = torch.compiler.disable(_run_spread) if torch.compiler.is_compiling() else _run_spread  # a graph ends
         return call(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
-    if y is None:
-        x = validation.similarity_matrix(x)
-        y = x.new_empty(x.shape[1], 0)
-        checked = {"S": x}
-    else:
-        x, y = validation.embeddings(x, y)
-        checked = {"x": x, "y": y}
-    if check_finite is None:
-        check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    how, _ = engine.implementation(chosen, x, y)
-    rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
-    scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
-    if check_finite:
-        validation.finite(**checked)
-    with torch.no_grad(), _no_autocast(x.device.type):
-        masks = engine.masks(x, y, rows, cols, how)
-        batch = engine.prepare(x, y, chosen.similarity, masks, how)
-        outcome = engine.forward(batch, chosen, scale)
+    inputs = x, y
+    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
+    with _outside():
+        if y is None:
+            x = validation.similarity_matrix(x)
+            y = x.new_empty(x.shape[1], 0)
+            checked = {"S": x}
+        else:
+            x, y = validation.embeddings(x, y)
+            checked = {"x": x, "y": y}
+        if check_finite is None:
+            check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        how, _ = engine.implementation(chosen, x, y)
+        rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
+        scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
+        if check_finite:
+            validation.finite(**checked)
+        with torch.no_grad(), _no_autocast(x.device.type):
+            masks = engine.masks(x, y, rows, cols, how)
+            batch = engine.prepare(x, y, chosen.similarity, masks, how)
+            outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
+    x, y = inputs[0], y if inputs[1] is None else inputs[1]
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         attach: Any = _Emit.apply
         loss = attach(x, y, (loss,), chosen, batch.masks, how, outcome.mined, outcome.dense)
@@ -379,7 +386,8 @@ def _spread(
     needs: Needs,
     shown: bool,
 ) -> distributed.Result:
-    with torch.no_grad(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
+    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
+    with torch.no_grad(), _outside(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
         return distributed.run(x, y, chosen, ids, y_ids, weight, check_finite, ranks, needs, shown)
 
 
@@ -402,12 +410,48 @@ def _emit(
     )
 
 
+def _plain(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments without what torch.func.grad and vjp wrap tensors in: they are differentiated by `_Emit` alone.
+
+    Raises:
+        RuntimeError: one of them is batched by vmap, or has a forward-mode tangent.
+    """
+    inside = not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
+    if torch.compiler.is_compiling() or not (inside or forward_ad._current_level >= 0):
+        return arguments
+    kinds = {each.level(): each.key().name for each in functorch.get_interpreter_stack()} if inside else {}
+    found = []
+    for argument in arguments:
+        while isinstance(argument, Tensor) and functorch.is_functorch_wrapped_tensor(argument):
+            kind = kinds.get(functorch.maybe_get_level(argument))
+            if kind in _REFUSED:
+                raise RuntimeError(_NO_TRANSFORM.format(_REFUSED[kind]))
+            argument = functorch.get_unwrapped(argument)
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise RuntimeError(_NO_TRANSFORM.format(_REFUSED["Jvp"]))
+        found.append(argument)
+    return tuple(found)
+
+
+_REFUSED = {"Vmap": "vmap", "Jvp": "forward-mode differentiation", "Functionalize": "functionalize"}
+_NO_TRANSFORM = (
+    "goal emits a gradient in backward, which does not go through {} (torch.func.vmap, jvp, jacfwd, hessian and "
+    "functionalize; torch.autograd.forward_ad). torch.func.grad, vjp, jacrev and functional_call work: use those, in a "
+    "loop where there are several batches."
+)
+
+
+def _outside() -> AbstractContextManager[Any]:
+    """Without the transforms of torch.func, for tensors that are plain."""
+    inside = not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
+    return temporarily_clear_interpreter_stack() if inside else nullcontext()
+
+
 class _Emit(torch.autograd.Function):
     """The value forward; backward hands out the emitted gradient times the incoming one."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         y: Tensor,
         value: tuple[Tensor],  # in a tuple it is no input, and may be handed out without a copy
@@ -417,51 +461,75 @@ class _Emit(torch.autograd.Function):
         mined: Mined | None,
         dense: Dense | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, how, mined, dense
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, _, *ctx.rest = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
         chosen, masks, how, mined, dense = ctx.rest
-        with torch.no_grad(), _no_autocast(x.device.type):
+
+        def emit(x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
             batch = engine.prepare(x, y, chosen.similarity, masks, how)
-            gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
-        gx, gy = _once(gx, gy, x, y, incoming)
-        return gx, gy, None, None, None, None, None, None
+            return _emit(x, y, chosen, batch, mined, dense, incoming, needs)
+
+        return *_handed_out(emit, ctx, incoming), *[None] * 6
 
 
 class _EmitOwn(torch.autograd.Function):
     """As `_Emit`, for the own rows of a batch that is spread over ranks; nothing is sent in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.emit = emit
+    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
         return value[0]
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, _, ctx.emit = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        with torch.no_grad(), _no_autocast(x.device.type):
-            gx, gy = ctx.emit(x, y, incoming, ctx.needs_input_grad[:2])
-        return *_once(gx, gy, x, y, incoming), None, None
+        return *_handed_out(ctx.emit, ctx, incoming), None, None
 
 
-def _once(gx: Tensor | None, gy: Tensor | None, x: Tensor, y: Tensor, incoming: Tensor) -> Gradients:
+def _handed_out(emit: Callable[..., Gradients], ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
+    saved = ctx.saved_tensors
+    x, y = _plain(*saved)
+    many = not torch.compiler.is_compiling() and _batched(incoming)  # of jacrev: as many of them as it likes
+    (times,) = (None,) if many else _plain(incoming)
+    with torch.no_grad(), _outside(), _no_autocast(x.device.type):
+        found = emit(x, y, times, ctx.needs_input_grad[:2])
+    if many:
+        found = [None if each is None else each * incoming.to(each.dtype) for each in found]
     if torch.is_grad_enabled():
         refuse: Any = _NoSecondDerivative.apply
-        gx = None if gx is None else refuse(gx, x, y, incoming)
-        gy = None if gy is None else refuse(gy, x, y, incoming)
+        found = [None if each is None else refuse(each, *saved, incoming) for each in found]
+    gx, gy = found
     return gx, gy
 
 
+def _batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, by vmap."""
+    while functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

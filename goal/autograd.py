@@ -324,7 +324,7 @@ def _run(
     if ranks is not None:
         call = torch.compiler.disable(_run_spread) if torch.compiler.is_compiling() else _run_spread  # a graph ends
         return call(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
-    inputs = x, y
+    inputs: tuple[Any, Any] = x, y
     x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
     with _outside():
         if y is None:
@@ -346,10 +346,15 @@ def _run(
             batch = engine.prepare(x, y, chosen.similarity, masks, how)
             outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
-    x, y = inputs[0], y if inputs[1] is None else inputs[1]
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        attach: Any = _Emit.apply
-        loss = attach(x, y, (loss,), chosen, batch.masks, how, outcome.mined, outcome.dense)
+    of_x, of_y = inputs[0], y if inputs[1] is None else inputs[1]
+    if torch.is_grad_enabled() and (of_x.requires_grad or of_y.requires_grad):
+        rest = chosen, batch.masks, how, outcome.mined, outcome.dense
+        if _inside():
+            inside: Any = _EmitBy.apply
+            loss = inside(of_x, of_y, (loss,), _emitter(*rest))
+        else:
+            attach: Any = _Emit.apply
+            loss = attach(of_x, of_y, (loss,), *rest)
     return Run(batch, outcome, loss)
 
 
@@ -369,7 +374,7 @@ def _run_spread(
     value, emit, seen = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, (of_x, of_y), shown=False)
     loss = value
     if of_x or of_y:
-        attach: Any = _EmitOwn.apply
+        attach: Any = _EmitBy.apply
         loss = attach(x, y, (value,), emit)
     return Run(None, Outcome(value, None, None, seen), loss)
 
@@ -416,10 +421,9 @@ def _plain(*arguments: Any) -> tuple[Any, ...]:
     Raises:
         RuntimeError: one of them is batched by vmap, or has a forward-mode tangent.
     """
-    inside = not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
-    if torch.compiler.is_compiling() or not (inside or forward_ad._current_level >= 0):
+    if torch.compiler.is_compiling() or not (_inside() or forward_ad._current_level >= 0):
         return arguments
-    kinds = {each.level(): each.key().name for each in functorch.get_interpreter_stack()} if inside else {}
+    kinds = {each.level(): each.key().name for each in functorch.get_interpreter_stack()} if _inside() else {}
     found = []
     for argument in arguments:
         while isinstance(argument, Tensor) and functorch.is_functorch_wrapped_tensor(argument):
@@ -443,8 +447,12 @@ _NO_TRANSFORM = (
 
 def _outside() -> AbstractContextManager[Any]:
     """Without the transforms of torch.func, for tensors that are plain."""
-    inside = not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
-    return temporarily_clear_interpreter_stack() if inside else nullcontext()
+    return temporarily_clear_interpreter_stack() if _inside() else nullcontext()
+
+
+def _inside() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
 
 
 class _Emit(torch.autograd.Function):
@@ -452,6 +460,7 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         y: Tensor,
         value: tuple[Tensor],  # in a tuple it is no input, and may be handed out without a copy
@@ -461,29 +470,32 @@ class _Emit(torch.autograd.Function):
         mined: Mined | None,
         dense: Dense | None,
     ) -> Tensor:
+        ctx.save_for_backward(x, y)
+        ctx.rest = chosen, masks, how, mined, dense
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, y, _, *ctx.rest = inputs
-        ctx.save_for_backward(x, y)
-
-    @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        chosen, masks, how, mined, dense = ctx.rest
-
-        def emit(x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
-            batch = engine.prepare(x, y, chosen.similarity, masks, how)
-            return _emit(x, y, chosen, batch, mined, dense, incoming, needs)
-
-        return *_handed_out(emit, ctx, incoming), *[None] * 6
+        return *_handed_out(_emitter(*ctx.rest), ctx, incoming), *[None] * 6
 
 
-class _EmitOwn(torch.autograd.Function):
-    """As `_Emit`, for the own rows of a batch that is spread over ranks; nothing is sent in backward."""
+def _emitter(chosen: Settings, masks: Masks, how: How, mined: Mined | None, dense: Dense | None) -> Emit:
+    """What emits the gradient of a call, in backward."""
+
+    def emit(x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
+        batch = engine.prepare(x, y, chosen.similarity, masks, how)
+        return _emit(x, y, chosen, batch, mined, dense, incoming, needs)
+
+    return emit
+
+
+class _EmitBy(torch.autograd.Function):
+    """As `_Emit`, by what emits: the own rows of a batch that is spread over ranks (nothing is sent in backward), and
+    under torch.func, which wants the two parts of forward apart, at ten times the cost of a call.
+    """
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
+    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emit: Emit) -> Tensor:
         return value[0]
 
     @staticmethod
@@ -496,20 +508,22 @@ class _EmitOwn(torch.autograd.Function):
         return *_handed_out(ctx.emit, ctx, incoming), None, None
 
 
-def _handed_out(emit: Callable[..., Gradients], ctx: Any, incoming: Tensor) -> Gradients:
+Emit = Callable[[Tensor, Tensor, Tensor | None, Needs], Gradients]  # (x, y, incoming, needs)
+
+
+def _handed_out(emit: Emit, ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
     saved = ctx.saved_tensors
     x, y = _plain(*saved)
     many = not torch.compiler.is_compiling() and _batched(incoming)  # of jacrev: as many of them as it likes
     (times,) = (None,) if many else _plain(incoming)
     with torch.no_grad(), _outside(), _no_autocast(x.device.type):
-        found = emit(x, y, times, ctx.needs_input_grad[:2])
+        gx, gy = emit(x, y, times, ctx.needs_input_grad[:2])
     if many:
-        found = [None if each is None else each * incoming.to(each.dtype) for each in found]
+        gx, gy = (None if g is None else g * incoming.to(g.dtype) for g in (gx, gy))
     if torch.is_grad_enabled():
         refuse: Any = _NoSecondDerivative.apply
-        found = [None if each is None else refuse(each, *saved, incoming) for each in found]
-    gx, gy = found
+        gx, gy = (None if g is None else refuse(g, *saved, incoming) for g in (gx, gy))
     return gx, gy
 
 

@@ -49,7 +49,8 @@ def rounding_of(similarity: Dot, d: int, dtype: torch.dtype, longest_x: float, l
 
 def longest(x: Tensor) -> float:
     """max‖x‖ over the rows."""
-    return norm(x).max().item()
+    found: float = norm(x).max().item()
+    return found
 
 
 def bounded(*similarities: Tensor) -> bool:
@@ -71,7 +72,8 @@ def lost(s_pos: Tensor, s_neg: Tensor, p_pos: Any, p_neg: Any, loss: Tensor) -> 
     for weight in (p_pos, p_neg):
         if isinstance(weight, Tensor):
             cut = cut | ~(weight.abs() < limit)
-    return ~(size < torch.inf) | ((size > limit) & cut)
+    found: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
+    return found
 
 
 def limits(s_pos: Tensor, request: Request, tie: float) -> Limits:
@@ -349,7 +351,8 @@ def dense_value(
             own, s, met = s_pos[at].unsqueeze(dim), tile[part], share[1 - dim, at].unsqueeze(dim)
             loss = product.value(own, s)
             if not fits:
-                loss = torch.where(live[part] * met != 0, torch.where(own.isfinite() & s.isfinite(), loss, torch.nan), 0.0)
+                loss = torch.where(own.isfinite() & s.isfinite(), loss, torch.nan)
+                loss = torch.where(live[part] * met != 0, loss, 0.0)  # 0 · inf is no 0
             total += (met * loss * live[part]).sum()
     return total
 

@@ -12,6 +12,7 @@ A similarity answers six questions; whoever makes coefficients never knows which
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -190,19 +191,23 @@ def norm(x: Tensor) -> Tensor:
     """‖x‖ over the last dimension, for any representable norm: rows whose squares are not are scaled first."""
     if torch.compiler.is_compiling():  # a graph does not branch on what it computes
         _, length, power = _scaled(x)
-        return (length * power).squeeze(-1)
+        return torch.squeeze(length * power, -1)
     found: Tensor = torch.linalg.vector_norm(x, dim=-1)
     odd = _odd(found)
-    if bool(odd.any()):
+    if odd is not None:
         _, length, power = _scaled(x[odd])
-        found[odd] = (length * power).squeeze(-1)
+        found[odd] = torch.squeeze(length * power, -1)
     return found
 
 
-def _odd(length: Tensor) -> Tensor:
-    """Where norms are 0, inf or NaN, or so short that squares have lost bits."""
+def _odd(length: Tensor) -> Tensor | None:
+    """Where norms are short, 0, inf or NaN; None for nowhere."""
     info = torch.finfo(length.dtype)
-    return ~((length > (info.tiny / info.eps) ** 0.5) & (length < torch.inf))
+    short = (info.tiny / info.eps) ** 0.5  # below it squares have lost bits
+    if length.numel() == 0:
+        return None
+    least, most = torch.aminmax(length)
+    return None if short < least.item() and most.item() < math.inf else ~((length > short) & (length < math.inf))
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +237,7 @@ def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(gap, dim=-1, keepdim=True)
     found = _divide(gap * value, length)
     odd = _odd(length[..., 0])
-    if bool(odd.any()):
+    if odd is not None:
         scaled, length, _ = _scaled(gap[odd])
         found[odd] = _divide(scaled, length) * value[odd]
     return found

@@ -59,7 +59,7 @@ def whole(x: nn.Module, y: nn.Module, inputs: Any, objective: Any, **arguments: 
 
 def in_chunks(encoder: Callable[..., Tensor], inputs: Tensor, chunk: int) -> Tensor:
     """What the encoder makes chunk by chunk, with graph."""
-    return torch.cat([encoder(part) for part in inputs.split(chunk)])
+    return torch.cat([encoder(part) for part in inputs.tensor_split(-(-len(inputs) // chunk))])
 
 
 def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:

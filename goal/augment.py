@@ -58,7 +58,7 @@ def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator |
     Source: Ko & Gu, "Embedding Expansion", CVPR 2020, §3.1 (one line between the two items of a class; the ring is
     what becomes of it where a class has more).
     """
-    x, ids = _checked(x, ids, n)
+    x, ids, n = _checked(x, ids, n)
     shuffle = torch.randperm(len(ids), generator=generator, device=ids.device)
     order, first, size = _groups(ids, shuffle)
     place = torch.arange(len(ids), device=ids.device)
@@ -99,7 +99,7 @@ def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None 
     Source: Zhang et al., "mixup", ICLR 2018, with λ ~ Beta(1, 1) folded at ½; that a negative may hold less than half
     of its query is from Kalantidis et al., "Hard Negative Mixing", NeurIPS 2020, §3.3. To normalise is ours.
     """
-    x, ids = _checked(x, ids, n)
+    x, ids, n = _checked(x, ids, n)
     order, first, size = _groups(ids, torch.arange(len(ids), device=ids.device))
     if bool(size[0] == len(ids)):
         raise ValueError("mixup: all ids are the same, so no item has another to be mixed with.")
@@ -113,10 +113,9 @@ def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None 
     return Made(normalize(rows[:, back].flatten(0, 1), dim=1, eps=_SHORT), ids.repeat(n))
 
 
-def _checked(x: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    x = validation.matrix("x", x, "(B, D)")
-    validation.whole_number("n", n)
-    return x, validation.identity("ids", ids, len(x), "x", x.device)
+def _checked(x: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
+    x, n = validation.matrix("x", x, "(B, D)"), validation.whole_number("n", n)
+    return x, validation.identity("ids", ids, len(x), "x", x.device), n
 
 
 def _groups(ids: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,8 +166,7 @@ class Augmented(TwoWay):
             raise ValueError(f"similarity={objective.settings.similarity.name!r}: made rows are unit vectors.")
         if augment not in _BY_NAME:
             raise unknown("augment", augment, list(_BY_NAME))
-        _checked(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), n)
-        self.augment, self.n = augment, n
+        self.augment, self.n = augment, validation.whole_number("n", n)
 
     def forward(
         self,
@@ -197,9 +195,11 @@ class Augmented(TwoWay):
         k = len(x)
         if len(y) != k:
             raise ValueError(f"x and y must have the same number of rows to be augmented, got {k} and {len(y)}.")
-        rows, cols = validation.identities(torch.arange(k) if ids is None else ids, y_ids, k, k, x.device)
+        ids = torch.arange(k, device=x.device) if ids is None else ids
+        rows, cols = validation.identities(ids, y_ids, k, k, x.device)
         assert rows is not None
         assert cols is not None
+        self._check(x=x, y=y)
         if self.objective.settings.similarity.name == "cosine":
             x, y = normalize(x, dim=1), normalize(y, dim=1)
         generator = None

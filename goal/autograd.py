@@ -249,7 +249,7 @@ def explain(
         (59122112, 42365376)
     """
     chosen = engine.settings(T, P, mining, similarity, "mean", impl, precision)
-    x, y = validation.embeddings(x, y)
+    x, y = validation.embeddings(x, y, meta=True)
     size = distributed.size_of(group, ranks, exchange)
     if size is None:
         return _explanation(chosen, x, y)
@@ -334,8 +334,7 @@ def _run(
         else:
             x, y = validation.embeddings(x, y)
             checked = {"x": x, "y": y}
-        if check_finite is None:
-            check_finite = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        check_finite = validation.checks_finite(check_finite, x)
         how, _ = engine.implementation(chosen, x, y)
         rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
         scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,8 +31,10 @@ class Ring(nn.Module):
 
     def __init__(self, size: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))  # row p, pushed p-th, at p modulo size
-        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
+        device = validation.device_of_values()
+        rows = torch.zeros(size, dim, dtype=dtype, device=device)
+        self.register_buffer("rows", rows)  # row p, pushed p-th, at p modulo size
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64, device=device))
         self.pushed = 0
 
     @property
@@ -41,19 +44,19 @@ class Ring(nn.Module):
         return Past(self.rows[:count], self.ids[:count])
 
     def push(self, rows: Tensor, ids: Tensor) -> None:
-        """Put rows (n, D) in the place of the oldest."""
+        """Put rows (n, D), in the ring's dtype, in the place of the oldest."""
         size = len(self.rows)
         first = max(0, len(rows) - size)  # the last ones stay where there are more than it holds
         at = (self.pushed + torch.arange(first, len(rows), device=self.rows.device)) % size
-        self.rows.index_copy_(0, at, rows.detach()[first:].to(self.rows.dtype))
+        self.rows.index_copy_(0, at, rows[first:])
         self.ids.index_copy_(0, at, ids[first:])
         self.pushed += len(rows)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.pushed)
+        return torch.tensor(self.pushed, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.pushed = int(state)
+        self.pushed = validation.whole_number("the number of rows pushed", state, 0)
 
 
 class Bank(nn.Module):
@@ -90,14 +93,18 @@ class Bank(nn.Module):
     ) -> None:
         super().__init__()
         self._ranks = wire.ranks(group, False, "gather")
-        validation.whole_number("size", size)
-        validation.whole_number("dim", dim)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}.")
+        size, dim = validation.whole_number("size", size), validation.whole_number("dim", dim)
+        if dtype not in validation.DTYPES:
+            known = ", ".join(map(str, validation.DTYPES))
+            raise TypeError(f"dtype must be a floating-point torch.dtype, one of {known}, got {dtype!r}.")
         self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
+        self._warned = False
 
     def push(self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None) -> None:
         """Keep these rows, after the loss of their batch: before it they would meet themselves.
+
+        Rows that are not finite in the bank's dtype, as after a step that overflowed, are left out; the other side's
+        are kept. A bank warns of the first.
 
         Args:
             x: (N, D) embeddings.
@@ -115,8 +122,24 @@ class Bank(nn.Module):
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
         if rows is None or cols is None:
             raise TypeError("ids must be integers, one for each row of x, got None.")
+        x, y = x.detach().to(self.x.rows.dtype), y.detach().to(self.y.rows.dtype)
+        fine_x, fine_y = x.isfinite().all(1), y.isfinite().all(1)
+        whole = bool(torch.cat((fine_x, fine_y)).all())  # the one read-out from a GPU
+        if not whole:
+            x, rows, y, cols = x[fine_x], rows[fine_x], y[fine_y], cols[fine_y]
         self.x.push(x, rows)
         self.y.push(y, cols)
+        if not whole and not self._warned:
+            self._warned = True
+            bad = " and ".join(
+                f"{int((~fine).sum())} of {len(fine)} rows of {side}, the first row {int((~fine).nonzero()[0])}"
+                for side, fine in (("x", fine_x), ("y", fine_y))
+                if not fine.all()
+            )
+            warnings.warn(
+                f"the bank leaves out rows that are not finite in {self.x.rows.dtype}: {bad}. This is said once.",
+                stacklevel=2,
+            )
 
     def _fitting(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = validation.embeddings(x, y)
@@ -183,10 +206,11 @@ class Banked(TwoWay):
             ids: (N,) integers, which are needed: an item that comes again meets its own past.
 
         Raises:
-            ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device.
+            ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device; where
+                finiteness is checked, a row of the bank that is not finite in the batch's dtype.
         """
         ranks, check = self.objective._ranks, self.objective.check_finite
-        what = ranks and f"{self}, {self.bank.x.pushed} rows pushed"  # else banks that differ would not be noticed
+        what = ranks and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
         every = gathered.whole(ranks, what, x, y, ids, y_ids, weight, check)
         x, y = self.bank._fitting(every.x, every.y)
         rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
@@ -194,4 +218,5 @@ class Banked(TwoWay):
             raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
         past_x, past_y = self.bank.x.held, self.bank.y.held
         beside_x, beside_y = (past_x.rows.to(x.dtype), past_x.ids), (past_y.rows.to(y.dtype), past_y.ids)
+        self._check(x=x, y=y, **{"the bank's x": beside_x[0], "the bank's y": beside_y[0]})
         return self._emit(x, y, rows, cols, every.weight, beside_x, beside_y)

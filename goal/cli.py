@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 import goal
 from goal import data, offline
 from goal.data.audio_visual import holds_clips
-from goal.data.files import read_array, write_atomically
+from goal.data.files import Busy, alone, folder_name, read_array, write_atomically
 from goal.distributed import joined
 from goal.evaluation import evaluate
 from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
+from goal.training.display import unfailing
 from goal.training.loop import Row, best, load_trained, score
 from goal.training.report import RunRecord, terminal_table
 from goal.training.systems import SYSTEMS
@@ -33,6 +35,7 @@ PARAMETERS = {
     "lam": "the similarity where sig and sig-ms turn",
     "bias": "first bias of siglip",
 }
+EXTRAS = {"mine": "mine", "data": "build"}  # that bring what a command needs; of the others, train
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
 
@@ -44,21 +47,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["eval", "nowhere"])
     2
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stdout, whose number no file of ours may take
+        pass
+    os.close(free)
+    with unfailing(), warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(list(sys.argv[1:] if argv is None else argv))
+
+
+def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
+    print(f"goal: {message}", file=sys.stderr)  # where in the code is of no use here
+
+
+def _run(arguments: Sequence[str]) -> int:
     command = shlex.join([*_beginning(), *arguments])
     options = _parser().parse_args(arguments)
     try:
         options.run(options, command)
-    except ModuleNotFoundError as error:
-        extra = "mine" if options.command == "mine" else "train"
+    except ImportError as error:
+        extra = EXTRAS.get(options.command, "train")
         hint = "" if "pip install" in str(error) else f". It comes with: pip install 'goal-objectives[{extra}]'"
-        print(f"{error}{hint}", file=sys.stderr)
+        print(f"goal {options.command}: {error}{hint}", file=sys.stderr)
         return 2
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         print(f"goal {options.command}: {error}", file=sys.stderr)
         return 2
-    except (TrainingError, OSError) as error:
-        print(f"goal {options.command}: {error}", file=sys.stderr)
+    except (TrainingError, Busy, OSError, MemoryError) as error:
+        print(f"goal {options.command}: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -80,7 +95,7 @@ def _beginning() -> list[str]:
 def _train(options: argparse.Namespace, command: str) -> None:
     params = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
     config = TrainConfig(**_settings(options), params=params)
-    folder = options.root / (options.name or config.run_name)
+    folder = options.root / (config.run_name if options.name is None else folder_name("--name", options.name))
     with _ranks(options.distributed, config.device) as first, _progress(config, first) as show:
         record = train(
             config,
@@ -147,7 +162,7 @@ def _eval(options: argparse.Namespace, command: str) -> None:
     if (options.run_dir is None) == (options.x is None) or (options.x is None) != (options.y is None):
         raise ValueError("give a run's folder, or both --x and --y")
     if options.run_dir is not None:
-        run = load_trained(options.run_dir)
+        run = load_trained(options.run_dir, device=options.device, data=options.data)
         metrics = score(run.config, run.model, run.split(options.split), options.folds)
     else:
         pairs = data.paired(options.x, options.y, options.image_of)
@@ -174,10 +189,12 @@ def _mine(options: argparse.Namespace, command: str) -> None:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     out = options.out or Path(options.dataset)
+    out.mkdir(parents=True, exist_ok=True)
     source = {} if options.package is None else {"package": options.package}
     if source and options.dataset != "tuxpaint":
         raise ValueError(f"--package: {options.dataset} is not made from one, tuxpaint is")
-    importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out, **source)
+    with alone(out):
+        importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out, **source)
     print(out)
 
 
@@ -329,6 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("eval", "score a run, or two files of embeddings", _eval, more=ties)
     sub.add_argument("run_dir", nargs="?", type=Path, help="folder of a run of train or sweep")
     sub.add_argument("--split", default="test", help="split that a run is scored on")
+    sub.add_argument("--data", help="what a run is scored on; by default the data that it was trained on")
+    sub.add_argument("--device", help="where a run is scored; by default where it was trained, if that is there")
     sub.add_argument("--x", type=Path, help="image embeddings, .npy or .safetensors")
     sub.add_argument("--y", type=Path, help="caption embeddings")
     sub.add_argument("--image-of", type=Path, help="row of x for each row of y; without it equally many, in order")

@@ -203,11 +203,13 @@ class Diagnosis:
 
     def _densities(self, axes: Axes, key: str, title: str) -> None:
         """A histogram for each row, dark where many similarities are."""
-        counts = torch.tensor([row["histogram"][key] for row in self.rows], dtype=torch.float64)  # (rows, BINS)
+        found = [row["histogram"][key] for row in self.rows]
+        counts = torch.tensor(found, dtype=torch.float64, device="cpu")  # (rows, BINS)
         shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).T.numpy()
         steps = [row["step"] for row in self.rows]
         edges = [step - 0.5 for step in steps] + [steps[-1] + 0.5]
-        axes.pcolormesh(edges, torch.linspace(-1, 1, BINS + 1).numpy(), shares, cmap="Blues", vmin=0, rasterized=True)
+        bins = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64, device="cpu").numpy()
+        axes.pcolormesh(edges, bins, shares, cmap="Blues", vmin=0, rasterized=True)
         axes.set_title(title, fontsize=11, loc="left")
 
 
@@ -259,7 +261,7 @@ def diagnose(
     Source: the vanishing zone is that of T-SelHN (Li et al., RVSE++).
     """
     eps = check_number("goal.diagnose", "eps", eps)
-    validation.whole_number("start", start, 0)
+    start = validation.whole_number("start", start, 0)
     if isinstance(encoders, nn.Module):
         encoders = {"encoder": encoders}
     return Diagnosis(objective, dict(encoders or {}), None if path is None else Path(path), eps, start)
@@ -325,7 +327,7 @@ def _mean(values: Tensor) -> float:
 
 
 def _histogram(s: Tensor) -> list[int]:
-    place = ((s.nan_to_num(0) + 1) / 2 * BINS).clamp(0, BINS - 1).long()
+    place = ((s[~s.isnan()] + 1) / 2 * BINS).clamp(0, BINS - 1).long()
     return place.bincount(minlength=BINS).tolist()
 
 

@@ -61,7 +61,7 @@ def local(x: object, y: object, ids: object, y_ids: object, weight: object, chec
     n, m = len(x), len(y)
     if n != m:
         raise ValueError(f"x and y must have the same number of rows on each rank with group=, got {n} and {m}.")
-    finite = x.device.type == "cpu" if check_finite is None else check_finite
+    finite = validation.checks_finite(check_finite, x)
     rows, cols = validation.identities(ids, y_ids, n, m, x.device)
     scale = validation.anchor_weight(weight, n, x.device, finite)
     if finite:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from goal.terms import check_number, spell, unknown
+from goal.terms import check_bool, check_number, spell, unknown
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ def all_negatives(average: bool = True) -> Mining:
         >>> goal.mining.all_negatives(average=False)
         mining.all_negatives(average=False)
     """
-    if not isinstance(average, bool):
-        raise TypeError(f"goal.mining.all_negatives: average must be True or False, got {average!r}.")
-    return Mining("all", "none", "always", average=average)
+    return Mining("all", "none", "always", average=check_bool("goal.mining.all_negatives: average", average))
 
 
 def selective(eps: float = 0.01) -> Mining:

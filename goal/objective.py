@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from goal import engine, gathered, mining, terms, validation, wire
-from goal.autograd import _run
+from goal.autograd import _no_autocast, _run
 from goal.engine import Batch, Seen, Settings
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
@@ -127,27 +127,41 @@ class Objective(nn.Module):
 
 
 class Yardstick(nn.Module):
-    """The base of ordinary losses of the whole matrix S, with autograd.
+    """The base of ordinary losses of the whole matrix S, with autograd; arguments, checks and dtypes as for all others.
 
     Args:
-        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`).
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
+            (`goal.distributed.gathered`).
     """
 
-    def __init__(self, group: ProcessGroup | str | None, averaged: bool) -> None:
+    def __init__(self, check_finite: bool | None, group: ProcessGroup | str | None, averaged: bool) -> None:
         super().__init__()
+        self.check_finite = check_finite
         self._ranks = wire.ranks(group, averaged, "gather")
 
-    def _logits(self, x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """S (N, M), and where it has equal ids off the pairs."""
-        x, y, ids, y_ids, _ = gathered.whole(self._ranks, self, x, y, ids, y_ids)
-        x, y = validation.embeddings(x, y)
-        rows, cols = validation.identities(ids, y_ids, len(x), len(y), x.device)
-        s = x @ y.T
-        same = torch.zeros_like(s, dtype=torch.bool)
-        if rows is not None and cols is not None:
-            same = rows[:, None] == cols
-            same.fill_diagonal_(False)
-        return s, same
+    def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
+        """The loss of (N, D) and (M, D) embeddings; 0-d."""
+        every = gathered.whole(self._ranks, self._ranks and self._agreed(), x, y, ids, y_ids, None, self.check_finite)
+        x, y = validation.embeddings(every.x, every.y)
+        if validation.checks_finite(self.check_finite, x):
+            validation.finite(x=x, y=y)
+        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
+        dtype = engine.computing_dtype(x, y)
+        with _no_autocast(x.device.type):
+            s = x.to(dtype) @ y.to(dtype).T
+            same = torch.zeros_like(s, dtype=torch.bool)
+            if rows is not None and cols is not None:
+                same = rows[:, None] == cols
+                same.fill_diagonal_(False)
+            return self._loss(s, same)
+
+    def _loss(self, s: Tensor, same: Tensor) -> Tensor:
+        """The loss of S (N, M), which has equal ids off the pairs where `same` says so."""
+        raise NotImplementedError
+
+    def _agreed(self) -> str:
+        """What has to be the same on all ranks."""
+        return str(self)
 
 
 class InfoNCE(Yardstick):
@@ -155,7 +169,8 @@ class InfoNCE(Yardstick):
 
     Args:
         tau: inverse temperature, > 0.
-        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`).
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
+            (`goal.distributed.gathered`).
 
     Example:
         >>> import goal, torch
@@ -165,13 +180,18 @@ class InfoNCE(Yardstick):
     Source: Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
     """
 
-    def __init__(self, tau: float = 20.0, *, group: ProcessGroup | str | None = None, averaged: bool = False) -> None:
-        super().__init__(group, averaged)
+    def __init__(
+        self,
+        tau: float = 20.0,
+        *,
+        check_finite: bool | None = None,
+        group: ProcessGroup | str | None = None,
+        averaged: bool = False,
+    ) -> None:
+        super().__init__(check_finite, group, averaged)
         self.tau = terms.check_number("goal.recipe('infonce')", "tau", tau)
 
-    def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
-        """The loss of (N, D) and (M, D) embeddings; 0-d."""
-        s, same = self._logits(x, y, ids, y_ids)
+    def _loss(self, s: Tensor, same: Tensor) -> Tensor:
         s = (self.tau * s).masked_fill(same, -torch.inf)
         k = min(s.shape)
         target = torch.arange(k, device=s.device)
@@ -184,11 +204,15 @@ class InfoNCE(Yardstick):
 class SigLIP(Yardstick):
     """−Σᵢⱼ log σ(zᵢⱼ(e^t s + b)) / K with z = 1 at the pairs and −1 elsewhere; t and b are learned; plain autograd.
 
+    t and b are the parameters `log_tau` and `bias`, float32 of shape (1,), as wrappers that shard parameters ask for.
+    State dicts from before they had that shape still load.
+
     Args:
         tau: initial e^t, > 0.
         bias: initial b.
-        group, averaged: as for `goal.apply`; every rank computes the whole loss (`goal.distributed.gathered`). t and b
-            get their whole gradient on each, so they need no `DistributedDataParallel`; they have to begin alike.
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
+            (`goal.distributed.gathered`). t and b get their whole gradient on each, so they need no
+            `DistributedDataParallel`; they have to be alike.
 
     Example:
         >>> import goal, torch
@@ -203,21 +227,34 @@ class SigLIP(Yardstick):
         tau: float = 10.0,
         bias: float = -10.0,
         *,
+        check_finite: bool | None = None,
         group: ProcessGroup | str | None = None,
         averaged: bool = False,
     ) -> None:
-        super().__init__(group, averaged)
-        tau = terms.check_number("goal.recipe('siglip')", "tau", tau)
-        self.log_tau = nn.Parameter(torch.tensor(tau).log())
-        self.bias = nn.Parameter(torch.tensor(terms.check_number("goal.recipe('siglip')", "bias", bias)))
+        super().__init__(check_finite, group, averaged)
+        checked = [terms.check_number("goal.recipe('siglip')", *one) for one in (("tau", tau), ("bias", bias))]
+        device = validation.device_of_values()
+        t, b = (torch.tensor([one], dtype=torch.float32, device=device) for one in checked)
+        self.log_tau, self.bias = nn.Parameter(t.log()), nn.Parameter(b)
 
-    def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
-        """The loss of (N, D) and (M, D) embeddings; 0-d."""
-        s, same = self._logits(x, y, ids, y_ids)
+    def _loss(self, s: Tensor, same: Tensor) -> Tensor:
+        if self.bias.device != s.device:
+            where = f"x and y are on {s.device} and t and b on {self.bias.device}"
+            raise ValueError(f"{where}: move the objective by .to({str(s.device)!r}).")
+        t, b = self.log_tau.to(s.dtype), self.bias.to(s.dtype)  # (1,)
         z = -torch.ones_like(s)
         z.fill_diagonal_(1.0)
-        each = logsigmoid(z * (self.log_tau.exp() * s + self.bias))
+        each = logsigmoid(z * (t.exp() * s + b))
         return -each.masked_fill(same, 0).sum() / min(s.shape)
+
+    def _agreed(self) -> str:
+        return f"SigLIP(log_tau={self.log_tau.item()}, bias={self.bias.item()})"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in ("log_tau", "bias"):  # 0-d in earlier versions
+            if prefix + name in state_dict and state_dict[prefix + name].dim() == 0:
+                state_dict[prefix + name] = state_dict[prefix + name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _objective(**fixed: Any) -> Callable[..., nn.Module]:

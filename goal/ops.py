@@ -471,7 +471,8 @@ def _(
 
 
 def _numbers(values: tuple[Parameter, ...]) -> Tensor:
-    return torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float64)
+    numbers = [math.nan if value is None else float(value) for value in values]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _pack(product: Product) -> tuple[str, str, Tensor, Tensor]:

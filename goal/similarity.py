@@ -79,10 +79,9 @@ class Dot:
             at = torch.arange(size, device=x.device)
         if _SAMPLES and x.device.type == "cpu":
             # the entries (k, at[k]) of first · secondᵀ, one each row of a CSR matrix: no gathered copies of either
-            rows = torch.arange(size + 1)
-            wanted = torch.sparse_csr_tensor(
-                rows, at, first.new_zeros(size), (size, second.shape[0]), check_invariants=False
-            )
+            rows = torch.arange(size + 1, device=x.device)
+            shape, zeros = (size, second.shape[0]), first.new_zeros(size)
+            wanted = torch.sparse_csr_tensor(rows, at, zeros, shape, device=x.device, check_invariants=False)
             entries: Tensor = torch.sparse.sampled_addmm(wanted, first, second.T, beta=0).values()
             return entries
         return (first * second.index_select(0, at)).sum(1)
@@ -245,11 +244,11 @@ def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
 
 def _samples() -> bool:
     """Whether this PyTorch computes single entries of a product on the CPU (a build with MKL does)."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("ignore")  # "CSR support is in beta": said once, here
         try:
-            one = torch.ones(1, 1)
-            entry = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), (1, 1))
+            one = torch.ones(1, 1, dtype=torch.float32)
+            entry = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), one.new_zeros(1), (1, 1))
             return bool(torch.sparse.sampled_addmm(entry, one, one, beta=0).values().item() == 1)
         except RuntimeError:
             return False

@@ -15,11 +15,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -52,18 +54,20 @@ def unknown(argument: str, came: object, known: Sequence[str]) -> ValueError:
 
 
 def check_number(owner: str, name: str, value: object) -> float:
-    """A finite Python float from a number; raises with the argument's name otherwise."""
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise ValueError(
-                f"{owner}: parameter {name!r} requires grad, but a parameter of a gradient-space objective has no "
-                "gradient (there is no loss to differentiate). Pass a number; use a schedule to change it."
-            )
-        if value.numel() == 1:
-            value = value.item()
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A finite Python float from a number of any kind; raises with the argument's name otherwise."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{owner}: parameter {name!r} requires grad, but a parameter of a gradient-space objective has no "
+            "gradient (there is no loss to differentiate). Pass a number; use a schedule to change it."
+        )
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{owner}: parameter {name!r} must be a number, got {type(value).__name__} ({value!r}).")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{owner}: parameter {name!r} must be within a float's range, got {value}.") from None
     if not -math.inf < value < math.inf:  # torch.compile traces this with a symbolic number
         raise ValueError(f"{owner}: parameter {name!r} must be finite, got {value}.")
     if name in _POSITIVE and value <= 0:
@@ -71,6 +75,13 @@ def check_number(owner: str, name: str, value: object) -> float:
     if name in _NOT_NEGATIVE and value < 0:
         raise ValueError(f"{owner}: parameter {name!r} must be >= 0, got {value}.")
     return value
+
+
+def check_bool(what: str, value: object) -> bool:
+    """A Python bool from one of any kind; raises with the argument's name otherwise."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{what} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 @dataclass(frozen=True)
@@ -123,9 +134,7 @@ class Definition:
     @staticmethod
     def _checked(owner: str, name: str, value: object, default: Parameter) -> Parameter:
         if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise TypeError(f"{owner}: parameter {name!r} must be True or False, got {value!r}.")
-            return value
+            return check_bool(f"{owner}: parameter {name!r}", value)
         if value is None and default is None:
             return None
         return check_number(owner, name, value)
@@ -226,7 +235,8 @@ def _defaults(function: Callable[..., Any], statistics: Sequence[str]) -> dict[s
             f"`{function.__name__}`: keywords without a default are the declared statistics {sorted(statistics)}, "
             f"got {sorted(asked)}. Give parameters a default; declare statistics with `statistics=(...)`."
         )
-    defaults = {p.name: p.default for p in parameters[2:] if p.default is not p.empty}
+    given = {p.name: p.default for p in parameters[2:] if p.default is not p.empty}
+    defaults = {name: bool(value) if isinstance(value, np.bool_) else value for name, value in given.items()}
     for statistic in statistics:
         reads = STATISTICS[statistic]
         if reads is not None and reads not in defaults:
@@ -245,7 +255,7 @@ def _probe(term: Term) -> None:
     Raises:
         ValueError: it fails there, is not elementwise, not finite, or a negative T.
     """
-    at = torch.arange(-20, 21).double() / 20
+    at = torch.arange(-20, 21, dtype=torch.float64, device="cpu") / 20
     tile, few = (at[:, None].expand(41, 41), at.expand(41, 41)), (at[:30], at[:30])
     for r in (0.0, 0.5):
         try:
@@ -279,7 +289,8 @@ def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tens
             raise ValueError(
                 f"{term!r} must be elementwise: of similarities of shape {shape}, {name} has {tuple(found.shape)}."
             )
-    weight, along = torch.as_tensor(tile).double().expand(41, 41), torch.as_tensor(anchors).double().expand(30)
+    here: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    weight, along = torch.as_tensor(tile, **here).expand(41, 41), torch.as_tensor(anchors, **here).expand(30)
     if not weight.isfinite().all():
         raise ValueError(f"{term!r} must be finite on [−1, 1]²: {where(~weight.isfinite())}.")
     if not torch.allclose(weight.diagonal()[:30], along, rtol=1e-6, atol=1e-9):

@@ -40,6 +40,11 @@ class TwoWay(nn.Module):
         self.objective = objective
         self._seen: list[Any] = []  # what each of the two calls saw
 
+    def _check(self, **rows: Tensor) -> None:
+        """Raise for NaN or inf where the objective would, which counts rows beside the batch as x's or y's."""
+        if validation.checks_finite(self.objective.check_finite, rows["x"]):
+            validation.finite(**rows)
+
     def _emit(
         self,
         x: Tensor,
@@ -52,7 +57,8 @@ class TwoWay(nn.Module):
     ) -> Tensor:
         """The scalar of x (N, D) and y (M, D), whose first K = min(N, M) rows are anchors."""
         k = min(len(x), len(y))
-        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check=False)
+        check = validation.checks_finite(self.objective.check_finite, x)
+        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check)
         assert scale is not None
         one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
         (b, b_ids), (a, a_ids) = beside_x, beside_y

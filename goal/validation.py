@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+_LIMIT = 2**63  # identities are sent, kept and written as int64
 
 
-def embeddings(x: object, y: object) -> tuple[Tensor, Tensor]:
-    """x (N, D) and y (M, D) as tensors that belong together."""
-    x, y = matrix("x", x, "(N, D)"), matrix("y", y, "(M, D)")
+# ── embeddings ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def embeddings(x: object, y: object, meta: bool = False) -> tuple[Tensor, Tensor]:
+    """x (N, D) and y (M, D) as tensors that belong together; `meta` says that shapes without values will do."""
+    x, y = matrix("x", x, "(N, D)", meta), matrix("y", y, "(M, D)", meta)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same D, got x {tuple(x.shape)} and y {tuple(y.shape)}.")
     if x.device != y.device:
@@ -25,18 +37,45 @@ def similarity_matrix(s: object) -> Tensor:
     return matrix("S", s, "(N, M)")
 
 
-def matrix(name: str, value: object, shape: str) -> Tensor:
-    """A floating-point matrix under its argument's name."""
+def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
+    """A dense floating-point matrix under its argument's name."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
-    if value.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        hint = f": torch.as_tensor({name}) makes one" if type(value) in (np.ndarray, list, tuple) else ""
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}{hint}.")
+    value = dense(name, value, meta)
+    if value.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {known}, got {value.dtype}.")
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
     if 0 in value.shape:
         raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(value.shape)}.")
     return value
+
+
+def dense(name: str, tensor: Tensor, meta: bool = False) -> Tensor:
+    """The tensor, without a subclass's name, if all of its entries are here, as they are, with strides between them."""
+    came = None
+    if tensor.is_nested:
+        came = "a nested tensor", "to_padded_tensor(0)"
+    elif isinstance(tensor, torch.masked.MaskedTensor):
+        came = "a masked tensor", "to_tensor(0)"
+    elif hasattr(tensor, "full_tensor"):
+        came = "a DTensor", "full_tensor()"
+    elif tensor.is_quantized:
+        came = f"a quantised one of {tensor.dtype}", "dequantize()"
+    elif tensor.layout != torch.strided:
+        came = f"layout {tensor.layout}", "to_dense()"
+    if came is not None:
+        what, call = came
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {what}: call {name}.{call}.")
+    if tensor.is_meta and not meta:
+        raise ValueError(f"{name} is on the meta device, which holds no values: make it on another, such as cpu.")
+    plain = type(tensor) in (Tensor, nn.Parameter) or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor if plain or torch.compiler.is_compiling() else tensor.as_subclass(Tensor)
+
+
+# ── identities ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def identities(ids: object, y_ids: object, n: int, m: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -52,16 +91,86 @@ def identities(ids: object, y_ids: object, n: int, m: int, device: torch.device)
 
 
 def identity(name: str, value: object, length: int, side: str, device: torch.device) -> Tensor:
-    """One integer for each row, int64."""
-    try:
-        ids = torch.as_tensor(value, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be integers, one for each row of {side}: {error}") from None
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+    """One integer for each row, (length,) int64 on `device`; equal where they came equal, in whatever form.
+
+    Args:
+        value: integers of any width, with or without sign: a tensor, an array of either byte order, a list, a column
+            of a table, whose index is not looked at, or Python's integers in an array of objects.
+
+    Raises:
+        TypeError: anything else: numbers with a fraction could have been rounded to each other already.
+        ValueError: another length, or a number that int64 does not hold, with its row.
+    """
+    ids = dense(name, value if isinstance(value, Tensor) else _integers(name, value, side))
+    if ids.dtype not in _INTEGERS:
         raise TypeError(f"{name} must be integers, got dtype {ids.dtype}.")
     if tuple(ids.shape) != (length,):
         raise ValueError(f"{name} must have shape ({length},), one for each row of {side}, got {tuple(ids.shape)}.")
-    return ids.long()
+    if ids.dtype == torch.uint64:
+        ids = ids.view(torch.int64)  # where what is too large for it is negative
+        if bool((ids < 0).any()):
+            row = int((ids < 0).nonzero()[0])
+            raise _too_large(name, int(ids[row]) + 2 * _LIMIT, row)
+    return ids.detach().to(device, torch.int64)
+
+
+def _integers(name: str, value: object, side: str) -> Tensor:
+    """Integers that came as no tensor, as one on the CPU."""
+    what = f"{name} must be integers, one for each row of {side}"
+    if hasattr(value, "__array__"):  # an array, or a column of a table
+        array = _array(what, value)
+        if array.dtype.kind in "iu":
+            if array.dtype.kind == "u" and (array >= _LIMIT).any():
+                row = int((array >= _LIMIT).argmax())
+                raise _too_large(name, int(array.flat[row]), row)
+            return torch.from_numpy(array.astype(np.int64))
+        if array.dtype.kind != "O":
+            raise TypeError(f"{what}, got dtype {array.dtype}{_ADVICE.get(array.dtype.kind, '')}.")
+        value = array.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        raise TypeError(f"{what}, got {type(value).__name__}.")
+    entries = [_integer(what, entry, row) for row, entry in enumerate(value)]
+    for row, entry in enumerate(entries):
+        if not -_LIMIT <= entry < _LIMIT:
+            raise _too_large(name, entry, row)
+    return torch.tensor(entries, dtype=torch.int64, device="cpu")
+
+
+def _integer(what: str, entry: object, row: int) -> int:
+    """An entry of a list."""
+    if type(entry) is int:
+        return entry
+    if isinstance(entry, Tensor | np.ndarray) and entry.ndim == 0:
+        entry = entry.item()
+    if isinstance(entry, bool) or not isinstance(entry, numbers.Integral):
+        kind = "U" if isinstance(entry, str) else "f" if entry is None or isinstance(entry, float | np.floating) else ""
+        raise TypeError(f"{what}, got {entry!r} in row {row}{_ADVICE.get(kind, '')}.")
+    return int(entry)
+
+
+def _too_large(name: str, value: int, row: int) -> ValueError:
+    return ValueError(f"{name} must be within int64, −2⁶³ to 2⁶³ − 1, got {value} in row {row}{_ADVICE['U']}.")
+
+
+_RENUMBER = ": numpy.unique(..., return_inverse=True)[1], of both sides together, makes numbers of them"
+_ADVICE = {  # by the letter that NumPy has for a kind of dtype
+    **dict.fromkeys("UST", _RENUMBER),
+    "f": ": a column with a missing value becomes float, so leave out such rows first",
+}
+
+
+def _array(what: str, value: object) -> np.ndarray[Any, Any]:
+    """An array, or what NumPy makes of a column; in memory's own order of bytes or not."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: {error}") from None
+    if np.ma.is_masked(value):
+        raise ValueError(f"{what}, got an array of which entries are masked: leave them out.")
+    return array
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> Tensor | None:
@@ -70,10 +179,7 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
         return None
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("weight requires grad, but a gradient-space objective has no gradient for it: detach it.")
-    try:
-        w = torch.as_tensor(weight, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"weight must be numbers, one for each pair: {error}") from None
+    w = dense("weight", weight if isinstance(weight, Tensor) else _reals(weight))
     if w.dtype.is_complex or w.dtype == torch.bool:
         raise TypeError(f"weight must be real numbers, got {w.dtype}.")
     if tuple(w.shape) not in ((k,), (2, k)):
@@ -81,7 +187,7 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
             f"weight must have shape ({k},), one for each pair, or (2, {k}), a row for each direction, "
             f"got {tuple(w.shape)}."
         )
-    w = w if w.is_floating_point() else w.float()
+    w = w.to(device, w.dtype if w.dtype in DTYPES and device.type != "mps" else torch.float32)  # mps has no float64
     if check and not bool(((w >= 0) & (w < torch.inf)).all()):
         bad = (~((w >= 0) & (w < torch.inf))).nonzero()[0].tolist()
         at = ", ".join(map(str, bad))
@@ -89,13 +195,49 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
     return w
 
 
+def _reals(value: object) -> Tensor:
+    """Numbers that came as no tensor, as one on the CPU, in float64 unless they came in less."""
+    what = "weight must be numbers, one for each pair"
+    if hasattr(value, "__array__"):
+        array = _array(what, value)
+        if array.dtype.kind not in "iufO":
+            raise TypeError(f"{what}, got dtype {array.dtype}.")
+        if array.dtype.kind != "O":
+            narrow = array.dtype.kind == "f" and array.itemsize < 8
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("=") if narrow else np.float64))
+        value = array.tolist()
+    try:
+        w = torch.as_tensor(value, device="cpu")
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu") if w.is_floating_point() else w
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: {error}") from None
+
+
+# ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    """An int from `least` on."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A Python int from `least` on, from an integer of any kind."""
+    given = value.item() if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 else value
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value}.")
-    return value
+    number = int(given)
+    if not least <= number < _LIMIT:
+        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number >= _LIMIT)}, got {value}.")
+    return number
+
+
+def device_of_values() -> torch.device:
+    """Where values begin that a module is made with: torch's default device, but for the one that would lose them."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def checks_finite(check_finite: bool | None, x: Tensor) -> bool:
+    """Whether entries are looked at, by what `check_finite=` says: by default on the CPU, outside `torch.compile`."""
+    if check_finite is None:
+        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return bool(check_finite)
 
 
 def finite(**tensors: Tensor) -> None:

@@ -37,8 +37,7 @@ class Ranks(NamedTuple):
 
 def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
     """The arguments `group`, `averaged` and `exchange` of `goal.apply`, checked; None without a group."""
-    if not isinstance(averaged, bool):
-        raise TypeError(f"averaged must be True or False, got {averaged!r}.")
+    averaged = terms.check_bool("averaged", averaged)
     if exchange not in EXCHANGES:
         raise terms.unknown("exchange", exchange, EXCHANGES)
     if group is None:

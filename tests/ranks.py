@@ -9,6 +9,7 @@ import importlib
 import os
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -448,8 +449,34 @@ def whole_losses(group: Any) -> list[str]:
         wrong.append(f"augmented: {said}")
     losses["banked"].bank.x.pushed += int(last)
     said = raised(lambda: losses["banked"](x, x, torch.arange(3)))
-    if "0 rows pushed on rank 0" not in said or "1 rows pushed" not in said:
+    if "0 of x, 0 of y pushed on rank 0" not in said or "1 of x, 0 of y pushed" not in said:
         wrong.append(said)
+    for name, parameter in (("log_tau", "log_tau=2.5"), ("bias", "bias=-9.0")):
+        siglip = goal.SigLIP(group=group)
+        with torch.no_grad():
+            getattr(siglip, name).fill_(float(parameter.partition("=")[2]) if last else getattr(siglip, name).item())
+        said = raised(lambda siglip=siglip: siglip(x, x))
+        if not ("what is SigLIP(" in said and parameter in said and f"on rank {size - 1}" in said):
+            wrong.append(f"{name}: {said}")
+    for name in ("infonce", "siglip"):
+        rows = torch.full_like(x, torch.nan) if last else x
+        said = raised(lambda name=name, rows=rows: goal.recipe(name, group=group)(x, rows))
+        if f"rank {size - 1}: ValueError: y has a non-finite value" not in said:
+            wrong.append(f"{name}: {said}")
+        half = goal.recipe(name, group=group)(x.half(), x.half())
+        gap_of_halves = abs(half.item() - goal.recipe(name, group=group)(x.half().float(), x.half().float()).item())
+        if half.dtype != torch.float32 or gap_of_halves > 0:
+            wrong.append(f"{name}: {half} of 16-bit rows")
+    bank, rows = goal.Bank(20, 4, group=group), x.clone()
+    rows[1] = torch.nan if last else rows[1]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            bank.push(rows, x, torch.arange(3) + 3 * rank)
+    counts_of = bank.x.pushed, bank.y.pushed
+    if counts_of != (2 * (3 * size - 1), 6 * size) or len(warned) != 1 or not bank.x.rows.isfinite().all():
+        wrong.append(f"the bank of rank {rank} has {counts_of} rows, {[str(one.message) for one in warned]}")
+    goal.Banked(goal.Objective(group=group), bank)(x, x, torch.arange(3) + 3 * rank)  # ranks agree on it
     said = raised(lambda: goal.InfoNCE(group=group)(x, x[:2] if last else x))
     if f"rank {size - 1}: ValueError: x and y must have the same number of rows" not in said:
         wrong.append(said)

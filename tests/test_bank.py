@@ -1,6 +1,7 @@
 """The bank as a queue, and the objective with a bank against a dense float64 truth with constant candidates."""
 
 import copy
+import warnings
 from collections import deque
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
+from goal.augment import Augmented
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +82,75 @@ def test_what_is_pushed_is_detached_and_copied() -> None:
     assert bank.x.held.rows.dtype == torch.float16
     assert not bank.x.held.rows.requires_grad
     assert (bank.x.held.rows == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_rows_that_are_not_finite_in_its_dtype_are_left_out(dtype: torch.dtype) -> None:
+    bank = goal.Bank(6, 4, dtype)
+    x, y, ids = embeddings(5, seed=1), embeddings(5, seed=2), torch.arange(5)
+    x[1, 2], x[3] = torch.nan, 1e39 if dtype != torch.float64 else torch.inf  # the latter finite, but not in the bank
+    y[0] = -torch.inf
+    x = x.requires_grad_()
+    with pytest.warns(
+        UserWarning, match=rf"the bank leaves out .* {dtype}: 2 of 5 rows of x, the first row 1 and 1 of 5 "
+    ) as said:
+        bank.push(x, y, ids)
+    assert said[0].filename == __file__
+    with warnings.catch_warnings(action="error"):  # it is said once
+        bank.push(x, y, ids + 5)
+        bank.push(x * torch.nan, y * torch.nan, ids)
+    assert (bank.x.pushed, bank.y.pushed) == (6, 8)
+    assert sorted(bank.x.held.ids.tolist()) == [0, 2, 4, 5, 7, 9]
+    assert sorted(bank.y.held.ids.tolist()) == [3, 4, 6, 7, 8, 9]
+    kept = dict(zip(bank.x.held.ids.tolist(), bank.x.held.rows, strict=True))
+    assert torch.equal(kept[7], x[2].to(dtype))
+    loss = goal.Banked(goal.Objective(check_finite=False), bank)(y[1:], y[1:], ids[1:])
+    assert loss.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:the bank leaves out")
+def test_one_overflow_spoils_no_later_step() -> None:
+    torch.manual_seed(0)
+    image, text = nn.Linear(6, 4), nn.Linear(5, 4)
+    optimiser = torch.optim.SGD([*image.parameters(), *text.parameters()], 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    bank = goal.Bank(64, 4)
+    objective = goal.Banked(goal.Objective(check_finite=False), bank)
+    losses = []
+    for step in range(9):
+        a, b, ids = torch.randn(8, 6), torch.randn(8, 5), torch.arange(8) + 8 * step
+        a[3] = torch.inf if step == 2 else a[3]
+        x, y = normalize(image(a), dim=1), normalize(text(b), dim=1)
+        optimiser.zero_grad()
+        loss = objective(x, y, ids)
+        scaler.scale(loss).backward()
+        scaler.step(optimiser)
+        scaler.update()
+        bank.push(x, y, ids)
+        losses.append(loss.isfinite().item())
+    assert losses == [step != 2 for step in range(9)]
+    assert (bank.x.pushed, bank.y.pushed) == (71, 72)
+
+
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_errors_name_whose_row_it_is(side: str) -> None:
+    x, ids = embeddings(6).float(), torch.arange(6)
+    bank, restored = goal.Bank(8, 4), goal.Bank(8, 4)
+    bank.push(x, x, ids)
+    state = copy.deepcopy(bank.state_dict())
+    state[f"{side}.rows"][2, 1] = torch.inf
+    restored.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=rf"^the bank's {side} has a non-finite value \(inf\) in row 2 \(1 such rows of 6\)"
+    ):
+        goal.Banked(goal.Objective(), restored)(x, x, ids)
+    bad = {"x": x, "y": x, side: x.clone()}
+    bad[side][4, 0] = torch.nan
+    for objective in (goal.Banked(goal.Objective(), bank), Augmented(goal.Objective(similarity="cosine"))):
+        with pytest.raises(ValueError, match=rf"^{side} has a non-finite value \(nan\) in row 4 \(1 such rows of 6\)"):
+            objective(**bad, ids=ids)
+        with pytest.raises(ValueError, match=r"^weight must be .*, got -1\.0 at position 2\."):
+            objective(x, x, ids, weight=[1, 1, -1, 1, 1, 1])
 
 
 # ── the objective with a bank ───────────────────────────────────────────────────────────────────────────
@@ -193,8 +264,9 @@ def test_what_is_refused() -> None:
     for size, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="size must be a whole number >= 1"):
             goal.Bank(size, 4)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="dtype must be a floating-point"):
-        goal.Bank(4, 4, torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "float32"):
+        with pytest.raises(TypeError, match=r"dtype must be a floating-point .* torch\.bfloat16"):
+            goal.Bank(4, 4, dtype)  # type: ignore[arg-type]
     bank = goal.Bank(4, 5)
     with pytest.raises(ValueError, match="x and y must have the bank's 5 columns, got 4"):
         bank.push(x, x, ids)

@@ -1,9 +1,15 @@
 """The data package: the shipped emoji, the field's folders, plain pairs, and what bad files say."""
 
+import copy
 import hashlib
 import json
+import os
+import pickle
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +19,11 @@ from safetensors.torch import save_file
 
 import goal.data
 import goal.data.files
-from goal.data import build_emoji, groups, load, paired, precomp
+from goal.data import Pairs, build_emoji, groups, load, paired, precomp
 from goal.data.files import read_lines, write_atomically
 from goal.data.int8 import dequantise, quantise
+from goal.training.features import Mapped
+from goal.training.features import split as taken
 
 EMOJI = Path(goal.data.__file__).parent / "emoji"
 SPLITS = ("train", "val", "test")
@@ -218,6 +226,26 @@ def test_precomp_takes_sentence_features(tmp_path: Path) -> None:
         load(tmp_path, "test")
 
 
+@pytest.mark.parametrize("shape", [(10, 6), (10, 3, 6)])
+def test_precomp_takes_features_without_texts(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    np.save(tmp_path / "test_ims.npy", features(2, 8))
+    np.save(tmp_path / "test_caps.npy", features(*shape))
+    pairs = load(tmp_path, "test")
+    assert pairs.captions is None
+    assert pairs.y is not None
+    assert pairs.y.shape == shape
+    assert pairs.image_of.tolist() == [0] * 5 + [1] * 5
+    np.save(tmp_path / "test_ims.npy", features(3, 8))
+    with pytest.raises(ValueError, match=r"test_caps\.npy: 10 captions, no multiple of the 3 images"):
+        load(tmp_path, "test")
+    (tmp_path / "test_caps.npy").unlink()
+    with pytest.raises(ValueError, match=r"test_caps\.txt: no such file, and no test_caps\.npy either"):
+        load(tmp_path, "test")
+    (tmp_path / "test_caps.npy").symlink_to("nowhere.npy")  # not the same as no file
+    with pytest.raises(ValueError, match=r"test_caps\.npy: no such file"):
+        load(tmp_path, "test")
+
+
 def test_precomp_captions_end_only_at_newlines(tmp_path: Path) -> None:
     write_precomp(tmp_path, "test", features(3, 8), 0)
     (tmp_path / "test_caps.txt").write_bytes("a\u2028b \r\n\nc\x0cd\re".encode())
@@ -400,6 +428,121 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_x.npy").write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"test_x\.npy: no array of numbers"):
         paired(tmp_path / "test_x.npy", tmp_path / "test_x.npy")
+
+
+# arrays of any kind
+
+
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", "<f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_another_byte_order_are_what_they_are(tmp_path: Path, dtype: str, order: Any) -> None:
+    x, y, tokens = features(4, 8), features(8, 6), features(8, 3, 6)
+    expected = [torch.from_numpy(array.astype(dtype).astype(np.float32)) for array in (x, y, tokens)]
+    for name, array in (("x", x), ("y", y), ("tokens", tokens), ("of", np.arange(8) // 2)):
+        np.save(tmp_path / f"{name}.npy", array.astype(">i8" if name == "of" else dtype, order=order))
+    with torch.device("meta"):  # another default device must not reach the data
+        part, words = (
+            taken(paired(*(tmp_path / f"{name}.npy" for name in ("x", captions, "of")))) for captions in ("y", "tokens")
+        )
+        values, lengths = words.y[torch.arange(8, device="cpu")]
+    assert torch.equal(part.x, expected[0])
+    assert torch.equal(part.y, expected[1])
+    assert torch.equal(values, expected[2])
+    assert lengths.tolist() == [3] * 8
+    assert part.image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert part.ids.tolist() == [0, 1, 2, 3]
+
+
+def test_features_without_a_finite_norm_are_refused(tmp_path: Path) -> None:
+    for side, what in (("x", "image 2"), ("y", "caption 2")):
+        for name in ("x", "y"):
+            rows = features(4, 8)
+            rows[2] *= 1e25 if name == side else 1
+            np.save(tmp_path / f"{name}.npy", rows)
+        with pytest.raises(ValueError, match=f"x: {what} of 'test' is too large"):
+            taken(paired(tmp_path / "x.npy", tmp_path / "y.npy"))
+    regions = np.full((4, 36, 2), 3e38, np.float32)  # whose sum is infinite
+    with pytest.raises(ValueError, match="mine: image 0 of 'val' is too large"):
+        taken(Pairs("mine", "val", regions, features(4, 2), np.arange(4), None))
+
+
+# copies and processes
+
+
+SLICES: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "all": lambda x: x,
+    "fifths": lambda x: x[::5],
+    "first": lambda x: x[:7],
+    "later": lambda x: x[3:][2:],
+    "backwards": lambda x: x[::-1],
+    "inside": lambda x: x[:, 1:2, ::2],
+}
+
+
+def copies(value: Any) -> list[Any]:
+    return [pickle.loads(pickle.dumps(value)), copy.deepcopy(value), copy.copy(value)]
+
+
+@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize(("dtype", "order"), [("<f4", "C"), (">f2", "C"), ("<f8", "F")])
+def test_maps_travel_as_their_path(tmp_path: Path, name: str, dtype: str, order: Any) -> None:
+    np.save(tmp_path / "x.npy", features(200, 3, 50).astype(dtype, order=order))
+    np.save(tmp_path / "y.npy", features(200, 6))
+    pairs = paired(tmp_path / "x.npy", tmp_path / "y.npy")
+    pairs = replace(pairs, x=SLICES[name](pairs.x))
+    side = Mapped(pairs.x)
+    assert len(pickle.dumps(pairs)) < 4000
+    assert len(pickle.dumps(side)) < 1000
+    for each in copies(pairs):
+        for again in (each, *copies(each)):  # from a worker to its own
+            assert isinstance(again.x, np.memmap)
+            assert again.x.dtype == pairs.x.dtype
+            assert not again.x.flags.writeable
+            assert np.array_equal(again.x, pairs.x)
+            assert np.array_equal(again.y, pairs.y)
+            assert (again.name, again.split, again.captions) == (pairs.name, pairs.split, None)
+    for each in copies(side):
+        assert np.array_equal(each.array, pairs.x)
+
+
+def test_a_folder_is_left_and_maps_still_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_precomp(tmp_path / "a", "test", features(4, 8).repeat(5, axis=0), 20)
+    monkeypatch.chdir(tmp_path / "a")
+    pairs = load(".", "test")
+    monkeypatch.chdir(tmp_path)
+    assert all(np.array_equal(each.x, features(4, 8)) for each in copies(pairs))
+
+
+def test_what_is_in_memory_travels_by_value(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", features(40, 6))
+    written = np.load(tmp_path / "x.npy", mmap_mode="c")  # a map that was written to, but not in its file
+    written[3] = 9
+    for x in (features(40, 6), written):
+        pairs = Pairs("mine", "train", x, None, np.arange(40), ("a",) * 40)
+        for each in copies(pairs):
+            assert np.array_equal(each.x, x)
+            assert each.captions == pairs.captions
+    unpickled = copies(load("emoji", "val"))[0]
+    assert np.array_equal(unpickled.x, load("emoji", "val").x)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", ["longer", "rewritten", "gone"])
+def test_a_file_that_changed_is_no_copy(tmp_path: Path, when: str, change: str) -> None:
+    for name in ("x", "y"):
+        np.save(tmp_path / f"{name}.npy", features(40, 6))
+    pairs, path = paired(tmp_path / "x.npy", tmp_path / "y.npy"), tmp_path / "x.npy"
+    sent = pickle.dumps(pairs) if when == "after" else b""
+    stat = path.stat()
+    path.unlink()  # the map keeps the file that was there
+    if change != "gone":
+        np.save(path, features(41 if change == "longer" else 40, 6))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (change == "rewritten")))
+    sent = sent or pickle.dumps(pairs)
+    with pytest.raises(
+        ValueError, match=r"x\.npy: (has changed since it was mapped|was mapped, and cannot be any more)"
+    ):
+        pickle.loads(sent)
 
 
 # names

@@ -200,6 +200,10 @@ def test_further_rows_and_other_similarities() -> None:
     row = diagnosed(goal.recipe("order++"), x.detach().abs().requires_grad_(), (9 * y.detach()).abs())
     assert row["histogram"]["s_neg"][0] > 0, "below −1"
     assert row["s_neg"] < -1
+    spoilt = torch.where(torch.arange(len(x))[:, None] == 2, torch.nan, x.detach()).requires_grad_()
+    row = diagnosed(goal.Objective(check_finite=False), spoilt, y)
+    assert "the loss is nan" in row["alarms"]["finite"]
+    assert sum(row["histogram"]["s_pos"]) == len(x) - 1, "NaN is not a similarity of 0"
 
 
 # ── alarms ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -154,7 +154,7 @@ def test_its_runs_can_be_loaded_where_nobody_knows_the_terms(whole: Discovery) -
     for registry in (goal.T, goal.P):
         for name in [name for name in registry if name.startswith("found")]:
             del registry._definitions[name]
-    config, heads, _ = load_trained(run)
+    config, heads, _, _ = load_trained(run)
     assert whole.T.name == config.T
     assert config.objective()
     assert heads(torch.zeros(2, heads.x.centre.numel()), torch.zeros(2, heads.y.centre.numel()))

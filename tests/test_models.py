@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -329,11 +330,75 @@ FLOATS = torch.zeros(2, 3, 6)
         (lambda: hard_negatives(FLOATS[0], tau=0), ValueError, "tau must be > 0"),
         (lambda: hard_negatives(FLOATS[0], ids=torch.arange(2)), ValueError, "need y_ids"),
         (lambda: matching_pairs(torch.zeros(3, 2)), ValueError, r"\(2, K\)"),
+        (lambda: hard_negatives(torch.eye(3) * math.nan), ValueError, r"NaN or \+inf in row 0"),
+        (lambda: CrossAttention()(FLOATS, FLOATS.double()), TypeError, "one dtype and one device, got torch.float32"),
+        (lambda: RegionImage(6, 4)(FLOATS.to_sparse()), TypeError, "values must be dense, got torch.sparse_coo"),
+        (
+            lambda: RegionImage(6, 4)(FLOATS, np.array([3, 1], ">i8")),
+            TypeError,
+            "lengths must be integers, .* byte order",
+        ),
+        (lambda: RegionImage(6, 1), ValueError, "dim must be a whole number >= 2, got 1"),
+        (lambda: GPO()(FLOATS.int()), TypeError, "values must be floating point"),
+        (lambda: GPO()([1.0]), TypeError, "values must be a torch.Tensor"),
+        (lambda: GRUText(TOKENS, 4)(torch.ones(2, 3, dtype=torch.bool)), TypeError, "integer tokens, got torch.bool"),
+        (lambda: GRUText(TOKENS, 4.0), TypeError, "dim must be a whole number"),
+        (lambda: Projection(6, -4), ValueError, "dim must be a whole number >= 1, got -4"),
+        (
+            lambda: AudioVisual(2, 2).standardise(FLOATS[0, :, :2] + 3e38, FLOATS[0, :, :2]),
+            ValueError,
+            "audio: column 0",
+        ),
     ],
 )
 def test_refusals_name_the_argument(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: vse_pp(n(TOKENS), d_image=n(6), dim=n(4), d_word=n(3)),
+        lambda n: vse_infinity(n(TOKENS), d_image=n(6), dim=n(4), d_word=n(3)),
+        lambda n: rvse_pp(d_token=n(5), d_image=n(6), dim=n(4)),
+        lambda n: SCAN(n(TOKENS), n(6), n(4), n(3)),
+        lambda n: AudioVisual(n(6), n(5), n(4), n(3), np.float32(0.5)),
+        lambda n: GPO(n(4), n(3), np.float32(0.5)),
+        lambda n: TokenText(n(6), n(4), np.float32(0.5)),
+    ],
+)
+def test_sizes_may_be_numpys(make: Callable[[type], nn.Module]) -> None:
+    expected = {name: value.shape for name, value in make(int).state_dict().items()}
+    assert {name: value.shape for name, value in make(np.int64).state_dict().items()} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tokens_and_lengths_may_be_small_integers(dtype: torch.dtype) -> None:
+    encoder, tokens = GRUText(TOKENS, 4).eval(), torch.randint(5, TOKENS, (4, 5))
+    assert torch.equal(encoder(tokens.to(dtype), LENGTHS.to(dtype)), encoder(tokens, LENGTHS))
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64])
+def test_defaults_of_torch_change_nothing(default: Any) -> None:
+    vocabulary = Vocabulary(["a", "dog"])
+    joint, scan = vse_infinity(len(vocabulary), d_image=6, dim=4, d_word=3), SCAN(len(vocabulary), 6, 4, 3)
+    regions = ragged([3, 2], 6, 3, 0.0)
+
+    def outputs() -> list[Tensor]:
+        words = vocabulary.encode(["a dog", "a"])
+        torch.manual_seed(0)
+        s = scan(regions, words)
+        return [*words, *joint(regions, words), s, hard_negatives(s, tau=2.0), *matching_pairs(hard_negatives(s))]
+
+    expected = outputs()
+    try:
+        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+        found = outputs()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(each, other) for each, other in zip(found, expected, strict=True))
 
 
 # ── texts ───────────────────────────────────────────────────────────────────────────────────────────────

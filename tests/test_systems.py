@@ -224,7 +224,6 @@ def test_the_fingerprint_tells_files_apart(grid: Path, tmp_path: Path) -> None:
         array = np.load(tmp_path / "test_ims.npy")
         change(array)
         np.save(tmp_path / "test_ims.npy", array)
-        features.cache_clear()
         return features(str(tmp_path), None, "regions", "words").fingerprint
 
     same = written(lambda array: None)

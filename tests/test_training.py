@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import goal
-from goal.training import Diverged, Incomplete, Sweep, TrainConfig, TrainingError, entries, loop, search, train
+from goal.training import Diverged, Incomplete, Sweep, TrainConfig, entries, loop, search, train
 from goal.training.features import Sampler, features
 from goal.training.heads import Head
 from goal.training.loop import load_trained, score
@@ -198,7 +198,7 @@ def test_the_validation_split_alone_chooses_the_weights(tmp_path: Path) -> None:
     best = max(record["curve"], key=lambda row: row["val_rsum"])
     assert (record["best_step"], record["best_val_rsum"]) == (best["step"], best["val_rsum"])
     assert record["best_step"] < record["steps"]  # or the last weights would do
-    config, heads, _ = load_trained(tmp_path)
+    config, heads, _, _ = load_trained(tmp_path)
     data = features("emoji", 120)
     assert score(config, heads, data.val).rsum == record["best_val_rsum"]
     assert score(config, heads, data.test).rsum == record["test"]["rsum"]
@@ -361,9 +361,11 @@ def test_workers_do_all_jobs_and_tell() -> None:
     assert len([event for event in events if isinstance(event, Progress)]) == 3
 
 
-def test_a_worker_that_dies_is_an_error() -> None:
-    with pytest.raises(TrainingError, match="exit code 7 during job three"):
-        list(work([Job("job three", _double, (3,))], workers=1))
+def test_a_job_whose_process_dies_fails_alone() -> None:
+    events = list(work([Job(str(n), _double, (n,)) for n in (3, 1, 4)], workers=1))
+    ((died,), done) = ([event for event in events if isinstance(event, kind)] for kind in (Failed, Done))
+    assert died == Failed("3", "its process died with exit code 7 (is memory short?)")
+    assert [event.result for event in done] == [2, 8]
 
 
 # ---- sweep and search ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from test_training import Killed, killed_after
 
 import goal
 from goal.cli import main
+from goal.data.files import Busy
 from goal.training import TrainConfig, loop, train
 from goal.training.loop import load_trained
 
@@ -181,28 +182,32 @@ def test_rank_0_decides_how_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(Killed):
         train(config, tmp_path / "one", save_every=0, on_evaluation=killed_after(1))
     first = loop._Run(config, loop.read(config), tmp_path / "one")
-    versions = json.loads((tmp_path / "one" / "versions.json").read_text())
-    said = first._checkpoint(versions)
+    said = first._checkpoint()
     assert said is not None
-    assert first._checkpoint(versions | {"goal": "0.0.0"}) is None
+    first.versions = first.versions | {"goal": "0.0.0"}
+    assert first._checkpoint() is None
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(nn_parallel(), "DistributedDataParallel", lambda module: module)
 
     def broadcast(box: list[Any]) -> None:
-        assert box == [None]  # nothing was read here
+        assert box == [None, None]  # nothing was read here
         box[0] = said
 
     monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
     for folder in ("one", "elsewhere"):
         run = loop._Run(config, loop.read(config), tmp_path / folder, distributed=True)
-        assert run.restore({})
-        assert run.state.step == said[0]["step"] > 5
+        assert run.restore()
+        assert run.state.step == said[0].step > 5
         assert all(torch.equal(kept, said[1]["best"][name]) for name, kept in run.best.items())
         assert run.optimizer.state_dict()["state"]
     record = {"ended": True}
     monkeypatch.setattr(dist, "broadcast_object_list", lambda box: box.__setitem__(0, record))
     assert train(config, tmp_path / "none", distributed=True) == record
+    refused = Busy("one: is in use by process 1")
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda box: box.__setitem__(1, refused))
+    with pytest.raises(Busy, match="process 1"):  # on all ranks, which would wait for it else
+        train(config, tmp_path / "none", distributed=True)
 
 
 def test_the_share_of_semi_hard_negatives_is_that_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

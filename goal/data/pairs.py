@@ -1,5 +1,7 @@
 """`Pairs` and its readers: the built-in `emoji`, the field's folders, plain pairs of feature files."""
 
+import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 
 from goal.data.files import chunks, read_array, read_features, read_lines
 from goal.data.int8 import dequantise
+from goal.data.maps import ByPath
 
 EMOJI = Path(__file__).parent / "emoji"
 EMOJI_SPLITS = ("train", "val", "test")
@@ -18,8 +21,10 @@ FORMATS = (".npy", ".safetensors")
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(ByPath):
     """Images, captions, and which image each caption describes.
+
+    Memory maps are pickled, and so sent to other processes, as their file's path.
 
     Attributes:
         name: "emoji", or the name of the folder or file they come from.
@@ -58,7 +63,7 @@ def load(name_or_path: str | Path, split: str) -> Pairs:
     if name_or_path == "emoji":
         return emoji(split)
     folder = Path(name_or_path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"name_or_path: {str(name_or_path)!r} is no folder and no dataset; known: 'emoji'")
     if any(splits_of(root, "_ims.npy") for root in precomp_roots(folder)):
         return precomp(folder, split)
@@ -115,15 +120,16 @@ def precomp(folder: str | Path, split: str) -> Pairs:
     |---|---|
     | `{split}_ims.npy` | (N, D) or (N, regions, D) image features |
     | `{split}_caps.txt` | one caption a line, in the order of the images, equally many for each |
+    | `{split}_caps.npy` | (n_captions, D_y) sentence, or (n_captions, L, D_y) token features, y; or text, or both |
     | `{split}_ids.txt` | optional: one id for each row of images, or for each caption |
-    | `{split}_caps.npy` | optional: (n_captions, D_y) sentence, or (n_captions, L, D_y) token features: y |
 
     With as many image rows as captions, the rows are five copies of each image if they are equal in fives
     (x is then every fifth row), else each has one caption. "val" also finds the field's "dev".
 
     Raises:
         ValueError: naming the file, and the row where there is one: a missing file, an unknown split, a
-            caption count that is no multiple of the images', NaN or infinity, ids that contradict the order.
+            caption count that is no multiple of the images', NaN or infinity in float32, token features of a caption
+            that are all zeros, ids that contradict the order.
 
     >>> precomp("data/coco_precomp", "dev").x.shape  # doctest: +SKIP
     (1000, 36, 2048)
@@ -136,17 +142,20 @@ def precomp(folder: str | Path, split: str) -> Pairs:
     images_file, texts_file, ids_file, y_file = (
         root / f"{split}_{name}" for name in ("ims.npy", "caps.txt", "ids.txt", "caps.npy")
     )
-    captions = read_lines(texts_file)
+    y = read_features(y_file, "y", ndim=(2, 3), tokens=True) if os.path.lexists(y_file) else None
+    captions = tuple(read_lines(texts_file)) if os.path.lexists(texts_file) else None
+    count = y if captions is None else captions
+    if count is None:
+        raise ValueError(f"{texts_file}: no such file, and no {y_file.name} either")
+    if y is not None and len(y) != len(count):
+        raise ValueError(f"{y_file}: {len(y)} rows for the {len(count)} captions of {texts_file.name}")
     x = read_features(images_file, "x", ndim=(2, 3))
-    if len(x) == len(captions) and are_copies(x, images_file.name):
+    if len(x) == len(count) and are_copies(x, images_file.name):
         x = x[::COPIES]
-    image_of = consecutive(len(x), images_file, len(captions), texts_file)
-    if ids_file.is_file():
+    image_of = consecutive(len(x), images_file, len(count), y_file if captions is None else texts_file)
+    if os.path.lexists(ids_file):
         check_ids(ids_file, len(x), image_of)
-    y = read_features(y_file, "y", ndim=(2, 3)) if y_file.is_file() else None
-    if y is not None and len(y) != len(captions):
-        raise ValueError(f"{y_file}: {len(y)} rows for the {len(captions)} captions of {texts_file.name}")
-    return Pairs(folder.resolve().name, split, x, y, image_of, tuple(captions))
+    return Pairs(folder.resolve().name, split, x, y, image_of, captions)
 
 
 def paired_folder(folder: str | Path, split: str) -> Pairs:
@@ -190,7 +199,8 @@ def paired(
 
     Raises:
         ValueError: naming the file, and the row where there is one: a missing file, another shape or dtype,
-            NaN or infinity, a caption count that is no multiple of the images', a row that names no image.
+            NaN or infinity in float32, token features of a caption that are all zeros, a caption count that is no
+            multiple of the images', a row that names no image.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -201,7 +211,7 @@ def paired(
     """
     x_file, y_file = Path(x_file), Path(y_file)
     x = read_features(x_file, "x", ndim=(2, 3))
-    y = read_features(y_file, "y", ndim=(2, 3))
+    y = read_features(y_file, "y", ndim=(2, 3), tokens=True)
     if image_of_file is None:
         image_of = consecutive(len(x), x_file, len(y), y_file)
     else:
@@ -228,7 +238,7 @@ def split_on_disk(folder: Path, split: str, endings: Sequence[str]) -> str:
 
 
 def only_file(folder: Path, stem: str) -> Path | None:
-    found = [path for suffix in FORMATS if (path := folder / f"{stem}{suffix}").is_file()]
+    found = [path for suffix in FORMATS if os.path.lexists(path := folder / f"{stem}{suffix}")]
     if len(found) > 1:
         raise ValueError(f"{folder}: {found[0].name} and {found[1].name} both exist, keep one")
     return found[0] if found else None
@@ -255,7 +265,7 @@ def consecutive(n_images: int, images_file: Path, n_captions: int, captions_file
 
 def check_ids(path: Path, n_images: int, image_of: NDArray[np.int64]) -> None:
     """Refuse ids, of images or of captions, that say something else than `image_of`."""
-    ids = read_lines(path)
+    ids = [unicodedata.normalize("NFC", identity) for identity in read_lines(path)]
     if len(ids) not in (n_images, len(image_of)):
         raise ValueError(f"{path}: {len(ids)} ids for {n_images} images and {len(image_of)} captions")
     if len(set(ids)) == len(ids):  # each image's, or each caption's own

@@ -50,7 +50,7 @@ def summary(samples: torch.Tensor) -> torch.Tensor:
     """
     energies = trimmed(mel_energies(samples))  # (64, T)
     if energies.max() == 0:
-        return torch.zeros(BANDS * PARTS)
+        return samples.new_zeros(BANDS * PARTS)
     logarithms = energies.clamp(min=FLOOR * energies.max()).log10()
     parts = torch.nn.functional.adaptive_avg_pool1d(logarithms, PARTS)  # (64, 10)
     return (parts - parts.mean()).flatten()
@@ -58,7 +58,7 @@ def summary(samples: torch.Tensor) -> torch.Tensor:
 
 def mel_energies(samples: torch.Tensor) -> torch.Tensor:
     """(64, T) energies in bands of equal width on the mel scale, of windows of 25 ms, one every 10 ms."""
-    window = torch.hann_window(WINDOW)
+    window = torch.hann_window(WINDOW, dtype=samples.dtype, device=samples.device)
     spectrum = torch.stft(samples, FOURIER, HOP, WINDOW, window, pad_mode="constant", return_complex=True)
     return mel_bands().T @ spectrum.abs().square()
 

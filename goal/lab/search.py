@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from goal.data.files import write_atomically
+from goal.data.files import alone, folder_name, require, write_atomically
 from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
-from goal.training.config import TrainConfig
+from goal.training.config import TrainConfig, check_device
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
 from goal.training.loop import Diverged, Record, Row, read_pairs, train
@@ -198,6 +198,7 @@ def discover(
 
     Raises:
         ValueError, TypeError: settings out of range, or data that cannot be read; before anything is trained.
+        Busy: another process is at work in the folder.
         Incomplete: runs could not be made (a full disk, say), or a tested one diverged. The same call tries them again.
 
     >>> discovery = discover(quick=True)  # doctest: +SKIP
@@ -212,24 +213,29 @@ def discover(
         raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings
     base = TrainConfig(**settings)
+    check_device(base.device)
+    for package in ("matplotlib", "optuna", "safetensors"):
+        require(package, "train")
+    by_default_name = "-".join(filter(None, (Path(base.data).resolve().name, "discover", "quick" * quick)))
+    folder = Path(root) / folder_name("name", by_default_name if name is None else name)
     data = read_pairs(base)
     Sampler(data.train.image_of, base.batch, base.seed)
-    folder = root / (name or "-".join(filter(None, (Path(base.data).name, "discover", "quick" * quick))))
     folder.mkdir(parents=True, exist_ok=True)
     by_default = max(1, cores() // base.threads) if base.device == "cpu" else 1
-    with display() as shown:
-        runs = _Runs(folder, workers or by_default, save_every, shown)
-        searches = {FOUND: _Grammar(settings), PUBLISHED: _Published(settings, trials)}
-        tried = _search(runs, searches, trials)
-        finalists = _finalists(runs, tried)
-        found, published = (finalists[search][0].config for search in searches)
-        records = _test(runs, found, published, seeds)
-    note = _note(quick, base, len(data.train.x), trials, seeds, records, command)
-    T, P = (_expression(kind, found) for kind in ("T", "P"))
-    differences = significant_differences(cast(Sequence[RunRecord], records))
-    proof = integrability(T.term(), P.term())
-    discovery = Discovery(T, P, tried, finalists, records, differences, proof, folder, note)
-    _write(discovery)
+    with alone(folder):
+        with display() as shown:
+            runs = _Runs(folder, workers or by_default, save_every, shown)
+            searches = {FOUND: _Grammar(settings), PUBLISHED: _Published(settings, trials)}
+            tried = _search(runs, searches, trials)
+            finalists = _finalists(runs, tried)
+            found, published = (finalists[search][0].config for search in searches)
+            records = _test(runs, found, published, seeds)
+        note = _note(quick, base, len(data.train.x), trials, seeds, records, command)
+        T, P = (_expression(kind, found) for kind in ("T", "P"))
+        differences = significant_differences(cast(Sequence[RunRecord], records))
+        proof = integrability(T.term(), P.term())
+        discovery = Discovery(T, P, tried, finalists, records, differences, proof, folder, note)
+        _write(discovery)
     return discovery
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from goal import validation
 from goal.models import sets
 
 
@@ -41,10 +42,19 @@ class AudioVisual(nn.Module):
         self.audio, self.visual = (_Head(d_in, hidden, dim, dropout) for d_in in (d_audio, d_visual))
 
     def standardise(self, audio: Tensor, visual: Tensor) -> None:
-        """Take c and σ from the (N, d_audio) and (N, d_visual) features of the training split; σ = 1 for constants."""
-        for head, values in ((self.audio, audio), (self.visual, visual)):
-            deviation = values.std(0, correction=0)
-            head.centre.copy_(values.mean(0))
+        """Take c and σ from the (N, d_audio) and (N, d_visual) features of the training split; σ = 1 for constants.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or a column whose c or σ is not finite.
+        """
+        for name, head, values in (("audio", self.audio, audio), ("visual", self.visual, visual)):
+            values = sets.features(name, values, "(N, D)", len(head.centre))
+            centre, deviation = (v.to(head.centre.dtype) for v in (values.mean(0), values.std(0, correction=0)))
+            bad = ~(centre.isfinite() & deviation.isfinite())
+            if bool(bad.any()):
+                column = int(bad.nonzero()[0])
+                raise ValueError(f"{name}: column {column} has no finite mean and deviation in {centre.dtype}.")
+            head.centre.copy_(centre)
             head.deviation.copy_(deviation.masked_fill(deviation == 0, 1))
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,6 +82,9 @@ class _Head(nn.Module):
 
     def __init__(self, d_in: int, hidden: int, dim: int, dropout: float) -> None:
         super().__init__()
+        d_in, hidden, dim = (
+            validation.whole_number(name, value) for name, value in (("d_in", d_in), ("hidden", hidden), ("dim", dim))
+        )
         self.register_buffer("centre", torch.zeros(d_in))
         self.register_buffer("deviation", torch.ones(d_in))
         self.layers = nn.Sequential(nn.Linear(d_in, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, dim))

@@ -74,6 +74,9 @@ class CrossAttention(nn.Module):
         words = sets.features("words", words, "(M, L, D)", width)
         said = sets.mask_of("word_lengths", word_lengths, words)
         v, e = _units(regions, sets.mask_of("region_lengths", region_lengths, regions)), _units(words, said)
+        if v.dtype != e.dtype or v.device != e.device:
+            got = f"{regions.dtype} on {regions.device} and {words.dtype} on {words.device}"
+            raise TypeError(f"regions and words must have one dtype and one device, got {got}.")
         rows, cols = _block(len(v), len(e), v.shape[1] * e.shape[1])
         recompute = torch.is_grad_enabled() and (v.requires_grad or e.requires_grad)
         parts = []
@@ -132,8 +135,8 @@ class SCAN(nn.Module):
 
     def __init__(self, tokens: int, d_image: int = 2048, dim: int = 1024, d_word: int = 300) -> None:
         super().__init__()
-        self.d_image = d_image
         self.fc = linear(d_image, dim)
+        self.d_image = self.fc.in_features
         self.states = WordStates(tokens, dim, d_word)
         self.score = CrossAttention()
 
@@ -191,6 +194,9 @@ def hard_negatives(
     s = sets.at_least_float32(validation.similarity_matrix(seen).detach())
     if tau is not None and not tau > 0:
         raise ValueError(f"tau must be > 0, or None for the hardest, got {tau}.")
+    bad = (s.isnan() | (s == torch.inf)).any(1)
+    if bool(bad.any()):
+        raise ValueError(f"seen holds NaN or +inf in row {int(bad.nonzero()[0])}, and no hardest can be told there.")
     n, m = s.shape
     rows, cols = validation.identities(ids, y_ids, n, m, s.device)
     positive = torch.eye(n, m, dtype=torch.bool, device=s.device)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Generator, Tensor, nn
 
+from goal import validation
 from goal.models import sets
 from goal.models.pooling import GPO
 
 
 def linear(d_in: int, d_out: int) -> nn.Linear:
     """A linear layer with Xavier's uniform weights and bias 0, as the systems here begin."""
-    layer = nn.Linear(d_in, d_out)
+    layer = nn.Linear(validation.whole_number("d_in", d_in), validation.whole_number("dim", d_out))
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -34,8 +35,8 @@ class Projection(nn.Module):
 
     def __init__(self, d_in: int, dim: int = 1024) -> None:
         super().__init__()
-        self.d_in = d_in
         self.fc = linear(d_in, dim)
+        self.d_in = self.fc.in_features
 
     def forward(self, values: Tensor, lengths: Tensor | None = None, generator: Generator | None = None) -> Tensor:
         """(N, d_in) to (N, dim). Nothing is drawn from `generator`.
@@ -84,8 +85,9 @@ class RegionImage(nn.Module):
         super().__init__()
         if residual not in ("input", "projected"):
             raise ValueError(f"residual must be 'input' (VSE∞) or 'projected' (RVSE++), got {residual!r}.")
+        self.fc = linear(d_in, validation.whole_number("dim", dim, least=2))  # the MLP's hidden width is half of it
+        d_in, dim = self.fc.in_features, self.fc.out_features
         self.d_in, self.residual, self.drop = d_in, residual, sets.share("drop", drop)
-        self.fc = linear(d_in, dim)
         self.mlp = nn.Sequential(
             nn.Linear(d_in if residual == "input" else dim, dim // 2),
             nn.BatchNorm1d(dim // 2),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from goal.models.sets import at_least_float32
+from goal import validation
+from goal.models.sets import at_least_float32, features
 
 
 class GPO(nn.Module):
@@ -47,6 +48,7 @@ class GPO(nn.Module):
             raise ValueError(f"code must be even and at least 2, got {code}.")
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}.")
+        code, hidden = validation.whole_number("code", code), validation.whole_number("hidden", hidden)
         self.code, self.temperature = code, temperature
         self.gru = nn.GRU(code, hidden, batch_first=True, bidirectional=True)
         self.score = nn.Linear(hidden, 1, bias=False)
@@ -57,8 +59,8 @@ class GPO(nn.Module):
         Raises:
             ValueError: another shape, or a set without a real element.
         """
-        if values.dim() != 3 or values.numel() == 0:
-            raise ValueError(f"values must have shape (N, L, D), not empty, got {tuple(values.shape)}.")
+        width = values.shape[-1] if isinstance(values, Tensor) and values.dim() else 0
+        values = features("values", values, "(N, L, D)", width)
         if mask is None:
             mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         if mask.dtype != torch.bool or mask.shape != values.shape[:2]:

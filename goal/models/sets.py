@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Generator, Tensor
 
@@ -11,6 +13,8 @@ def features(name: str, value: object, shape: str, width: int) -> Tensor:
     dims = shape.count(",") + 1
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {value.layout}; call to_dense().")
     if not value.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {value.dtype}.")
     if value.dim() != dims or value.shape[-1] != width or value.numel() == 0:
@@ -20,7 +24,7 @@ def features(name: str, value: object, shape: str, width: int) -> Tensor:
 
 def share(name: str, value: float) -> float:
     """A number in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
     return float(value)
 
@@ -39,11 +43,15 @@ def mask_of(name: str, lengths: object, values: Tensor) -> Tensor:
     n, size = values.shape[:2]
     if lengths is None:
         return torch.ones(n, size, dtype=torch.bool, device=values.device)
-    lengths = torch.as_tensor(lengths, device=values.device)
+    try:
+        lengths = torch.as_tensor(lengths, device=values.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be integers, one for each set: {error}") from None
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {lengths.dtype}.")
     if lengths.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one for each set, got {tuple(lengths.shape)}.")
+    lengths = lengths.long()
     bad = (lengths < 1) | (lengths > size)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -62,7 +70,7 @@ def drawn(among: Tensor, rate: float, generator: Generator | None) -> Tensor:
         generator: where numbers come from, on any device; None is torch's own, which `torch.manual_seed` seeds.
     """
     where = among.device if generator is None else generator.device
-    numbers = torch.rand(int(among.sum()), generator=generator, device=where).to(among.device)
+    numbers = torch.rand(int(among.sum()), generator=generator, device=where, dtype=torch.float32).to(among.device)
     return torch.zeros_like(among).masked_scatter(among, numbers < rate)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,22 +13,27 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from goal import validation
 from goal.data import Pairs
-from goal.data.files import write_atomically
+from goal.data.files import check_file, write_atomically
 from goal.models import sets
 from goal.models.image import linear
 from goal.models.pooling import GPO
+from goal.models.words import normal_form, words_of
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>", "<mask>")  # their places are their tokens
 PAD, START, END, UNKNOWN, MASK = range(len(SPECIAL))
-WORD = re.compile(r"\w+(?:['’]\w+)*")  # letters, digits, _; apostrophes inside: "don't" is one word, "x-ray" two
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LONGEST = 2000  # words of a caption; 128 captions padded to as many, as 1024 float32 each, are 1 GB
+WORDLESS = 0.1  # of the captions: from there on a warning
 
 
 class Vocabulary:
     """The words of the training captions, most frequent first, after five special tokens.
 
-    A caption is lower-cased, and its words are what ``\\w+(?:['’]\\w+)*`` finds. It becomes
-    ``<start> words <end>``, with ``<unk>`` for words that are not here; ``<mask>`` is what training puts over words.
+    A caption's words are those of its normal form, see `goal.models.words.words_of`: one for any case, width and way to
+    write accents; characters where a script has no spaces. It becomes ``<start> words <end>``, with ``<unk>`` for words
+    that are not here; ``<mask>`` is what training puts over words.
 
     Args:
         words: different words, without the special ones; their order is their token's.
@@ -56,6 +61,8 @@ class Vocabulary:
         if len(self._token) < len(self):
             twice = next(word for word, count in Counter((*SPECIAL, *self.words)).items() if count > 1)
             raise ValueError(f"words: {twice!r} is there twice, or one of the special {', '.join(SPECIAL)}.")
+        for word in self.words:
+            self._token.setdefault(normal_form(word), self._token[word])
 
     def __len__(self) -> int:
         """How many tokens there are, the special ones included: what `GRUText` takes as `tokens`."""
@@ -70,8 +77,11 @@ class Vocabulary:
             min_count: 4 in the published systems.
 
         Raises:
-            ValueError: another split than "train", or `Pairs` without texts.
+            ValueError: another split than "train", `Pairs` without texts, or no word that occurs so often.
             TypeError: one text in place of many.
+
+        Warns:
+            UserWarning: most of the training captions' words are rarer, and so unknown.
 
         >>> import goal
         >>> len(Vocabulary.of(goal.data.load("emoji", "train")))
@@ -85,28 +95,69 @@ class Vocabulary:
             if training.captions is None:
                 raise ValueError(f"training: the captions of {training.name!r} are only features.")
             training = training.captions
-        counts = Counter(word for caption in _texts("training", training) for word in words_of(caption))
+        texts = list(_texts("training", training))
+        counts = Counter(word for caption in texts for word in words_of(caption))
         kept = [word for word, count in counts.items() if count >= min_count]
+        if not kept:
+            raise ValueError(
+                f"training: no word occurs {min_count} times (min_count) in {len(texts)} captions, which have "
+                f"{len(counts)} different words; give more captions, or a smaller min_count."
+            )
+        known, words = sum(counts[word] for word in kept), counts.total()
+        if 2 * known < words:
+            warnings.warn(
+                f"training: most words are unknown: of {words} in {len(texts)} captions {words - known} occur fewer "
+                f"than {min_count} times (min_count), and the vocabulary has {len(kept)} of {len(counts)}.",
+                stacklevel=2,
+            )
         return cls(sorted(kept, key=lambda word: (-counts[word], word)))
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions to tokens (B, L) int64, 0 after each one's end, and lengths (B,) int64, ends included.
+        """Captions to tokens (B, L) int64, 0 after each one's end, and lengths (B,) int64, ends included; on the CPU.
 
         Raises:
-            ValueError: no caption at all.
+            ValueError: no caption at all, or one of more than 2000 words.
             TypeError: one text in place of many, or something that is no text.
+
+        Warns:
+            UserWarning: most words are unknown, or many captions have none.
         """
-        rows = [
-            [START, *(self._token.get(word, UNKNOWN) for word in words_of(caption)), END]
-            for caption in _texts("captions", captions)
-        ]
-        if not rows:
-            raise ValueError("captions must not be empty.")
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.full((len(rows), int(lengths.max())), PAD)
-        for row, encoded in zip(tokens, rows, strict=True):
-            row[: len(encoded)] = torch.tensor(encoded)
-        return tokens, lengths
+        tokens, lengths = self.flat(captions)
+        return padded(tokens, lengths.cumsum(0) - lengths, lengths), lengths
+
+    def flat(self, captions: Sequence[str], name: str = "captions") -> tuple[Tensor, Tensor]:
+        """Captions to their tokens one after another, (ΣL,) int64, and lengths (B,) int64; as `encode`, not padded.
+
+        Args:
+            captions: any number.
+            name: what errors and warnings call them.
+
+        >>> Vocabulary(["a", "dog"]).flat(["A dog", "dog"])
+        (tensor([1, 5, 6, 2, 1, 6, 2]), tensor([4, 3]))
+        """
+        tokens: list[int] = []
+        lengths: list[int] = []
+        unknown: list[str] = []
+        for row, caption in enumerate(_texts(name, captions)):
+            words = words_of(caption)
+            if len(words) > LONGEST:
+                raise ValueError(f"{name}: row {row} has {len(words)} words, a caption may have {LONGEST}.")
+            tokens += (START, *(self._token.get(word, UNKNOWN) for word in words), END)
+            lengths.append(len(words) + 2)
+            unknown += (word for word in words if word not in self._token)
+        if not lengths:
+            raise ValueError(f"{name} must not be empty.")
+        n_words, wordless = len(tokens) - 2 * len(lengths), lengths.count(2)
+        if 2 * len(unknown) > n_words:
+            warnings.warn(
+                f"{name}: most words are unknown: {len(unknown)} of {n_words} are not among the {len(self.words)} of "
+                f"the vocabulary, such as {unknown[0]!r}; is it of other captions, or another language?",
+                stacklevel=2,
+            )
+        if wordless > WORDLESS * len(lengths):
+            example = f"such as row {lengths.index(2)}"
+            warnings.warn(f"{name}: {wordless} of {len(lengths)} have no word, {example}.", stacklevel=2)
+        return torch.tensor(tokens, device="cpu"), torch.tensor(lengths, device="cpu")
 
     def save(self, path: str | Path) -> None:
         """Write the words as JSON, whole or not at all."""
@@ -118,26 +169,38 @@ class Vocabulary:
 
         Raises:
             ValueError: naming the file: none there, or no vocabulary in it.
+
+        Warns:
+            UserWarning: words that no caption has, since captions were cut into words in another way.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+        path = check_file(Path(path))
         try:
             found = json.loads(path.read_bytes())
             if not isinstance(found, dict) or not isinstance(found.get("words"), list):
                 raise ValueError('must be {"words": [...]}')
-            return cls(found["words"])
-        except (ValueError, TypeError) as error:  # JSON's and Unicode's errors are ValueErrors
+            vocabulary = cls(found["words"])
+        except (ValueError, TypeError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
             raise ValueError(f"{path}: no vocabulary: {error}") from error
+        lost = [word for word in vocabulary.words if words_of(word) != [normal_form(word)]]
+        if lost:
+            warnings.warn(
+                f"{path}: {len(lost)} of {len(vocabulary.words)} words are in no caption, such as {lost[0]!r}: they "
+                "were made by another rule; what was trained with them should be trained again.",
+                stacklevel=2,
+            )
+        return vocabulary
 
 
-def words_of(caption: str) -> list[str]:
-    """The words of a caption.
+def padded(tokens: Tensor, first: Tensor, lengths: Tensor) -> Tensor:
+    """Runs of tokens, the b-th of lengths[b] from first[b] on, to (B, L), <pad> after each one's end.
 
-    >>> words_of("Don't stop: 2 x-rays!")
-    ["don't", 'stop', '2', 'x', 'rays']
+    >>> padded(torch.tensor([1, 5, 6, 2, 1, 6, 2]), torch.tensor([0, 4]), torch.tensor([4, 3]))
+    tensor([[1, 5, 6, 2],
+            [1, 6, 2, 0]])
     """
-    return WORD.findall(caption.lower())
+    places = torch.arange(int(lengths.max()), device=tokens.device)
+    real = places < lengths[:, None]  # (B, L)
+    return tokens[(first[:, None] + places) * real].masked_fill(~real, PAD)
 
 
 def _texts(name: str, given: object) -> Iterable[str]:
@@ -173,6 +236,8 @@ class WordStates(nn.Module):
         self, tokens: int, dim: int = 1024, d_word: int = 300, both: bool = True, masking: float = 0.0
     ) -> None:
         super().__init__()
+        dim, d_word = validation.whole_number("dim", dim), validation.whole_number("d_word", d_word)
+        tokens = validation.whole_number("tokens", tokens)
         if tokens < len(SPECIAL):
             raise ValueError(f"tokens must be len(vocabulary), at least the {len(SPECIAL)} special ones, got {tokens}.")
         self.tokens, self.masking = tokens, sets.share("masking", masking)
@@ -191,13 +256,13 @@ class WordStates(nn.Module):
         Raises:
             TypeError, ValueError: for another shape or dtype, or a token or length out of range.
         """
-        if not isinstance(values, Tensor) or values.is_floating_point():
+        if not isinstance(values, Tensor) or values.dtype not in INTEGERS:
             got = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise TypeError(f"values must be a tensor of integer tokens, got {got}.")
         if values.dim() != 2 or values.numel() == 0:
             raise ValueError(f"values must have shape (B, L), not empty, got {tuple(values.shape)}.")
         mask = sets.mask_of("lengths", lengths, values)
-        values = values.masked_fill(~mask, PAD)
+        values = values.long().masked_fill(~mask, PAD)
         low, high = (int(end) for end in values.aminmax())
         if low < 0 or high >= self.tokens:
             wrong = low if low < 0 else high
@@ -267,8 +332,8 @@ class TokenText(nn.Module):
 
     def __init__(self, d_in: int = 768, dim: int = 1024, drop: float = 0.2) -> None:
         super().__init__()
-        self.d_in, self.drop = d_in, sets.share("drop", drop)
         self.fc = linear(d_in, dim)
+        self.d_in, self.drop = self.fc.in_features, sets.share("drop", drop)
         self.pool = GPO()
 
     def forward(self, values: Tensor, lengths: Tensor | None = None, generator: Generator | None = None) -> Tensor:

@@ -6,6 +6,8 @@ import hashlib
 import inspect
 import json
 import math
+import numbers
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
@@ -19,6 +21,7 @@ from goal.training.systems import SYSTEMS
 
 Parameters = dict[str, float | None]
 FREE = ("texts", "drop_epoch", "max_steps", "patience", "all_first")  # of every model
+WIDEST = 1 << 16  # of a layer: more is a slip, and would go to the allocator
 Kind = Literal["T", "P"]
 KINDS: tuple[Kind, ...] = ("T", "P")
 
@@ -71,12 +74,12 @@ class TrainConfig:
     data: str = _option("emoji", "the built-in emoji, or a folder of features")
     texts: str = _of_model("captions as words, or their given features")
     limit: int | None = _option(None, "train on the first images only, to try things on a slice", low=1)
-    seed: int = _option(0, "of the first weights, the batches and the dropout", low=0)
+    seed: int = _option(0, "of the first weights, the batches and the dropout", low=0, high=2**63 - 1)
     # the model
     model: str = _option("heads", "heads on frozen features, or a system of the literature: see goal models")
-    hidden: int = _of_model("width of the hidden layer", low=1)
-    dim: int = _of_model("dimensions of the embedding", low=1)
-    word_dim: int = _of_model("dimensions of a word's embedding", low=1)
+    hidden: int = _of_model("width of the hidden layer", low=1, high=WIDEST)
+    dim: int = _of_model("dimensions of the embedding", low=1, high=WIDEST)
+    word_dim: int = _of_model("dimensions of a word's embedding", low=1, high=WIDEST)
     dropout: float = _of_model("share of hidden units dropped", low=0, high=1)
     # the optimiser
     batch: int = _of_model("images in a batch, of all ranks together, each with one of its captions", low=2)
@@ -101,7 +104,7 @@ class TrainConfig:
     # how it is computed
     dtype: str = _option("float32", "of the model's products: float32 or bfloat16")
     device: str = _option("cpu", "where to compute")
-    threads: int = _option(1, "threads of one run", low=1)
+    threads: int = _option(1, "threads of one run", low=1, high=1024)
 
     def __post_init__(self) -> None:
         if self.model not in SYSTEMS:
@@ -115,7 +118,8 @@ class TrainConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: must be {' or '.join(allowed)}, got {getattr(self, name)!r}")
-        _check_device(self.device)
+        if self.device.partition(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device: must be cpu, cuda or cuda:1 and so on, got {self.device!r}")
         self._name_objective()
         if self.reduction not in ("mean", "sum", None):
             raise ValueError(f"reduction: must be mean or sum, got {self.reduction!r}")
@@ -262,7 +266,7 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
-        readable = self.label.replace(" × ", "-").replace(", ", "-").replace(" ", "-")
+        readable = re.sub(r"[^A-Za-z0-9+.]+", "-", self.label)[:80]
         system = "" if self.model == "heads" else f"{self.model}-"
         return f"{system}{readable}-s{self.seed}-{self.digest}"
 
@@ -293,13 +297,23 @@ def _definition(kind: Kind, name: str) -> Any:
     return (goal.T if kind == "T" else goal.P)[name]
 
 
-def _check_device(device: str) -> None:
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device: must be cpu, cuda or cuda:1 and so on, got {device!r}")
+def available(device: str) -> bool:
+    """Whether this machine has it, and this torch can use it."""
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a torch that was built without
-        raise ValueError(f"device: {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):  # no such device, or a torch that was built without
+        return False
+    return True
+
+
+def check_device(device: str) -> None:
+    """Raise where a run cannot be computed; a configuration is valid on every machine.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    if not available(device):
+        raise ValueError(f"device: {device!r} is not on this machine, or this PyTorch was built without it")
 
 
 def _terms(objective: goal.Objective) -> dict[str, Any]:
@@ -325,6 +339,8 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
     if "str" in kind:
         if not isinstance(value, str):
             raise TypeError(f"{spec.name}: must be text, got {type(value).__name__} ({value!r})")
+        if "\0" in value:
+            raise ValueError(f"{spec.name}: must hold no NUL, got {value!r}")
         return value
     whole = "int" in kind
     number = _number(spec.name, value, whole)
@@ -335,8 +351,9 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
     return number
 
 
-def _number(name: str, value: object, whole: bool = False) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+def _number(name: str, value: Any, whole: bool = False) -> float | int:
+    kinds: Any = numbers.Integral if whole else numbers.Real  # NumPy's too
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: must be a{' whole' if whole else ''} number, got {type(value).__name__} ({value!r})")
     if not math.isfinite(value):
         raise ValueError(f"{name}: must be finite, got {value}")

@@ -1,9 +1,10 @@
 """What a sweep shows while it runs: a live table on a terminal, one line for each job elsewhere."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from goal.training.config import TrainConfig
 from goal.training.loop import Record, best
@@ -65,14 +66,60 @@ class Table(Lines):
 
 @contextmanager
 def display() -> Iterator[Lines]:
-    """The display that fits standard output."""
-    if not sys.stdout.isatty():
-        yield Lines()
-        return
-    from rich.live import Live
+    """The display that fits standard output; what cannot be printed does not end the work."""
+    with unfailing():
+        if not sys.stdout.isatty():
+            yield Lines()
+            return
+        from rich.live import Live
 
-    with Live(auto_refresh=False, transient=True) as live:
-        yield Table(live)
+        with Live(auto_refresh=False, transient=True) as live:
+            yield Table(live)
+
+
+class _Unfailing:
+    """A stream that printing to never ends the work: what cannot be written any more is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return int(self._tried(self.stream.write, text) or 0)
+
+    def flush(self) -> None:
+        self._tried(self.stream.flush)
+
+    def _tried(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except UnicodeEncodeError:  # a stream that cannot be told to put ? in the place of a letter
+            return call(*(text.encode("ascii", "replace").decode() for text in arguments))
+        except (OSError, ValueError):  # nobody reads, the disk is full, the stream is closed
+            with suppress(OSError, ValueError, AttributeError):  # what it still holds goes nowhere when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            return None
+
+
+@contextmanager
+def unfailing() -> Iterator[None]:
+    """Within the block standard output and error take any text: closed, full, or in an encoding without its letters."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace" if stream is before[0] else "backslashreplace")
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    out, err = (cast(TextIO, _Unfailing(stream or nowhere)) for stream in before)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield
+    finally:
+        out.flush()
+        sys.stdout, sys.stderr = before
+        nowhere.close()
 
 
 def outcome(result: Any) -> str:

@@ -23,8 +23,9 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,20 +37,20 @@ from torch import Tensor, nn
 
 import goal
 from goal import data
-from goal.data.files import write_atomically
+from goal.data.files import Damaged, alone, append_line, read_json, require, write_atomically
 from goal.evaluation import MapMetrics, RetrievalMetrics, evaluate, evaluate_similarity, map_at_all
 from goal.models import SCAN, Vocabulary
 from goal.training import systems
-from goal.training.config import TrainConfig
-from goal.training.features import Features, Sampler, Split, features, labelled, split
+from goal.training.config import TrainConfig, available, check_device
+from goal.training.features import Features, Inputs, Sampler, Split, features, inputs_of, labelled, split
 from goal.training.schedule import Curriculum, FewSemiHard
-from goal.training.systems import SYSTEMS, Inputs
+from goal.training.systems import SYSTEMS
 
 Row = dict[str, float]
 Record = dict[str, Any]
-Checkpoint = tuple[Record, dict[str, dict[str, Tensor]]]  # the state; model, mean, best and optimizer by name
 
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+MEASURES = {"rsum": (*RECALLS, "rsum", "i2t_medr", "t2i_medr"), "map": ("x2y", "y2x", "mean")}  # of the test split
 
 
 class TrainingError(RuntimeError):
@@ -74,6 +75,10 @@ class State:
     curve: list[Row] = field(default_factory=list)  # one row per evaluation
 
 
+Groups = dict[str, dict[str, Tensor]]  # model, mean, best and optimizer by name
+Checkpoint = tuple[State, Groups]
+
+
 def train(
     config: TrainConfig,
     run_dir: Path,
@@ -86,16 +91,19 @@ def train(
 ) -> Record:
     """Train to a plateau on the validation split or for so many epochs, and score the best weights on the test split.
 
-    Called again after it was killed, it continues; called again after it ended, it returns the record.
+    Called again after it was killed, it continues; called again after it ended, it returns the record. What tells is
+    content: another configuration or other features are refused, or what is half done is begun again, and so is a run
+    whose checkpoint or record is damaged, with a warning.
 
     Args:
         config: what to train, and how.
         run_dir: folder of this run alone; made if need be.
         save_every: seconds between checkpoints, longer where writing one would take more than a twentieth of the time;
             0: after every step.
-        test: score the test split at the end. Without, as for trials of a search, it is not looked at.
-        diagnose: watch the objective at every so-manieth step: `diagnosis.jsonl` and, at the end, `diagnosis.png`. Of
-            many ranks rank 0 watches, its own anchors among its own rows.
+        test: score the test split at the end. Without, as for trials of a search, it is not looked at and need not be
+            there.
+        diagnose: watch the objective every so many steps: `diagnosis.jsonl` and, at the end, `diagnosis.png`. Of many
+            ranks rank 0 watches, its own anchors among its own rows.
         distributed: over the ranks of the default process group, each with its part of every batch: the objective is
             that of the whole batch, and so is its gradient. Rank 0 evaluates and writes; a checkpoint goes on with
             any number of ranks. Batch norm sees a rank's own rows.
@@ -109,8 +117,12 @@ def train(
 
     Raises:
         Diverged: a loss or a gradient that is not finite.
-        ValueError: a folder that holds another run, or one on other data; whatever the data's readers refuse;
-            diagnose, or distributed, with a model that makes similarities.
+        Busy: another process is at work in the folder.
+        ValueError: a folder that holds another run, or one on other data, or whose configuration is damaged; a device
+            that is not there; whatever the data's readers refuse, in any split that will be read; diagnose, or
+            distributed, with a model that makes similarities.
+        ModuleNotFoundError: a package of the extra `train` is missing.
+        OSError: naming the file, where one cannot be written.
 
     >>> import tempfile
     >>> config = TrainConfig(recipe="infonce", hidden=8, dim=4, batch=64, max_steps=2, eval_every=2)
@@ -118,23 +130,21 @@ def train(
     >>> record["steps"], record["stopped"], sorted(record["ranks"])
     (2, 'max_steps', ['i2t', 'image_of', 't2i'])
     """
-    if diagnose and config.model == "scan":
-        raise ValueError("diagnose: looks at x and y, and scan makes similarities of them")
-    if distributed:
-        _check_distributed(config)
-    features = read(config)
-    versions = _versions(config, features)
-    first, there = not distributed or dist.get_rank() == 0, (run_dir / "record.json").is_file()
-    ended: Record | None = _told(_finished(config, run_dir, versions) if first and there else None, distributed)
-    if ended is not None:
-        return ended
-    run_dir.mkdir(parents=True, exist_ok=True)
-    device = torch.device(config.device)
-    with _computing(config.threads, device):
+    _check_call(config, save_every, diagnose, distributed)
+    run_dir = Path(run_dir).absolute()  # on_evaluation may change the folder that the process is in
+    features = read(config, test)
+    record: Record | None = _told(lambda: ended(config, run_dir, features.fingerprint), distributed)
+    if record is not None:
+        return record  # and nothing is written to its folder
+    with ExitStack() as work:
+        record = _told(lambda: _entered(work, config, run_dir, features.fingerprint), distributed)
+        if record is not None:
+            return record
+        device = torch.device(config.device)
+        work.enter_context(_computing(config.threads, device))
         run = _Run(config, features, run_dir, save_every, distributed)
-        if not run.restore(versions) and run.writes:
-            _write_json(run_dir / "config.json", json.loads(config.to_json()))
-            _write_json(run_dir / "versions.json", versions)
+        if not run.restore() and run.writes:
+            run.begin()
         if run.writes:
             run.write_log()
         with run.watched(diagnose if run.writes else 0):
@@ -142,8 +152,31 @@ def train(
                 row = run.interval()
                 on_evaluation({**row, "end": run.end})
                 run.save_if_due()
-        record: Record = run.told(run.finish(test) if run.writes else None)
-        return record
+        made: Record = run.told(lambda: run.finish(test))
+        return made
+
+
+def _check_call(config: TrainConfig, save_every: float, diagnose: int, distributed: bool) -> None:
+    """All that can be refused before anything is read."""
+    if not save_every >= 0:
+        raise ValueError(f"save_every: must be at least 0 seconds, got {save_every}")
+    if diagnose < 0:
+        raise ValueError(f"diagnose: must be at least 0 steps, got {diagnose}")
+    check_device(config.device)
+    require("safetensors", "train")
+    if diagnose:
+        require("matplotlib", "train")
+        if config.model == "scan":
+            raise ValueError("diagnose: looks at x and y, and scan makes similarities of them")
+    if distributed:
+        _check_distributed(config)
+
+
+def _entered(work: ExitStack, config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None:
+    """Take the folder for this process alone; the record, where another has ended the run until then."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    work.enter_context(alone(run_dir))
+    return ended(config, run_dir, fingerprint)
 
 
 def _check_distributed(config: TrainConfig) -> None:
@@ -153,9 +186,10 @@ def _check_distributed(config: TrainConfig) -> None:
         raise ValueError(f"distributed: {dist.get_world_size()} ranks have too few rows of a batch of {config.batch}")
 
 
-def read(config: TrainConfig) -> Features:
-    """The data of a run, in the form that its model takes."""
-    return features(config.data, config.limit, SYSTEMS[config.model].images, config.texts)
+def read(config: TrainConfig, test: bool = True) -> Features:
+    """The data of a run, in the form that its model takes, with or without the test split."""
+    texts: Any = config.texts
+    return features(config.data, config.limit, SYSTEMS[config.model].images, texts, test)
 
 
 def read_pairs(config: TrainConfig) -> Features:
@@ -180,34 +214,72 @@ class Trained(NamedTuple):
     config: TrainConfig
     model: nn.Module  # with the best weights, in evaluation mode
     vocabulary: Vocabulary | None
+    inputs: Inputs  # what the model reads
 
     def split(self, name: str) -> Split:
-        """A split of its data, in the form that its model takes."""
+        """A split of its data, in the form that its model takes.
+
+        Raises:
+            ValueError: what the readers refuse, or features of other dimensions than the model's.
+        """
         system = SYSTEMS[self.config.model]
         if system.of_clips:
-            return labelled(self.config.data, name)
-        return split(data.load(self.config.data, name), system.images, self.vocabulary)
+            part = labelled(self.config.data, name)
+        else:
+            part = split(data.load(self.config.data, name), system.images, self.vocabulary)
+        if (found := inputs_of(part, self.vocabulary)) != self.inputs:
+            raise ValueError(f"{self.config.data}: {name!r} has {found}, and the model reads {self.inputs}")
+        return part
 
 
-def load_trained(run_dir: Path) -> Trained:
+def load_trained(run_dir: Path, *, device: str | None = None, data: str | None = None) -> Trained:
     """The configuration of a run, its best weights, and the words of its captions.
 
+    Args:
+        run_dir: the run's folder.
+        device: where to compute; by default where it was trained, or on the CPU where that is not there.
+        data: the dataset that `Trained.split` reads; by default the one it was trained on.
+
     Raises:
-        ValueError: no finished run in the folder.
+        ValueError: no finished run in the folder, a damaged file (named), a device that is not there.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = run_dir / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors)")
-    with safe_open(path, framework="pt") as file:
-        told = json.loads(file.metadata()["run"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])
-    model = _model(config, inputs)
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = json.loads(file.metadata()["run"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(f"{path}: holds no run: {error}") from error
+    if device is not None or not available(config.device):
+        config = dataclasses.replace(config, device=device or "cpu")
+    check_device(config.device)
+    if data is not None:
+        config = dataclasses.replace(config, data=data)
+    with torch.device("meta"):  # sizes first: a wrong one takes no memory
+        like = _model(config, inputs)
+    _check_tensors(path, tensors, like.state_dict())
+    with torch.device("cpu"):
+        model = _model(config, inputs)
     model.load_state_dict(tensors)
-    vocabulary = Vocabulary.load(run_dir / "vocabulary.json") if inputs.y_kind == "words" else None
-    return Trained(config, model.eval(), vocabulary)
+    vocabulary = None
+    if inputs.y_kind == "words":
+        vocabulary = Vocabulary.load(run_dir / "vocabulary.json")
+        if len(vocabulary) != inputs.y:
+            raise Damaged(f"{run_dir / 'vocabulary.json'}: has {len(vocabulary)} tokens, and the model {inputs.y}")
+    return Trained(config, model.eval().to(config.device), vocabulary, inputs)
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Whether a file's tensors are those of a model, by their names and shapes."""
+    for name in sorted({*tensors, *like}):
+        shapes = [tuple(one[name].shape) if name in one else "missing" for one in (tensors, like)]
+        if shapes[0] != shapes[1]:
+            raise Damaged(f"{path}: {name} is {shapes[0]}, by its configuration it is {shapes[1]}")
 
 
 def score(config: TrainConfig, model: nn.Module, part: Split, folds: int = 1) -> RetrievalMetrics | MapMetrics:
@@ -256,7 +328,8 @@ class _Run:
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.writes = self.rank == 0
         self.state = State()
-        self.inputs = systems.inputs_of(features)
+        self.versions = _versions(config, features)
+        self.inputs = inputs_of(features.train, features.vocabulary)
         torch.manual_seed(config.seed)
         self.model = _model(config, self.inputs)
         systems.fit(self.model, features.train)
@@ -274,7 +347,9 @@ class _Run:
         ]
         optimizer = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.optimizer]
         self.optimizer = optimizer([g for g in groups if g["params"]], lr=config.lr, fused=True)
-        self.train, self.val = (systems.prepared(self.model, part, self.device) for part in features[:2])
+        self.train, self.val = (
+            systems.prepared(self.model, part, self.device) for part in (features.train, features.val)
+        )
         self.sampler = Sampler(features.train.image_of, config.batch, config.seed)
         self.epoch = max(1, len(features.train.y) // config.batch)  # steps
         self.end = min(n for n in (config.max_steps, config.epochs * self.epoch, sys.maxsize) if n)
@@ -285,7 +360,7 @@ class _Run:
 
     @contextmanager
     def watched(self, every: int) -> Iterator[None]:
-        """With a diagnosis of the objective at every so-manieth step, drawn when training has ended."""
+        """With a diagnosis of the objective every so many steps, drawn when training has ended."""
         if not every:
             yield
             return
@@ -308,7 +383,7 @@ class _Run:
             state.step += 1
             if state.step < until:
                 self.save_if_due()
-        validated = self.told(self._validate() if self.writes else None)
+        validated = self.told(self._validate)
         loss = math.fsum(state.losses) / len(state.losses)
         row = {"step": state.step, "loss": loss, "lr": self._lr(), **validated}
         if isinstance(self.objective, Curriculum):
@@ -329,13 +404,12 @@ class _Run:
         if state.step >= self.end and state.stopped is None:
             state.stopped = "max_steps" if self.end == config.max_steps else "epochs"
         if self.writes:
-            with (self.run_dir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_line(self.run_dir / "metrics.jsonl", json.dumps(row))
         return row
 
-    def told(self, what: Any) -> Any:
-        """What rank 0 has, on all ranks."""
-        return _told(what, self.ranks > 1)
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on all ranks."""
+        return _told(make, self.ranks > 1)
 
     def _plateau(self) -> None:
         """Nothing better for long: the rate drops and the best weights come back, or it ends."""
@@ -419,7 +493,7 @@ class _Run:
         self.pause = max(self.save_every, 20 * (self.saved - start)) if self.save_every else 0
 
     def save(self) -> None:
-        """Write the checkpoint: one file, so that weights and state are never of different steps."""
+        """Write the checkpoint: one file, so that weights, state and whose they are never come apart."""
         from safetensors.torch import save
 
         tensors = {f"model.{name}": tensor for name, tensor in self.modules.state_dict().items()}
@@ -427,21 +501,22 @@ class _Run:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-        write_atomically(
-            self.run_dir / "checkpoint.safetensors",
-            save(tensors, {"state": json.dumps(dataclasses.asdict(self.state))}),
-        )
+        told = dataclasses.asdict(self.state) | {"run": self._identity()}
+        write_atomically(self.run_dir / "checkpoint.safetensors", save(tensors, {"state": json.dumps(told)}))
 
-    def restore(self, versions: Record) -> bool:
-        """Continue from the checkpoint; False without one, or with one that other versions or data have made.
+    def _identity(self) -> Record:
+        """What a checkpoint has to be of to be continued."""
+        return {"config": json.loads(self.config.to_json()), "versions": self.versions}
+
+    def restore(self) -> bool:
+        """Continue from the checkpoint; False without one, with a damaged one, or with one of other versions or data.
 
         Rank 0 decides, and reads it for all.
         """
-        found: Checkpoint | None = self.told(self._checkpoint(versions) if self.writes else None)
+        found: Checkpoint | None = self.told(self._checkpoint)
         if found is None:
             return False
-        state, groups = found
-        self.state = State(**state)
+        self.state, groups = found
         self.modules.load_state_dict(groups["model"])
         self.mean.load_state_dict(groups["mean"])
         self.best = {name: tensor.to(self.device) for name, tensor in groups["best"].items()}
@@ -452,21 +527,47 @@ class _Run:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         return True
 
-    def _checkpoint(self, versions: Record) -> Checkpoint | None:
-        """The state, and the tensors of model, mean, best and optimizer, on the CPU."""
-        from safetensors import safe_open
+    def _checkpoint(self) -> Checkpoint | None:
+        """The state, and the tensors on the CPU."""
+        from safetensors import SafetensorError, safe_open
 
         path = self.run_dir / "checkpoint.safetensors"
-        if not path.is_file() or _read_json(self.run_dir / "versions.json") != versions:
+        if not path.is_file():
             return None
-        _check_owner(self.config, self.run_dir)
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
-        with safe_open(path, framework="pt") as file:
-            state: Record = json.loads(file.metadata()["state"])
-            for name in file.keys():  # noqa: SIM118
-                group, _, rest = name.partition(".")
-                groups[group][rest] = file.get_tensor(name)
+        groups: Groups = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads(file.metadata()["state"])
+                if told.pop("run", None) != self._identity():
+                    return None
+                for name in file.keys():  # noqa: SIM118
+                    group, _, rest = name.partition(".")
+                    groups[group][rest] = file.get_tensor(name).clone()  # not a map of a file that is replaced soon
+            state = State(**told)
+            self._check_groups(path, groups)
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            _warn_damaged(path, error)
+            return None
         return state, groups
+
+    def _check_groups(self, path: Path, groups: Groups) -> None:
+        """Whether the tensors are those of this run's modules and optimiser."""
+        _check_tensors(path, groups["model"], self.modules.state_dict())
+        _check_tensors(path, groups["mean"], self.mean.state_dict())
+        _check_tensors(path, groups["best"], self.best)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for name, moment in groups["optimizer"].items():
+            index = int(name.partition(".")[0])
+            if moment.dim() and moment.shape != weights[index].shape:
+                raise Damaged(f"{path}: optimizer.{name} is {tuple(moment.shape)}")
+
+    def begin(self) -> None:
+        """What an earlier run has left goes first, its results before the rest; then the folder says whose it is."""
+        for name in (*RESULTS, *NOTES):
+            (self.run_dir / name).unlink(missing_ok=True)
+        write_atomically(self.run_dir / "config.json", self.config.to_json().encode())
+        write_atomically(self.run_dir / "versions.json", _json(self.versions))
+        self.save()
 
     def write_log(self) -> None:
         """Begin the log with the rows up to the checkpoint; what a killed run wrote after it, whole or half, goes."""
@@ -491,12 +592,12 @@ class _Run:
             "curve": state.curve,
         }
         if test:
+            assert self.features.test is not None
             metrics = score(config, self.mean, self.features.test)
             if isinstance(metrics, MapMetrics):
                 record["test"] = metrics.as_dict()
             else:
-                names = (*RECALLS, "rsum", "i2t_medr", "t2i_medr")
-                record["test"] = {name: getattr(metrics, name) for name in names}
+                record["test"] = {name: getattr(metrics, name) for name in MEASURES["rsum"]}
                 record["ranks"] = {
                     "i2t": metrics.i2t_ranks.tolist(),
                     "t2i": metrics.t2i_ranks.tolist(),
@@ -507,7 +608,7 @@ class _Run:
         told = {"config": json.loads(config.to_json()), "inputs": self.inputs._asdict()}
         content = save(self.best, {"run": json.dumps(told)})  # one entry: they are written in any order
         write_atomically(self.run_dir / "model.safetensors", content)
-        _write_json(self.run_dir / "record.json", record)
+        write_atomically(self.run_dir / "record.json", _json(record))
         (self.run_dir / "checkpoint.safetensors").unlink(missing_ok=True)
         return record
 
@@ -517,13 +618,21 @@ def _model(config: TrainConfig, inputs: Inputs) -> nn.Module:
     return systems.build(config.model, inputs, order, dataclasses.asdict(config))
 
 
-def _told(what: Any, distributed: bool) -> Any:
-    """What rank 0 has, on all ranks."""
+def _told(make: Callable[[], Any], distributed: bool) -> Any:
+    """What rank 0 makes, on all ranks; where it raises, all of them do."""
     if not distributed:
-        return what
-    box = [what]
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except (ValueError, RuntimeError, OSError) as error:
+            box[1] = error
     dist.broadcast_object_list(box)
-    return box[0]
+    made, refusal = box
+    if refusal is not None:
+        raise refusal
+    return made
 
 
 def _metric(config: TrainConfig) -> str:
@@ -549,14 +658,20 @@ def _similarity(objective: nn.Module) -> str:
 
 @contextmanager
 def _computing(threads: int, device: torch.device) -> Iterator[None]:
-    """The run's threads and random numbers; the caller's come back afterwards."""
-    before = torch.get_num_threads()
+    """The run's threads, random numbers and defaults; the caller's come back afterwards."""
+    before, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            torch.device("cpu") if elsewhere else nullcontext(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             yield
     finally:
         torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
 
 
 def _versions(config: TrainConfig, data: Features) -> Record:
@@ -571,23 +686,64 @@ def _versions(config: TrainConfig, data: Features) -> Record:
     }
 
 
-def _finished(config: TrainConfig, run_dir: Path, versions: Record) -> Record:
-    """The record of a run that has ended."""
-    _check_owner(config, run_dir)
-    if _read_json(run_dir / "versions.json")["data"] != versions["data"]:
+# ---- a run's folder --------------------------------------------------------------------------------------
+
+RESULTS = ("record.json", "checkpoint.safetensors", "model.safetensors")  # what is lost with them is work
+NOTES = ("vocabulary.json", "metrics.jsonl", "diagnosis.jsonl", "diagnosis.png", "versions.json", "config.json")
+
+
+def ended(config: TrainConfig, run_dir: Path, fingerprint: str) -> Record | None:
+    """The record of a run that has ended; None where there is none, or, with a warning, a damaged one.
+
+    Args:
+        fingerprint: that of the run's `Features`.
+
+    Raises:
+        Damaged: naming the file that should tell whose folder it is.
+        ValueError: a folder with the results of another configuration, or of a run on other features.
+    """
+    if not any((run_dir / name).is_file() for name in RESULTS):
+        return None
+    path = run_dir / "config.json"
+    try:
+        owner = TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError) as error:
+        raise Damaged(f"{path}: is damaged, or of another version of goal; move {run_dir} away: {error}") from error
+    if owner != config:
+        names = [spec.name for spec in dataclasses.fields(config)]
+        differ = ", ".join(name for name in names if getattr(owner, name) != getattr(config, name))
+        raise ValueError(f"{run_dir}: holds a run of another configuration ({differ}); move it away, or name another")
+    path = run_dir / "record.json"
+    if not path.is_file():
+        return None
+    versions = read_json(run_dir / "versions.json")
+    if not isinstance(versions, dict) or versions.get("data") != fingerprint:
         raise ValueError(f"{run_dir}: was trained on other features of {config.data!r}; move it away, or name another")
-    record: Record = _read_json(run_dir / "record.json")
+    try:
+        record: Record = read_json(path)
+        _check_record(record, config)
+    except Damaged as error:
+        _warn_damaged(path, error)
+        return None
     return record
 
 
-def _check_owner(config: TrainConfig, run_dir: Path) -> None:
-    if TrainConfig.from_json((run_dir / "config.json").read_text()) != config:
-        raise ValueError(f"{run_dir}: holds a run of another configuration; move it away, or name another")
+def _check_record(record: Any, config: TrainConfig) -> None:
+    """Whether it is what `finish` writes for such a run."""
+    fixed = {**config.names, "model": config.model, "seed": config.seed}
+    if not isinstance(record, dict) or any(record.get(name) != value for name, value in fixed.items()):
+        raise Damaged("it is no record of this run")
+    metric = _metric(config)
+    tested = record.get("test", dict.fromkeys(MEASURES[metric], 0))  # a trial of a search has no test
+    numbers = [record.get(f"best_val_{metric}")]
+    numbers += [tested.get(name) if isinstance(tested, dict) else None for name in MEASURES[metric]]
+    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(record.get("curve"), list):
+        raise Damaged("it lacks a number")
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _warn_damaged(path: Path, error: Exception) -> None:
+    warnings.warn(f"{path}: is damaged, so the run is begun again: {error}", stacklevel=2)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

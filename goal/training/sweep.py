@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import goal
-from goal.training.config import TrainConfig
+from goal.data.files import Damaged, alone, folder_name, require
+from goal.training.config import TrainConfig, check_device
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
-from goal.training.loop import Record, TrainingError, read_pairs, train
+from goal.training.loop import Record, TrainingError, ended, read_pairs, train
 from goal.training.report import RunRecord, write_report
 from goal.training.tune import search
 from goal.training.workers import Done, Failed, Job, cores, work
@@ -91,6 +92,7 @@ class Sweep:
 
     Raises:
         ValueError, TypeError: settings out of range, or data that cannot be read; before anything is trained.
+        ModuleNotFoundError: a package of the extra `train` is missing.
 
     >>> sweep = Sweep(quick=True, objectives=["cir:sig-ms", "infonce"])
     >>> sweep.folder.name, sweep.seeds
@@ -121,12 +123,15 @@ class Sweep:
         self.entries = entries(objectives, **(short if quick else {}) | settings)
         self.tuned: list[Entry] = []  # what the searches found
         self.base = self.entries[0].config
+        check_device(self.base.device)
+        for package in ("matplotlib", "safetensors", *(["optuna"] if trials else [])):
+            require(package, "train")
+        system = self.base.model * (self.base.model != "heads")
+        parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{trials}" * bool(trials))
+        self.folder = Path(root) / folder_name("name", "-".join(filter(None, parts)) if name is None else name)
         data = read_pairs(self.base)
         Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
-        self.images = len(data.train.x)
-        system = self.base.model * (self.base.model != "heads")
-        parts = (Path(self.base.data).name, system, "quick" * quick, f"tune{trials}" * bool(trials))
-        self.folder = root / (name or "-".join(filter(None, parts)))
+        self.images, self.fingerprint = len(data.train.x), data.fingerprint
         by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
         self.workers = workers or by_default
         self.results: dict[str, Any] = {}  # by the job's key
@@ -139,8 +144,15 @@ class Sweep:
             The records of all runs, tuned ones last.
 
         Raises:
+            Busy: another process is at work in the folder.
             Incomplete: some runs failed; the report of the others has been written.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self.folder):
+            return self._run(command)
+
+    def _run(self, command: str) -> list[Record]:
+        self.failures = {}
         with display() as shown:
             searches = self._searches()
             self._perform([*self._runs(self.entries), *searches.values()], shown)
@@ -196,11 +208,18 @@ class Sweep:
             Job(run.run_name, train, (run, self.folder / "runs" / run.run_name, self.save_every)) for run in configs
         ]
 
-    def _finished(self, job: Job) -> bool:
-        """Whether a run has a record already, which then counts."""
-        if job.key not in self.results and job.function is train and (job.arguments[1] / "record.json").is_file():
-            self.results[job.key] = train(*job.arguments)
-        return job.key in self.results
+    def _settled(self, job: Job) -> bool:
+        """Whether a run has a record already, which then counts, or cannot be begun."""
+        if job.function is train and job.key not in self.results:
+            config, run_dir, _ = job.arguments
+            try:
+                record = ended(config, run_dir, self.fingerprint)
+            except Damaged as error:
+                self.failures[job.key] = str(error)
+            else:
+                if record is not None:
+                    self.results[job.key] = record
+        return job.key in self.results or job.key in self.failures
 
     def _searches(self) -> dict[TrainConfig, Job]:
         if not self.trials:
@@ -215,10 +234,15 @@ class Sweep:
         }
 
     def _perform(self, jobs: Sequence[Job], shown: Lines) -> None:
-        left = [job for job in jobs if not self._finished(job)]
+        left = {job.key: job for job in jobs if not self._settled(job)}
         shown.expect(len(jobs), finished=len(jobs) - len(left))
-        for event in work(left, self.workers):
-            if isinstance(event, Done):
+        for event in work(list(left.values()), self.workers):
+            if isinstance(event, Done) and left[event.key].function is train:
+                try:  # files may have changed since the sweep began
+                    self._settled(left[event.key])
+                except ValueError as error:
+                    self.failures[event.key] = str(error)
+            elif isinstance(event, Done):
                 self.results[event.key] = event.result
             elif isinstance(event, Failed):
                 self.failures[event.key] = event.message

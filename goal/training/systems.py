@@ -7,18 +7,10 @@ from torch import Tensor, nn
 
 import goal
 from goal.models import SCAN, SETTINGS, AudioVisual, GRUText, Joint, Projection, RegionImage, TokenText
-from goal.training.features import Features, Images, Split, Texts
+from goal.training.features import Images, Inputs, Split, Texts
 from goal.training.heads import Heads
 
 ROWS = 256  # embedded at once in evaluation
-
-
-class Inputs(NamedTuple):
-    """What the encoders are built for."""
-
-    x: int  # dimensions of the features of an image, a region or a sound
-    y: int  # tokens of the vocabulary, or dimensions of the features
-    y_kind: str  # "words", "tokens" or "vectors"
 
 
 class System(NamedTuple):
@@ -78,15 +70,6 @@ SYSTEMS: dict[str, System] = {
         _HEADS | {"hidden": 1024, "dim": 256, "dropout": 0.3, "lr": 5e-4, "warmup": 100},
     ),
 }
-
-
-def inputs_of(data: Features) -> Inputs:
-    """What the encoders of some data are built for."""
-    x, y = data.train.x[:1], data.train.y[:1]
-    if data.vocabulary is not None:
-        return Inputs(x.shape[-1], len(data.vocabulary), "words")
-    values = y[0] if isinstance(y, tuple) else y
-    return Inputs(x.shape[-1], values.shape[-1], "tokens" if isinstance(y, tuple) else "vectors")
 
 
 def build(name: str, inputs: Inputs, order: bool, sizes: dict[str, Any]) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from goal.data.files import write_atomically
+from goal.data.files import alone, write_atomically
 from goal.training.config import TrainConfig
 from goal.training.loop import Diverged, Row, best, train
 
@@ -45,6 +45,7 @@ def search(
     the same result. `tuning.json` lists the trials. A trial that diverges counts, with RSUM 0.
 
     Raises:
+        Busy: another process is at work in the folder.
         ValueError: fewer than one trial.
     """
     import optuna
@@ -61,25 +62,27 @@ def search(
     study = optuna.create_study(direction="maximize")
     study.enqueue_trial({name: start[name] for name in space})
     tried: list[dict[str, Any]] = []
-    for number in range(trials):
-        study.sampler = optuna.samplers.TPESampler(seed=number)
-        trial = study.ask(space)
-        candidate = with_parameters(config, trial.params)
-        try:
-            record = train(
-                candidate,
-                folder / candidate.run_name,
-                save_every,
-                test=False,
-                on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
-            )
-            value = best(record)
-        except Diverged:
-            value = 0.0
-        study.tell(trial, value)
-        tried.append({"val_rsum": value, **trial.params})
-    content = {"objective": config.label, "trials": tried, "best": study.best_trial.number}
-    write_atomically(folder / "tuning.json", (json.dumps(content, indent=2) + "\n").encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        for number in range(trials):
+            study.sampler = optuna.samplers.TPESampler(seed=number)
+            trial = study.ask(space)
+            candidate = with_parameters(config, trial.params)
+            try:
+                record = train(
+                    candidate,
+                    folder / candidate.run_name,
+                    save_every,
+                    test=False,
+                    on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
+                )
+                value = best(record)
+            except Diverged:
+                value = 0.0
+            study.tell(trial, value)
+            tried.append({"val_rsum": value, **trial.params})
+        content = {"objective": config.label, "trials": tried, "best": study.best_trial.number}
+        write_atomically(folder / "tuning.json", (json.dumps(content, indent=2) + "\n").encode())
     return with_parameters(config, study.best_params)
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, NamedTuple
 
-from goal.training.loop import TrainingError
-
 
 class Job(NamedTuple):
     """A call to make in a worker: `function(*arguments, on_evaluation=...)`, importable by name."""
@@ -58,33 +56,35 @@ def cores() -> int:
 def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
     """Run jobs in their order on a few processes and yield what they report; leaving early ends the processes.
 
-    Raises:
-        TrainingError: a process died, as it does when memory is short.
+    A job fails alone, whatever it raises; one whose process dies, as it does when memory is short, fails too, and
+    another process goes on with the next.
     """
-    context = multiprocessing.get_context("spawn")
     waiting = deque(jobs)
     busy: dict[Any, tuple[Any, Job]] = {}  # our end of a pipe: the process, its job
     processes = []
+
+    def begin() -> None:
+        pipe, process = _started()
+        processes.append(process)
+        busy[pipe] = process, waiting.popleft()
+        pipe.send(busy[pipe][1])
+
     try:
         for _ in range(min(workers, len(jobs))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            busy[ours] = process, waiting.popleft()
-            ours.send(busy[ours][1])
+            begin()
         while busy:
             ready: list[Any] = connection.wait(list(busy))
             for pipe in ready:
                 process, job = busy[pipe]
                 try:
                     event: Event = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionError):
+                    del busy[pipe]
                     process.join()
-                    raise TrainingError(
-                        f"a worker died with exit code {process.exitcode} during {job.key} (is memory short?)"
-                    ) from None
+                    yield Failed(job.key, f"its process died with exit code {process.exitcode} (is memory short?)")
+                    if waiting:
+                        begin()
+                    continue
                 yield event
                 if isinstance(event, Done | Failed):
                     if waiting:
@@ -96,6 +96,16 @@ def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
         for process in processes:
             process.terminate()
             process.join()
+
+
+def _started() -> tuple[Any, Any]:
+    """Our end of a pipe, and the process at its other end."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, process
 
 
 def _serve(pipe: Any) -> None:
@@ -115,8 +125,8 @@ def _outcome(job: Job, pipe: Any) -> Done | Failed:
         return Done(job.key, job.function(*job.arguments, on_evaluation=lambda row: pipe.send(Progress(job.key, row))))
     except BrokenPipeError:
         raise
-    except (ValueError, RuntimeError, OSError) as error:  # diverged, refused data, a full disk: the others go on
-        return Failed(job.key, str(error))
+    except Exception as error:  # diverged, refused data, a full disk, what nobody foresaw: the others go on
+        return Failed(job.key, str(error) or type(error).__name__)
 
 
 def _follow_parent() -> None:

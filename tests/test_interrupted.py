@@ -1,0 +1,454 @@
+"""Works that were stopped, ran twice, or whose files were damaged or changed: what is right then, in one table each."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_training import SMALL, Killed, killed_after, small
+
+import goal
+from goal import cli
+from goal.data import files
+from goal.data.files import Busy, Damaged, alone, atomic_file, clear_temporaries, write_atomically
+from goal.training import Incomplete, Sweep, TrainConfig, loop, search, train
+from goal.training.display import display
+from goal.training.loop import load_trained
+from goal.training.workers import Failed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FEW = ["--limit", "100", "--batch", "40", "--hidden", "8", "--dim", "4", "--max-steps", "2"]
+TINY: dict[str, Any] = {"hidden": 16, "dim": 8, "batch": 16, "max_steps": 40, "eval_every": 10, "average": 0}
+
+
+def written(folder: Path, seed: int, splits: tuple[str, ...] = ("train", "val", "test")) -> str:
+    """A folder of features: captions are a linear map of their images, another for each seed."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    back = rng.standard_normal((8, 8))
+    for split, count in zip(splits, (64, 32, 32), strict=False):
+        y = rng.standard_normal((count, 8)).astype(np.float32)
+        np.save(folder / f"{split}_x.npy", (y @ back).astype(np.float32))
+        np.save(folder / f"{split}_y.npy", y)
+    return str(folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """What a run has left, but for what tells machines and features apart."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "versions.json"}
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a folder."""
+    monkeypatch.setattr(files.alone.__wrapped__, "__defaults__", (0.0,))
+
+
+# ── a process at a time ─────────────────────────────────────────────────────────────────────────────────
+
+WORKS: dict[str, Callable[[Path], Any]] = {
+    "train": lambda folder: train(small(), folder),
+    "search": lambda folder: search(small(), 1, folder),
+    "sweep": lambda folder: Sweep(
+        objectives=["infonce"], root=folder.parent, name=folder.name, **SMALL, max_steps=4
+    ).run(),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.usefixtures("impatient")
+def test_a_second_process_is_refused_and_told_of_the_first(work: str, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    code = "import sys; from pathlib import Path; from goal.data.files import alone\n"
+    code += "with alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(goal.__file__).parents[1],
+    )
+    assert first.stdout is not None
+    first.stdout.readline()
+    with pytest.raises(Busy, match=rf"{folder}: is in use by process {first.pid} on .* since .*Wait for it"):
+        WORKS[work](folder)
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+    first.kill()  # a lock ends with its process
+    first.communicate()
+    WORKS[work](folder)
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_command_says_who_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").mkdir()
+    arguments = ["train", *FEW, "--name", "a", "--root", str(tmp_path)]
+    with alone(tmp_path / "a"):
+        assert cli.main(arguments) == 1
+    assert f"goal train: {tmp_path / 'a'}: is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+    for name in (".record.json.x1.tmp", ".checkpoint.safetensors.y2.tmp", "mine.tmp", ".mine"):
+        (tmp_path / name).write_bytes(b"half")
+    with alone(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine"}
+    for name in (".a.npz.x1.tmp", ".b.npz.x1.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    clear_temporaries(tmp_path, tmp_path / "a.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine", ".b.npz.x1.tmp"}
+
+
+# ── what tells a run from another ───────────────────────────────────────────────────────────────────────
+
+
+def begun(config: TrainConfig, folder: Path, evaluations: int, save_every: float = 0) -> None:
+    """A run that is killed after so many evaluations."""
+    with pytest.raises(Killed):
+        train(config, folder, save_every, on_evaluation=killed_after(evaluations))
+
+
+def test_features_written_anew_in_their_folder_are_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(data=written(Path("data"), 0), **TINY)
+    times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in Path("data").iterdir()}
+    first = train(config, tmp_path / "first")
+    written(Path("data"), 1)
+    for path, at in times.items():
+        os.utime(path, ns=at)  # as old as before, and as large
+    second = train(config, tmp_path / "second")
+    assert first["curve"] != second["curve"]
+    (tmp_path / "elsewhere").mkdir()
+    written(tmp_path / "elsewhere" / "data", 0)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # the same relative path
+    assert train(config, tmp_path / "third")["curve"] == first["curve"]
+
+
+def test_a_folder_that_has_not_changed_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, reads, load = written(tmp_path / "data", 0), [], goal.data.load
+    monkeypatch.setattr("goal.training.features.load", lambda *asked: (reads.append(asked), load(*asked))[1])
+    monkeypatch.setattr("goal.training.features.SETTLED", 0)
+    for _ in range(3):
+        loop.read(TrainConfig(data=data))
+    assert len(reads) == 3  # a split each
+
+
+def test_every_row_of_a_large_array_is_in_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CHUNK_BYTES", 64)  # as if the arrays were large
+    config = TrainConfig(data=written(tmp_path / "data", 0), **TINY)
+    before = loop.read(config).fingerprint
+    x = np.load(tmp_path / "data" / "train_x.npy")
+    x[37, 5] += 1
+    np.save(tmp_path / "data" / "train_x.npy", x)
+    assert loop.read(config).fingerprint != before
+
+
+CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]] = {
+    "other features": lambda data, patch: written(data, 1) and {},
+    "another version": lambda data, patch: patch.setattr(goal, "__version__", "0.0.0") or {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_of_something_else_is_never_continued(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = TrainConfig(data=written(tmp_path / "data", 0), **TINY), tmp_path / "run"
+    begun(config, run, evaluations=3)
+    CHANGES[change](tmp_path / "data", monkeypatch)
+    begun(config, run, evaluations=1, save_every=1e9)  # killed before a checkpoint of its own
+    train(config, run)
+    train(config, tmp_path / "whole")
+    assert content(run) == content(tmp_path / "whole")
+
+
+def test_a_folder_with_results_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    data = written(tmp_path / "data", 0)
+    begun(TrainConfig(data=data, T="con", P="con", **TINY), tmp_path / "run", evaluations=2)
+    before = content(tmp_path / "run")
+    for features in (0, 1):  # with other features, too
+        written(tmp_path / "data", features)
+        with pytest.raises(
+            ValueError, match=r"run: holds a run of another configuration \(T, P, params\); move it away"
+        ):
+            train(TrainConfig(data=data, **TINY), tmp_path / "run")
+    assert content(tmp_path / "run") == before
+
+
+def test_what_an_earlier_run_left_is_gone_before_another_begins(tmp_path: Path) -> None:
+    config, run = TrainConfig(data=written(tmp_path / "data", 0), **TINY), tmp_path / "run"
+    run.mkdir()
+    for name in ("vocabulary.json", "diagnosis.jsonl", "diagnosis.png"):
+        (run / name).write_text("of an earlier run")
+    train(config, run)
+    train(config, tmp_path / "whole")
+    assert content(run) == content(tmp_path / "whole")
+
+
+def test_features_that_change_during_a_sweep_fail_what_comes_after(tmp_path: Path) -> None:
+    data = written(tmp_path / "data", 0)
+    sweep = Sweep(data=data, objectives=["infonce"], seeds=1, root=tmp_path / "runs", workers=1, **TINY)
+    written(tmp_path / "data", 1)  # between the first look and the first run
+    with pytest.raises(Incomplete, match=r"1 of the runs failed.*\n.*infonce.*was trained on other features"):
+        sweep.run()
+    assert sweep.records() == []
+
+
+# ── damaged files ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garbled(path: Path) -> None:
+    path.write_bytes(b"\xff\x00 no json, no tensors")
+
+
+def of_another_size(path: Path) -> None:
+    """A checkpoint with the right words and a tensor of the wrong shape."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(name for name in tensors if name.startswith("mean."))
+    save_file(tensors | {name: tensors[name][:1].clone()}, path, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("checkpoint.safetensors", cut),
+        ("checkpoint.safetensors", garbled),
+        ("checkpoint.safetensors", of_another_size),
+        ("record.json", cut),
+        ("record.json", garbled),
+        ("record.json", lambda path: path.write_text("[]")),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"t2i_r5"', '"t2i_r6"'))),
+    ],
+)
+def test_a_damaged_result_is_made_again_by_name(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(small(), whole)
+    if name == "record.json":
+        train(small(), run)
+    else:
+        begun(small(), run, evaluations=2)
+    damage(run / name)
+    with pytest.warns(UserWarning, match=f"{name}: is damaged, so the run is begun again"):
+        train(small(), run)
+    assert content(run) == content(whole)
+
+
+@pytest.mark.parametrize("damage", [cut, garbled, lambda path: path.write_text('{"later": 1}'), Path.unlink])
+@pytest.mark.parametrize("name", ["config.json", "versions.json"])
+def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    record = (tmp_path / "record.json").read_bytes()
+    damage(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}: is damaged|other features"):
+        train(small(), tmp_path)
+    assert (tmp_path / "record.json").read_bytes() == record
+
+
+def test_a_damaged_run_of_a_sweep_fails_alone_or_is_made_again(tmp_path: Path) -> None:
+    def sweep() -> Sweep:
+        return Sweep(objectives=["infonce", "cir:lin", "vse0"], seeds=1, root=tmp_path, workers=1, **SMALL, max_steps=8)
+
+    first = sweep()
+    runs = [first.folder / "runs" / entry.seeded(0).run_name for entry in first.entries]
+    begun(first.entries[0].config, runs[0], evaluations=1)
+    cut(runs[0] / "checkpoint.safetensors")
+    train(first.entries[1].config, runs[1])
+    cut(runs[1] / "config.json")
+    with pytest.raises(Incomplete, match=r"1 of the runs failed.*\n.*cir-lin.*config\.json: is damaged"):
+        first.run()
+    assert [record["label"] for record in first.records()] == ["infonce", "vse0"]
+    (runs[1] / "record.json").unlink()
+    (runs[1] / "model.safetensors").unlink()  # as the message says, moved away
+    assert len(sweep().run()) == 3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    train(TrainConfig(model="vse++", data="emoji", limit=64, dim=8, word_dim=4, batch=32, epochs=1), folder)
+    return folder
+
+
+def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        told, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(told)
+    save_file(tensors, path, {"run": json.dumps(told)})
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.safetensors", cut, "model.safetensors: holds no run"),
+        ("model.safetensors", garbled, "model.safetensors: holds no run"),
+        ("vocabulary.json", cut, "vocabulary.json: no vocabulary"),
+        ("vocabulary.json", lambda path: path.write_text('{"words": ["a"]}'), "vocabulary.json: has 6 tokens"),
+        (
+            "model.safetensors",
+            lambda path: with_metadata(path, lambda told: told["config"].update(dim=10**9)),
+            "model.safetensors: holds no run: dim: must be at least 1 and at most 65536, got 1000000000",
+        ),
+        (
+            "model.safetensors",
+            lambda path: with_metadata(path, lambda told: told["config"].update(dim=60_000, word_dim=60_000)),
+            r"model.safetensors: .* is \(.*8.*\), by its configuration it is \(.*60000.*\)",
+        ),
+        (
+            "model.safetensors",
+            lambda path: with_metadata(path, lambda told: told["inputs"].update(x=10**12)),
+            "by its configuration it is .*1000000000000",
+        ),
+        (
+            "model.safetensors",
+            lambda path: with_metadata(path, lambda told: told.pop("inputs")),
+            "model.safetensors: holds no run",
+        ),
+    ],
+)
+def test_a_damaged_model_is_refused_by_name(
+    name: str, damage: Callable[[Path], Any], message: str, trained: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for path in trained.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    load_trained(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(Damaged if name == "model.safetensors" else ValueError, match=message):
+        load_trained(tmp_path)
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """No file may grow: what a full disk does, with another number."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "write_atomically": lambda path: write_atomically(path, b"1" * 10**6),
+    "save_atomically": lambda path: files.save_atomically(path, np.zeros(10**6)),
+    "append_line": lambda path: files.append_line(path, "1" * 10**6),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_names_the_file_and_leaves_no_other(writer: str, tmp_path: Path, no_room: None) -> None:
+    with pytest.raises(OSError, match=rf"{tmp_path / 'a.npy'} cannot be written"):
+        WRITERS[writer](tmp_path / "a.npy")
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.npy"}
+    assert not (tmp_path / "a.npy").exists() or writer == "append_line"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at open files")
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_open_file_is_renamed_or_removed(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows would refuse."""
+    replace, unlink = os.replace, Path.unlink
+
+    def closed(path: object) -> None:
+        held = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        if os.path.realpath(str(path)) in held:
+            raise PermissionError(errno.EACCES, "open", str(path))
+
+    monkeypatch.setattr(os, "replace", lambda source, target: (closed(source), replace(source, target)))
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: (closed(path), unlink(path, **more)))
+    with suppress(ZeroDivisionError), atomic_file(tmp_path / "a") as file:
+        file.write(b"%g" % (1 / (not fails)))
+    assert [path.name for path in tmp_path.iterdir()] == ([] if fails else ["a"])
+
+
+# ── printing ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stream:
+    """Standard output of some kind."""
+
+    encoding = "ascii"
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.text = error, ""
+
+    def isatty(self) -> bool:
+        return False
+
+    def flush(self) -> None:
+        pass
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            raise self.error
+        self.text += text.encode(self.encoding).decode()
+        return len(text)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        None,
+        Stream(None),
+        Stream(BrokenPipeError()),
+        Stream(OSError(errno.ENOSPC, "full")),
+        Stream(ValueError("closed")),
+    ],
+    ids=["closed", "ascii", "nobody reads", "full", "a closed file"],
+)
+def test_printing_never_ends_work(stream: Stream | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        assert cli.main(["train", *FEW, "--name", "a", "--root", str(tmp_path)]) == 0
+        with display() as shown:  # of a sweep, from Python
+            shown.show(Failed("s⁺", "s⁻"), list)
+    assert (tmp_path / "a" / "record.json").is_file()
+    if stream is not None and stream.error is None:
+        assert "validation RSUM" in stream.text
+        assert "cir ? sig-ms" in stream.text
+        assert "[1/0] s?" in stream.text
+
+
+def test_a_missing_extra_names_its_install_line_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for package, arguments in (
+        ("safetensors", ["train", *FEW]),
+        ("matplotlib", ["train", *FEW, "--diagnose", "1"]),
+        ("matplotlib", ["sweep", *FEW]),
+        ("optuna", ["sweep", *FEW, "--tune", "2"]),
+        ("matplotlib", ["lab", "show", "--T", "nca", "--P", "con"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            assert cli.main(arguments) == 2, package
+        error = capsys.readouterr().err
+        assert "pip install 'goal-objectives[train]'" in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

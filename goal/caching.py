@@ -124,7 +124,7 @@ class Cache:
             most.
 
     Raises:
-        ValueError, TypeError: a chunk that is no whole number ≥ 1, or that leaves one row to an encoder that refuses it.
+        ValueError, TypeError: a chunk that is no whole number ≥ 1, or leaves one row to an encoder that refuses it.
         RuntimeError: at the block's end, if no embedding has a gradient (backward was not called inside), or if an
             encoder did not give the same embeddings twice. Gradients are then not to be used.
 

@@ -344,7 +344,7 @@ def _shares(whole: Whole, mining: Mining, scale: Any, fallback: Tensor | None, s
     n, m, k = whole.rows, whole.cols, whole.masks.pairs
     sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, k)  # number of negatives
     if whole.masks.ids is not None:
-        sizes = torch.stack([whole.masks.negatives(side, n, m) for side in (0, 1)]).to(s_pos.dtype)
+        sizes = torch.stack([whole.masks.negatives(side, n, m, s_pos.device) for side in (0, 1)]).to(s_pos.dtype)
     share = scale / sizes.clamp(min=1) if mining.average else torch.ones_like(sizes) * scale
     return share if fallback is None else torch.where(fallback, share, share.new_zeros(()))
 

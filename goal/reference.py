@@ -104,7 +104,7 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
 
     def count() -> Tensor:
-        return torch.stack((masks.negatives(0, n, m), masks.negatives(1, n, m)))
+        return torch.stack([masks.negatives(side, n, m, x.device) for side in (0, 1)])
 
     return finish(s_pos, _rescore(part, count if masks.may_lack(n, m) else None, pairs))
 
@@ -157,7 +157,7 @@ def mine(
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
     counts: list[Callable[[], Tensor] | None] = [None, None]
     if masks.may_lack(*size):
-        counts = [lambda: masks.negatives(0, *size), lambda: masks.negatives(1, *size)]
+        counts = [lambda: masks.negatives(0, *size, x.device), lambda: masks.negatives(1, *size, x.device)]
 
     def of_x(negative: Tensor) -> Tensor:
         return similarity.pairs(x[:n_rows], y, None, negative - masks.col_offset)

@@ -36,13 +36,13 @@ class Masks(NamedTuple):
         """How many of the block's first rows (side 0) or columns (side 1), of which there are `size`, are anchors."""
         return max(0, min(self.pairs - (self.col_offset if side else self.row_offset), size))
 
-    def negatives(self, side: int, n: int, m: int) -> Tensor:
+    def negatives(self, side: int, n: int, m: int, device: torch.device) -> Tensor:
         """(A,) how many negatives the anchors of one side of an (n, m) block have in it."""
         own, others, first, offset = self.ids, self.y_ids, self.row_offset, self.col_offset
         if side:
             own, others, first, offset, n, m = others, own, offset, first, m, n
         anchors = self.anchors(side, n)
-        place = torch.arange(first - offset, first - offset + anchors, device=None if own is None else own.device)
+        place = torch.arange(first - offset, first - offset + anchors, device=device)
         pair = (place >= 0) & (place < m)
         if own is None or others is None:
             return m - pair.long()

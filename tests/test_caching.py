@@ -582,7 +582,7 @@ def test_a_chunk_of_one_row_that_an_encoder_refuses_is_named(rows: int, chunk: i
     )
     with pytest.raises(ValueError, match=said):
         goal.Cache(chunk).encode(encoder, torch.randn(rows, 4))
-    with pytest.raises(ValueError, match="^Expected more than 1 value"):
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value"):
         goal.Cache(chunk).encode(encoder, torch.randn(1, 4))
 
 

@@ -75,7 +75,7 @@ def apply(
             tf32 in small batches), `tf32` or `exact`. What they find is computed again in float32. 16-bit inputs are
             taken as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
-            shows in the gradient.
+            shows in the gradient, as it does where finite inputs make similarities that their dtype cannot hold.
         group: a `torch.distributed.ProcessGroup`, or `world`: the objective is that of the global batch, the ranks'
             rows in rank order, as many of x as of y on each; how many may differ. All ranks call it together; the value
             is the global one, the gradient that of the own rows. See docs/scaling.md.
@@ -91,7 +91,8 @@ def apply(
     Raises:
         ValueError: a shape, name, range or non-finite entry, with the argument, what came and what is allowed.
         TypeError: the same for types and dtypes.
-        RuntimeError: on a second derivative, which a gradient without a loss does not have.
+        RuntimeError: on a second derivative, which a gradient without a loss does not have; under torch.func.vmap and
+            forward-mode differentiation. torch.func.grad, vjp, jacrev and functional_call work.
 
     Example:
         >>> import goal, torch

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from goal import distributed, engine, ops, validation, wire
 from goal.engine import Batch, Dense, Outcome, Settings
@@ -72,7 +75,7 @@ def apply(
             tf32 in small batches), `tf32` or `exact`. What they find is computed again in float32. 16-bit inputs are
             taken as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
-            shows in the gradient.
+            shows in the gradient, as it does where finite inputs make similarities that their dtype cannot hold.
         group: a `torch.distributed.ProcessGroup`, or `world`: the objective is that of the global batch, the ranks'
             rows in rank order, as many of x as of y on each; how many may differ. All ranks call it together; the value
             is the global one, the gradient that of the own rows. See docs/scaling.md.
@@ -88,7 +91,8 @@ def apply(
     Raises:
         ValueError: a shape, name, range or non-finite entry, with the argument, what came and what is allowed.
         TypeError: the same for types and dtypes.
-        RuntimeError: on a second derivative, which a gradient without a loss does not have.
+        RuntimeError: on a second derivative, which a gradient without a loss does not have; under torch.func.vmap and
+            forward-mode differentiation. torch.func.grad, vjp, jacrev and functional_call work.
 
     Example:
         >>> import goal, torch
@@ -321,27 +325,36 @@ def _run(
     if ranks is not None:
         call = torch.compiler.disable(_run_spread) if torch.compiler.is_compiling() else _run_spread  # a graph ends
         return call(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
-    if y is None:
-        x = validation.similarity_matrix(x)
-        y = x.new_empty(x.shape[1], 0)
-        checked = {"S": x}
-    else:
-        x, y = validation.embeddings(x, y)
-        checked = {"x": x, "y": y}
-    check_finite = validation.checks_finite(check_finite, x)
-    how, _ = engine.implementation(chosen, x, y)
-    rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
-    scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
-    if check_finite:
-        validation.finite(**checked)
-    with torch.no_grad(), _no_autocast(x.device.type):
-        masks = engine.masks(x, y, rows, cols, how)
-        batch = engine.prepare(x, y, chosen.similarity, masks, how, check_finite)
-        outcome = engine.forward(batch, chosen, scale)
+    inputs: tuple[Any, Any] = x, y
+    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
+    with _outside():
+        if y is None:
+            x = validation.similarity_matrix(x)
+            y = x.new_empty(x.shape[1], 0)
+            checked = {"S": x}
+        else:
+            x, y = validation.embeddings(x, y)
+            checked = {"x": x, "y": y}
+        check_finite = validation.checks_finite(check_finite, x)
+        how, _ = engine.implementation(chosen, x, y)
+        rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
+        scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
+        if check_finite:
+            validation.finite(**checked)
+        with torch.no_grad(), _no_autocast(x.device.type):
+            masks = engine.masks(x, y, rows, cols, how)
+            batch = engine.prepare(x, y, chosen.similarity, masks, how)
+            outcome = engine.forward(batch, chosen, scale)
     loss = outcome.value
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        attach: Any = _Emit.apply
-        loss = attach(x, y, (loss,), chosen, batch.masks, how, check_finite, outcome.mined, outcome.dense)
+    of_x, of_y = inputs[0], y if inputs[1] is None else inputs[1]
+    if torch.is_grad_enabled() and (of_x.requires_grad or of_y.requires_grad):
+        rest = chosen, batch.masks, how, outcome.mined, outcome.dense
+        if _inside():
+            inside: Any = _EmitBy.apply
+            loss = inside(of_x, of_y, (loss,), _emitter(*rest))
+        else:
+            attach: Any = _Emit.apply
+            loss = attach(of_x, of_y, (loss,), *rest)
     return Run(batch, outcome, loss)
 
 
@@ -361,7 +374,7 @@ def _run_spread(
     value, emit, seen = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, (of_x, of_y), shown=False)
     loss = value
     if of_x or of_y:
-        attach: Any = _EmitOwn.apply
+        attach: Any = _EmitBy.apply
         loss = attach(x, y, (value,), emit)
     return Run(None, Outcome(value, None, None, seen), loss)
 
@@ -378,7 +391,8 @@ def _spread(
     needs: Needs,
     shown: bool,
 ) -> distributed.Result:
-    with torch.no_grad(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
+    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
+    with torch.no_grad(), _outside(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
         return distributed.run(x, y, chosen, ids, y_ids, weight, check_finite, ranks, needs, shown)
 
 
@@ -401,6 +415,46 @@ def _emit(
     )
 
 
+def _plain(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments without what torch.func.grad and vjp wrap tensors in: they are differentiated by `_Emit` alone.
+
+    Raises:
+        RuntimeError: one of them is batched by vmap, or has a forward-mode tangent.
+    """
+    if torch.compiler.is_compiling() or not (_inside() or forward_ad._current_level >= 0):
+        return arguments
+    kinds = {each.level(): each.key().name for each in functorch.get_interpreter_stack()} if _inside() else {}
+    found = []
+    for argument in arguments:
+        while isinstance(argument, Tensor) and functorch.is_functorch_wrapped_tensor(argument):
+            kind = kinds.get(functorch.maybe_get_level(argument))
+            if kind in _REFUSED:
+                raise RuntimeError(_NO_TRANSFORM.format(_REFUSED[kind]))
+            argument = functorch.get_unwrapped(argument)
+        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            raise RuntimeError(_NO_TRANSFORM.format(_REFUSED["Jvp"]))
+        found.append(argument)
+    return tuple(found)
+
+
+_REFUSED = {"Vmap": "vmap", "Jvp": "forward-mode differentiation", "Functionalize": "functionalize"}
+_NO_TRANSFORM = (
+    "goal emits a gradient in backward, which does not go through {} (torch.func.vmap, jvp, jacfwd, hessian and "
+    "functionalize; torch.autograd.forward_ad). torch.func.grad, vjp, jacrev and functional_call work: use those, in a "
+    "loop where there are several batches."
+)
+
+
+def _outside() -> AbstractContextManager[Any]:
+    """Without the transforms of torch.func, for tensors that are plain."""
+    return temporarily_clear_interpreter_stack() if _inside() else nullcontext()
+
+
+def _inside() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
+
+
 class _Emit(torch.autograd.Function):
     """The value forward; backward hands out the emitted gradient times the incoming one."""
 
@@ -413,55 +467,83 @@ class _Emit(torch.autograd.Function):
         chosen: Settings,
         masks: Masks,
         how: How,
-        finite: bool,
         mined: Mined | None,
         dense: Dense | None,
     ) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, how, finite, mined, dense
+        ctx.rest = chosen, masks, how, mined, dense
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        chosen, masks, how, finite, mined, dense = ctx.rest
-        with torch.no_grad(), _no_autocast(x.device.type):
-            batch = engine.prepare(x, y, chosen.similarity, masks, how, finite)
-            gx, gy = _emit(x, y, chosen, batch, mined, dense, incoming, ctx.needs_input_grad[:2])
-        gx, gy = _once(gx, gy, x, y, incoming)
-        return gx, gy, None, None, None, None, None, None, None
+        return *_handed_out(_emitter(*ctx.rest), ctx, incoming), *[None] * 6
 
 
-class _EmitOwn(torch.autograd.Function):
-    """As `_Emit`, for the own rows of a batch that is spread over ranks; nothing is sent in backward."""
+def _emitter(chosen: Settings, masks: Masks, how: How, mined: Mined | None, dense: Dense | None) -> Emit:
+    """What emits the gradient of a call, in backward."""
+
+    def emit(x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
+        batch = engine.prepare(x, y, chosen.similarity, masks, how)
+        return _emit(x, y, chosen, batch, mined, dense, incoming, needs)
+
+    return emit
+
+
+class _EmitBy(torch.autograd.Function):
+    """As `_Emit`, by what emits: the own rows of a batch that is spread over ranks (nothing is sent in backward), and
+    under torch.func, which wants the two parts of forward apart, at ten times the cost of a call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emit: Callable[..., Gradients]) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.emit = emit
+    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emit: Emit) -> Tensor:
         return value[0]
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, y, _, ctx.emit = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        with torch.no_grad(), _no_autocast(x.device.type):
-            gx, gy = ctx.emit(x, y, incoming, ctx.needs_input_grad[:2])
-        return *_once(gx, gy, x, y, incoming), None, None
+        return *_handed_out(ctx.emit, ctx, incoming), None, None
 
 
-def _once(gx: Tensor | None, gy: Tensor | None, x: Tensor, y: Tensor, incoming: Tensor) -> Gradients:
+Emit = Callable[[Tensor, Tensor, Tensor | None, Needs], Gradients]  # (x, y, incoming, needs)
+
+
+def _handed_out(emit: Emit, ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
+    saved = ctx.saved_tensors
+    x, y = _plain(*saved)
+    many = not torch.compiler.is_compiling() and _batched(incoming)  # of jacrev: as many of them as it likes
+    (times,) = (None,) if many else _plain(incoming)
+    with torch.no_grad(), _outside(), _no_autocast(x.device.type):
+        gx, gy = emit(x, y, times, ctx.needs_input_grad[:2])
+    if many:
+        gx, gy = (None if g is None else g * incoming.to(g.dtype) for g in (gx, gy))
     if torch.is_grad_enabled():
         refuse: Any = _NoSecondDerivative.apply
-        gx = None if gx is None else refuse(gx, x, y, incoming)
-        gy = None if gy is None else refuse(gy, x, y, incoming)
+        gx, gy = (None if g is None else refuse(g, *saved, incoming) for g in (gx, gy))
     return gx, gy
 
 
+def _batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, by vmap."""
+    while functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_batchedtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:

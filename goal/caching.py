@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -53,8 +54,9 @@ def cached_step(
             ``encode(**chunks)``, all of one length along dimension 0.
         objective: ``objective(x, y, **arguments)`` → 0-d: a `goal.Objective`, a recipe, any loss; its own parameters
             get their gradient too.
-        chunk: rows encoded at once, ≥ 1. Memory and time depend on it; the result does not, unless what an encoder
-            does to a row depends on the rows beside it or on random numbers.
+        chunk: rows encoded at once at most, ≥ 1; chunks are of even size, 65 rows by 32 are 22, 22 and 21. Memory and
+            time depend on it; the result does not, unless what an encoder does to a row depends on the rows beside it
+            or on random numbers.
         scaler: a `torch.amp.GradScaler`, whose ``scale(loss)`` backward then starts from.
         **arguments: of the objective: ``ids=``, ``y_ids=``, ``weight=``.
 
@@ -109,7 +111,8 @@ class Cache:
       raises.
     * **Buffers.** Modules in training mode start their second turn from the buffers of the first, so running
       statistics are updated once for every chunk. BatchNorm normalises each chunk by itself, as it would in
-      accumulation: that is a step of a chunked encoder, not of one that saw the whole batch.
+      accumulation: that is a step of a chunked encoder, not of one that saw the whole batch. It takes no chunk of one
+      row, which only chunk=1, and chunk=2 for an odd number of rows, leave: an error says so.
     * **Autocast** as it is at `encode` holds in both turns.
     * **DistributedDataParallel** reduces once a step: all chunks but the last of each `encode` run under ``no_sync``,
       and the last ones share one backward. Modules within an encoder and modules that a function calls are found.
@@ -117,10 +120,11 @@ class Cache:
     * **Accumulation.** Gradients add to what `grad` holds. Clip and step after the block.
 
     Args:
-        chunk: rows encoded at once, ≥ 1.
+        chunk: rows encoded at once at most, ≥ 1; N rows are cut into ⌈N / chunk⌉ chunks whose sizes differ by one at
+            most.
 
     Raises:
-        ValueError, TypeError: a chunk that is no whole number ≥ 1.
+        ValueError, TypeError: a chunk that is no whole number ≥ 1, or leaves one row to an encoder that refuses it.
         RuntimeError: at the block's end, if no embedding has a gradient (backward was not called inside), or if an
             encoder did not give the same embeddings twice. Gradients are then not to be used.
 
@@ -149,7 +153,7 @@ class Cache:
         """
         parts = _parts(inputs)
         length = len(next(iter(parts.values())))
-        slices = [slice(start, min(start + self.chunk, length)) for start in range(0, length, self.chunk)]
+        slices = _even(length, self.chunk)
         devices = _devices(encoder, parts)
         casts = _casts({device.type for device in devices})
         random: RandomState = {}
@@ -158,7 +162,16 @@ class Cache:
             for number, part in enumerate(slices):
                 for device, state in _random_state(devices).items():
                     random.setdefault(device, state.new_empty(len(slices), len(state)))[number] = state
-                leaf = _filled(leaf, _encode(encoder, parts, part), part, length, encoder)
+                try:
+                    found = _encode(encoder, parts, part)
+                except ValueError as error:
+                    if part.stop - part.start > 1 or length == 1:
+                        raise
+                    raise ValueError(
+                        f"chunk={self.chunk} leaves a chunk of one row of the {length}, which the encoder "
+                        f"{_named(encoder)} refuses: {error} Take another chunk."
+                    ) from error
+                leaf = _filled(leaf, found, part, length, encoder)
         assert leaf is not None
         self._encoded.append(_Encoded(encoder, parts, slices, random, buffers, casts, replicas, leaf.requires_grad_()))
         return leaf
@@ -285,6 +298,14 @@ def _parts(inputs: object) -> Mapping[str | int, Tensor]:
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(f"inputs must have one number of rows, at least 1, got {lengths or 'no tensors'}.")
     return found
+
+
+def _even(length: int, most: int) -> list[slice]:
+    """The rows in as few chunks of at most so many as will do, whose sizes differ by one at most."""
+    chunks = -(-length // most)
+    size, longer = divmod(length, chunks)
+    ends = [number * size + min(number, longer) for number in range(chunks + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def _encode(encoder: Encoder, inputs: Mapping[str | int, Tensor], rows: slice) -> Tensor:

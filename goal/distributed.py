@@ -110,9 +110,7 @@ class Spread(NamedTuple):
         """What the negatives in a block of S give its rows and columns; to `pull`, (K,) each, as `reference` says."""
         similarity, product, masks = self.chosen.similarity, self.chosen.product, self.masks(rows, cols)
         (s_pos, _), share, relative = dense
-        return reference.dense_block(
-            similarity, x, y, s_pos, share, relative, masks, product, needs, self.local.finite, pull
-        )
+        return reference.dense_block(similarity, x, y, s_pos, share, relative, masks, product, needs, pull)
 
     def pairs(self, value: Tensor, needs: Needs) -> Gradients:
         """∂l/∂x and ∂l/∂y of entries of G at the own pairs, (n,)."""
@@ -127,7 +125,7 @@ def _share(wire: Wire, own: Local, chosen: Settings, agreed: Agreed, x: Tensor, 
     ids, y_ids, weight = own.of_all(rest)
     if ids is not None and y_ids is not None:
         ids, y_ids = reference.id_codes(ids, y_ids, x.dtype)
-    tie = reference.rounding_of(x.shape[1], x.dtype, *agreed.longest)
+    tie = reference.rounding_of(chosen.similarity, x.shape[1], x.dtype, *agreed.longest)
     limits = reference.limits(s_pos, chosen.request, tie)
     return Spread(wire, agreed.counts, chosen, own, x, y, s_pos, ids, y_ids, weight, agreed.needs, limits)
 
@@ -450,7 +448,7 @@ def run(
     found = finish(spread.s_pos[spread.own], *blocks.mine()) if mines else None
     statistics = None if found is None else _shared(spread, found)
     everything = spread.everything
-    whole = Whole(everything.stop, everything.stop, spread.masks(everything, everything), own.finite)
+    whole = Whole(everything.stop, everything.stop, spread.masks(everything, everything))
     pairs = Pairs(spread.s_pos, spread.s_pos.new_empty(0))
     outcome = engine.weigh(chosen, whole, pairs, statistics, spread.weight)
     part, emit = blocks.finish(outcome)

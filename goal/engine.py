@@ -136,7 +136,6 @@ class Batch(NamedTuple):
     y: Tensor  # (M, D)
     how: How
     masks: Masks
-    finite: bool  # known to be; else a NaN has to show in the gradient, whatever the terms
 
 
 class Whole(NamedTuple):
@@ -145,7 +144,6 @@ class Whole(NamedTuple):
     rows: int  # N
     cols: int  # M
     masks: Masks
-    finite: bool  # as in `Batch`
 
 
 class Dense(NamedTuple):
@@ -225,25 +223,25 @@ def masks(x: Tensor, y: Tensor, ids: Tensor | None, y_ids: Tensor | None, how: H
     return Masks(rows, cols, row_offset=0, col_offset=0, pairs=min(x.shape[0], y.shape[0]))
 
 
-def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks, how: How, finite: bool) -> Batch:
+def prepare(x: Tensor, y: Tensor, similarity: Dot, masks: Masks, how: How) -> Batch:
     """The inputs embedded, in the computing dtype; kernels take products of 16-bit numbers as they are."""
     x, y = x.detach(), y.detach()
     if not (how.kernels and similarity.name == "dot" and x.dtype == y.dtype):
         dtype = computing_dtype(x, y)
         x, y = similarity.embed(x.to(dtype)), similarity.embed(y.to(dtype))
-    return Batch(x, y, how, masks, finite)
+    return Batch(x, y, how, masks)
 
 
 def mine(batch: Batch, chosen: Settings, request: Request) -> Statistics:
     """The mining stage over the whole batch."""
-    x, y, how, masks, _ = batch
+    x, y, how, masks = batch
     pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs)
     return ops.statistics(how, chosen.similarity, x, y, pairs, request, masks)
 
 
 def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Outcome:
     """pair, mine and weigh: the value and the entries of G. `weight` is (K,), or (2, K), a row for each direction."""
-    x, y, how, masks, finite = batch
+    x, y, how, masks = batch
     pairs = ops.pair(how, chosen.similarity, x, y, masks.pairs, chosen.mining.dense == "never")
     scale = _scale(pairs.s_pos, weight, chosen.reduction)  # what an anchor's selection weighs
     statistics = None
@@ -257,7 +255,7 @@ def forward(batch: Batch, chosen: Settings, weight: Tensor | None = None) -> Out
     ):
         weighed, value = ops.weigh(statistics, chosen.product, scale)
         return Outcome(value, weighed, None, Seen(pairs.s_pos, statistics, None, None))
-    outcome = _weighed(chosen, Whole(x.shape[0], y.shape[0], masks, finite), pairs, statistics, scale)
+    outcome = _weighed(chosen, Whole(x.shape[0], y.shape[0], masks), pairs, statistics, scale)
     if outcome.dense is None:
         return outcome
     every, share = chosen.mining.dense == "always", outcome.dense.share
@@ -275,6 +273,9 @@ def weigh(
 def _weighed(chosen: Settings, whole: Whole, pairs: Pairs, statistics: Statistics | None, scale: Any) -> Outcome:
     s_pos = pairs.s_pos
     relative = {} if statistics is None else chosen.relative(statistics)
+    if relative and not reference.bounded(s_pos):  # they are over all pairs
+        lost = torch.where(s_pos.isfinite().all(), 0.0, torch.nan)
+        relative = {name: value + lost for name, value in relative.items()}
     fallback = None
     if chosen.mining.eps is not None and statistics is not None:
         fallback = (s_pos - statistics.s_neg).abs() < chosen.mining.eps
@@ -319,10 +320,15 @@ def _weigh(
     if fallback is not None:
         share = (~fallback).to(s_pos.dtype) * share
     t, p_pos, p_neg = chosen.product.weights(s_pos, s_neg, relative)
-    value = (chosen.product.value(s_pos, s_neg) * share).sum()
-    if not whole.finite:
-        seen = statistics.s_neg - s_pos  # a NaN anywhere in the anchor's similarities is in its maximum
-        share = share + torch.where(seen.isnan(), seen, 0)
+    loss = chosen.product.value(s_pos, s_neg)
+    if not reference.bounded(s_pos, statistics.s_neg, *([] if statistics.semi is None else [s_neg])):
+        hardest = statistics.s_neg  # a NaN or inf anywhere in the anchor's similarities is in their maximum
+        if whole.masks.may_lack(whole.rows, whole.cols):
+            hardest = torch.where(hardest == -torch.inf, s_pos, hardest)
+        lost = reference.lost(s_pos, s_neg, p_pos, p_neg, loss) | ~hardest.isfinite()
+        share = share + torch.where(lost, torch.nan, 0.0).to(s_pos.dtype)
+        loss = torch.where(share == 0, 0.0, loss)
+    value = (loss * share).sum()
     selected = t * share
     mined = Mined(index, _spread(-selected * p_pos, s_neg), _spread(selected * p_neg, s_neg))
     return mined, (t, p_pos, p_neg), value
@@ -337,17 +343,10 @@ def _shares(whole: Whole, mining: Mining, scale: Any, fallback: Tensor | None, s
     """(2, K): what each negative weighs of the anchors that meet all of theirs; 0 for the others."""
     n, m, k = whole.rows, whole.cols, whole.masks.pairs
     sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, k)  # number of negatives
-    ids, y_ids = whole.masks.ids, whole.masks.y_ids
-    if ids is not None and y_ids is not None:
-        own = (ids[:k] != y_ids[:k]).to(s_pos.dtype)  # the pair, where its ids do not remove it already
-        sizes = torch.stack((m - _occurrences(ids[:k], y_ids) - own, n - _occurrences(y_ids[:k], ids) - own))
+    if whole.masks.ids is not None:
+        sizes = torch.stack([whole.masks.negatives(side, n, m, s_pos.device) for side in (0, 1)]).to(s_pos.dtype)
     share = scale / sizes.clamp(min=1) if mining.average else torch.ones_like(sizes) * scale
     return share if fallback is None else torch.where(fallback, share, share.new_zeros(()))
-
-
-def _occurrences(of: Tensor, among: Tensor) -> Tensor:
-    ordered = among.sort().values
-    return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 
 def emit(
@@ -355,12 +354,12 @@ def emit(
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y at the embedded rows, times the incoming gradient; None for a side that needs none."""
     gx, gy = None, None
-    x, y, how, masks, finite = batch
+    x, y, how, masks = batch
     if dense is not None:
         every = chosen.mining.dense == "always"
         if incoming is not None:
             dense = dense._replace(share=dense.share * incoming)
-        gx, gy = ops.dense_emit(how, chosen.similarity, x, y, *dense, masks, chosen.product, needs, finite, every)
+        gx, gy = ops.dense_emit(how, chosen.similarity, x, y, *dense, masks, chosen.product, needs, every)
     if mined is None:
         return gx, gy
     mined_x, mined_y = ops.mined_emit(how, chosen.similarity, x, y, mined, incoming, needs)

@@ -298,12 +298,11 @@ def dense_emit(
     masks: Masks,
     product: Product,
     needs: Needs,
-    finite: bool,
     every: bool,
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y of anchors that meet all their negatives; the arguments as for `reference.dense_emit`."""
     if not torch.compiler.is_compiling():
-        return _dense_emit(how, similarity, x, y, pairs, share, relative, masks, product, needs, finite, every)
+        return _dense_emit(how, similarity, x, y, pairs, share, relative, masks, product, needs, every)
     gx, gy = torch.ops.goal.dense_emit(
         x,
         y,
@@ -316,7 +315,6 @@ def dense_emit(
         similarity.name,
         *_pack(product),
         *needs,
-        finite,
         every,
         *how,
     )
@@ -334,7 +332,6 @@ def _dense_emit(
     masks: Masks,
     product: Product,
     needs: Needs,
-    finite: bool,
     every: bool,
 ) -> Gradients:
     if how.kernels:
@@ -342,7 +339,7 @@ def _dense_emit(
             x, y, pairs, share, relative, masks, product, needs, how.precision, every
         )
         return found
-    return reference.dense_emit(similarity, x, y, pairs.s_pos, share, relative, masks, product, needs, finite)
+    return reference.dense_emit(similarity, x, y, pairs.s_pos, share, relative, masks, product, needs)
 
 
 @torch.library.custom_op("goal::dense_emit", mutates_args=())
@@ -363,7 +360,6 @@ def _dense_emit_op(
     p_numbers: Tensor,
     need_x: bool,
     need_y: bool,
-    finite: bool,
     every: bool,
     impl: str,
     precision: str,
@@ -379,7 +375,6 @@ def _dense_emit_op(
         Masks(ids, y_ids, 0, 0, s_pos.shape[0]),
         _unpack(t, p, t_numbers, p_numbers),
         (need_x, need_y),
-        finite,
         every,
     )
     return [s_pos.new_empty(0) if one is None else one for one in gradients]
@@ -403,7 +398,6 @@ def _(
     p_numbers: Tensor,
     need_x: bool,
     need_y: bool,
-    finite: bool,
     every: bool,
     impl: str,
     precision: str,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal.similarity import Dot, Entries, Gradients, Needs
+from goal.similarity import Dot, Entries, Gradients, Needs, norm
 from goal.statistics import BAND, Limits, Masks, Partial, Plan, Request, Statistics, finish, merge
 from goal.terms import Product
 
@@ -38,17 +38,41 @@ def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
     """Similarities closer than this are equal for the arithmetic of one product: 2√D · eps · max‖x‖ · max‖y‖."""
     if similarity.name == "given":
         return 0.0
-    return rounding_of(x.shape[1], x.dtype, longest(x), longest(y))
+    return rounding_of(similarity, x.shape[1], x.dtype, longest(x), longest(y))
 
 
-def rounding_of(d: int, dtype: torch.dtype, longest_x: float, longest_y: float) -> float:
-    """The same from max‖x‖ and max‖y‖."""
-    return 2 * math.sqrt(d) * torch.finfo(dtype).eps * longest_x * longest_y
+def rounding_of(similarity: Dot, d: int, dtype: torch.dtype, longest_x: float, longest_y: float) -> float:
+    """The same from max‖x‖ and max‖y‖; order embeddings are no product: the longer of the two."""
+    size = max(longest_x, longest_y) if similarity.name == "order" else longest_x * longest_y
+    return 2 * math.sqrt(d) * torch.finfo(dtype).eps * size
 
 
 def longest(x: Tensor) -> float:
     """max‖x‖ over the rows."""
-    found: float = torch.linalg.vector_norm(x, dim=1).max().item()
+    found: float = norm(x).max().item()
+    return found
+
+
+def bounded(*similarities: Tensor) -> bool:
+    """Whether these are known to be far inside the dtype's range; only on the CPU, where asking waits for nobody."""
+    if torch.compiler.is_compiling() or similarities[0].device.type != "cpu":
+        return False
+    far = torch.finfo(similarities[0].dtype).max ** 0.75
+    return all(torch.dot(s, s).item() < far for s in map(torch.flatten, similarities))
+
+
+def lost(s_pos: Tensor, s_neg: Tensor, p_pos: Any, p_neg: Any, loss: Tensor) -> Tensor:
+    """Where the weights of triplets are not to be had in this dtype, so that a NaN has to show; bool.
+
+    A similarity is not finite; or its square is not, and the weights or the loss are beyond their range with it.
+    """
+    limit = torch.finfo(s_neg.dtype).max ** 0.5
+    size = torch.maximum(s_pos.abs(), s_neg.abs())
+    cut = ~loss.isfinite()
+    for weight in (p_pos, p_neg):
+        if isinstance(weight, Tensor):
+            cut = cut | ~(weight.abs() < limit)
+    found: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
     return found
 
 
@@ -79,7 +103,10 @@ def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Re
     def pairs(negative: Tensor) -> Tensor:
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
 
-    return finish(s_pos, _rescore(part, masks.may_lack(n, m), pairs))
+    def count() -> Tensor:
+        return torch.stack([masks.negatives(side, n, m, x.device) for side in (0, 1)])
+
+    return finish(s_pos, _rescore(part, count if masks.may_lack(n, m) else None, pairs))
 
 
 def mine(
@@ -104,8 +131,8 @@ def mine(
         The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
         The mined similarities are those of `similarity.pairs`, not of the tile's product.
     """
-    n_rows = max(0, min(masks.pairs - masks.row_offset, x.shape[0]))  # anchors come first
-    n_cols = max(0, min(masks.pairs - masks.col_offset, y.shape[0]))
+    size = x.shape[0], y.shape[0]
+    n_rows, n_cols = masks.anchors(0, size[0]), masks.anchors(1, size[1])
     reduce = _Reduction(similarity, x, y, s_pos, request, whole)
     of_rows: Partial | None = None
     of_cols: Partial | None = None
@@ -128,7 +155,9 @@ def mine(
             of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.threshold, reduce.tie)
     x_to_y = of_rows if of_rows is not None else _nothing(s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
-    lacking = masks.may_lack(x.shape[0], y.shape[0])
+    counts: list[Callable[[], Tensor] | None] = [None, None]
+    if masks.may_lack(*size):
+        counts = [lambda: masks.negatives(0, *size, x.device), lambda: masks.negatives(1, *size, x.device)]
 
     def of_x(negative: Tensor) -> Tensor:
         return similarity.pairs(x[:n_rows], y, None, negative - masks.col_offset)
@@ -136,7 +165,7 @@ def mine(
     def of_y(negative: Tensor) -> Tensor:
         return similarity.pairs(x, y[:n_cols], negative - masks.row_offset, None)
 
-    return _rescore(x_to_y, lacking, of_x), _rescore(y_to_x, lacking, of_y)
+    return _rescore(x_to_y, counts[0], of_x), _rescore(y_to_x, counts[1], of_y)
 
 
 def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
@@ -196,6 +225,10 @@ class _Reduction:
         if self.request.semi_hard is not None:
             above, below = (s_pos - self.request.semi_hard).unsqueeze(dim), (s_pos - self.tie).unsqueeze(dim)
             semi, semi_index = _max(torch.where((tile > above) & (tile < below), tile, -torch.inf), dim)
+            info = torch.finfo(tile.dtype)
+            if self.tie > info.eps * info.max**0.5:  # where squares are out of range, ties hide what is no tie
+                hidden = (tile > above) & (tile >= below) & (tile < s_pos.unsqueeze(dim))
+                semi = torch.where(hidden.any(dim), torch.nan, semi)
             part = part._replace(semi=semi, semi_negative=semi_index + offset)
         if not self.request.sums:
             return part, None
@@ -288,14 +321,21 @@ def _nothing(s_pos: Tensor, request: Request) -> Partial:
     )
 
 
-def _rescore(part: Partial, lacking: bool, pairs: Callable[[Tensor], Tensor]) -> Partial:
-    """The partial with its mined similarities computed as s⁺ is, so that equal pairs compare equal."""
-    s_neg = pairs(part.negative)
-    if lacking:
-        s_neg = torch.where(part.s_neg == -torch.inf, part.s_neg, s_neg)
+def _rescore(part: Partial, count: Callable[[], Tensor] | None, pairs: Callable[[Tensor], Tensor]) -> Partial:
+    """The partial with its mined similarities computed as s⁺ is, so that equal pairs compare equal.
+
+    count: how many negatives the anchors have here, where some may have none. A maximum that is not finite stays so.
+    """
+    s_neg = torch.add(pairs(part.negative), part.s_neg, alpha=0)
+    if count is not None:
+        none = part.s_neg == -torch.inf
+        s_neg = torch.where(none, part.s_neg, s_neg)
+        if bool(none.any()):  # or all of an anchor's similarities are below what the dtype holds
+            s_neg = torch.where(none & (count() > 0), torch.nan, s_neg)
     part = part._replace(s_neg=s_neg)
     if part.semi is not None and part.semi_negative is not None:
-        part = part._replace(semi=torch.where(part.semi == -torch.inf, part.semi, pairs(part.semi_negative)))
+        semi = torch.add(pairs(part.semi_negative), part.semi, alpha=0)
+        part = part._replace(semi=torch.where(part.semi == -torch.inf, part.semi, semi))
     return part
 
 
@@ -306,10 +346,14 @@ def dense_value(
     total = s_pos.new_zeros(())
     for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
-        live = inside.live(tile)
+        live, fits = inside.live(tile), bounded(tile, s_pos)
         for dim, part, at in _directions(tile, inside):
-            s, on = tile[part], live[part]
-            total += (share[1 - dim, at].unsqueeze(dim) * product.value(s_pos[at].unsqueeze(dim), s) * on).sum()
+            own, s, met = s_pos[at].unsqueeze(dim), tile[part], share[1 - dim, at].unsqueeze(dim)
+            loss = product.value(own, s)
+            if not fits:
+                loss = torch.where(own.isfinite() & s.isfinite(), loss, torch.nan)
+                loss = torch.where(live[part] * met != 0, loss, 0.0)  # 0 · inf is no 0
+            total += (met * loss * live[part]).sum()
     return total
 
 
@@ -323,7 +367,6 @@ def dense_emit(
     masks: Masks,
     product: Product,
     needs: Needs,
-    finite: bool,
 ) -> Gradients:
     """∂l/∂x and ∂l/∂y of anchors that meet all their negatives, over the whole batch.
 
@@ -332,10 +375,9 @@ def dense_emit(
         relative: the statistics that the terms declared, each (2, K).
         product: T × P.
         needs: whether x and y need a gradient.
-        finite: whether x and y are known to be.
     """
     pull = torch.zeros_like(s_pos)  # both directions' in one
-    gx, gy = dense_block(similarity, x, y, s_pos, share, relative, masks, product, needs, finite, (pull, pull))
+    gx, gy = dense_block(similarity, x, y, s_pos, share, relative, masks, product, needs, (pull, pull))
     pairs = torch.arange(s_pos.shape[0], device=x.device)
     _accumulate(gx, gy, slice(None), similarity.vjp(x, y, Entries(pairs, pairs, -pull), needs))
     return gx, gy
@@ -351,7 +393,6 @@ def dense_block(
     masks: Masks,
     product: Product,
     needs: Needs,
-    finite: bool,
     pull: tuple[Tensor, Tensor],
 ) -> Gradients:
     """What the negatives in one block of S give its rows and columns: G is made tile by tile, S a second time.
@@ -365,13 +406,16 @@ def dense_block(
     gy = torch.zeros_like(y) if needs[1] else None
     for rows in tiles(x.shape[0], y.shape[0]):
         tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
-        live, g = inside.live(tile), torch.zeros_like(tile)
+        live, g, fits = inside.live(tile), torch.zeros_like(tile), bounded(tile, s_pos)
         for dim, part, at in _directions(tile, inside):
             own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
             t, p_pos, p_neg = product.weights(s_pos[at].unsqueeze(dim), tile[part], own)
-            selected = live[part] * share[1 - dim, at].unsqueeze(dim) * t
-            if not finite:  # a NaN shows whatever the terms, as 0 · NaN
-                selected = selected + 0 * (tile[part] - s_pos[at].unsqueeze(dim))
+            met = live[part] * share[1 - dim, at].unsqueeze(dim)
+            if not fits:
+                loss = product.value(s_pos[at].unsqueeze(dim), tile[part])
+                gone = (met != 0) & lost(s_pos[at].unsqueeze(dim), tile[part], p_pos, p_neg, loss)
+                met = torch.where(gone, torch.nan, met)
+            selected = met * t
             g[part] += selected * p_neg
             pull[1 - dim][at] += (selected * p_pos).sum(dim)
         if any(needs):
@@ -391,7 +435,6 @@ Index = tuple[slice, slice]
 
 def _directions(tile: Tensor, masks: Masks) -> Iterator[tuple[int, Index, slice]]:
     """For x→y and y→x: the candidates' dimension, a tile's part with anchors, and which anchors those are."""
-    n = max(0, min(masks.pairs - masks.row_offset, tile.shape[0]))
-    m = max(0, min(masks.pairs - masks.col_offset, tile.shape[1]))
+    n, m = masks.anchors(0, tile.shape[0]), masks.anchors(1, tile.shape[1])
     yield 1, (slice(0, n), slice(None)), slice(masks.row_offset, masks.row_offset + n)
     yield 0, (slice(None), slice(0, m)), slice(masks.col_offset, masks.col_offset + m)

@@ -12,6 +12,7 @@ A similarity answers six questions; whoever makes coefficients never knows which
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -109,11 +110,13 @@ class Cosine(Dot):
     name = "cosine"
 
     def embed(self, x: Tensor) -> Tensor:
-        return _divide(x, _norm(x))
+        scaled, length, _ = _scaled(x)
+        return _divide(scaled, length)
 
     def pull_back(self, x: Tensor, embedded: Tensor, gradient: Tensor) -> Tensor:
         radial = (gradient * embedded).sum(1, keepdim=True)
-        return _divide(gradient - radial * embedded, _norm(x))
+        _, length, power = _scaled(x)
+        return _divide(gradient - radial * embedded, length) / power
 
 
 class Order(Dot):
@@ -183,12 +186,36 @@ def _gather(at: Tensor, size: int, other: Tensor, source: Tensor, value: Tensor)
     return torch.embedding_bag(source, other[order], starts, False, 0, False, value[order], False)[0]
 
 
-def _norm(x: Tensor) -> Tensor:
-    """‖x‖ of each row, (N, 1), for any representable norm: squares are taken of x over a power of two near max|x|."""
-    largest = x.abs().amax(1, keepdim=True)
+def norm(x: Tensor) -> Tensor:
+    """‖x‖ over the last dimension, for any representable norm: rows whose squares are not are scaled first."""
+    if torch.compiler.is_compiling():  # a graph does not branch on what it computes
+        _, length, power = _scaled(x)
+        return torch.squeeze(length * power, -1)
+    found: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    odd = _odd(found)
+    if odd is not None:
+        _, length, power = _scaled(x[odd])
+        found[odd] = torch.squeeze(length * power, -1)
+    return found
+
+
+def _odd(length: Tensor) -> Tensor | None:
+    """Where norms are short, 0, inf or NaN; None for nowhere."""
+    info = torch.finfo(length.dtype)
+    short = (info.tiny / info.eps) ** 0.5  # below it squares have lost bits
+    if length.numel() == 0:
+        return None
+    least, most = torch.aminmax(length)
+    return None if short < least.item() and most.item() < math.inf else ~((length > short) & (length < math.inf))
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x over a power of two near its max|x|, the norm of that, and the power, (…, 1): no square is out of range."""
+    largest = x.abs().amax(-1, keepdim=True)
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-    scaled: Tensor = torch.linalg.vector_norm(x / power, dim=1, keepdim=True)
-    return scaled * power
+    scaled = x / power
+    length: Tensor = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scaled, length, power
 
 
 def _divide(x: Tensor, by: Tensor) -> Tensor:
@@ -197,14 +224,22 @@ def _divide(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _violation(x: Tensor, y: Tensor) -> Tensor:
-    violation: Tensor = torch.linalg.vector_norm((y - x).clamp(min=0), dim=-1)
-    return -violation
+    return -norm((y - x).clamp(min=0))
 
 
 def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
     """value · ∂s/∂x = −value · ∂s/∂y, over the last dimension."""
-    gap = (y - x).clamp(min=0)
-    return _divide(gap * value[..., None], torch.linalg.vector_norm(gap, dim=-1, keepdim=True))
+    gap, value = (y - x).clamp(min=0), value[..., None]
+    if torch.compiler.is_compiling():
+        scaled, length, _ = _scaled(gap)
+        return _divide(scaled, length) * value
+    length = torch.linalg.vector_norm(gap, dim=-1, keepdim=True)
+    found = _divide(gap * value, length)
+    odd = _odd(length[..., 0])
+    if odd is not None:
+        scaled, length, _ = _scaled(gap[odd])
+        found[odd] = _divide(scaled, length) * value[odd]
+    return found
 
 
 def _samples() -> bool:

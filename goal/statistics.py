@@ -32,6 +32,23 @@ class Masks(NamedTuple):
         """Whether an anchor of an (n, m) block could be left without a negative."""
         return self.ids is not None or min(n, m) < 2
 
+    def anchors(self, side: int, size: int) -> int:
+        """How many of the block's first rows (side 0) or columns (side 1), of which there are `size`, are anchors."""
+        return max(0, min(self.pairs - (self.col_offset if side else self.row_offset), size))
+
+    def negatives(self, side: int, n: int, m: int, device: torch.device) -> Tensor:
+        """(A,) how many negatives the anchors of one side of an (n, m) block have in it."""
+        own, others, first, offset = self.ids, self.y_ids, self.row_offset, self.col_offset
+        if side:
+            own, others, first, offset, n, m = others, own, offset, first, m, n
+        anchors = self.anchors(side, n)
+        place = torch.arange(first - offset, first - offset + anchors, device=device)
+        pair = (place >= 0) & (place < m)
+        if own is None or others is None:
+            return m - pair.long()
+        pair &= own[:anchors] != others[place.clamp(0, m - 1)]  # ids remove it already where they are equal
+        return m - _occurrences(own[:anchors], others) - pair.long()
+
     def rows(self, rows: slice) -> Masks:
         ids = None if self.ids is None else self.ids[rows]
         return self._replace(ids=ids, row_offset=self.row_offset + rows.start)
@@ -63,6 +80,11 @@ class Masks(NamedTuple):
         live = torch.ones_like(tile) if differ is None else differ
         self.diagonal(live).zero_()
         return live
+
+
+def _occurrences(of: Tensor, among: Tensor) -> Tensor:
+    ordered = among.sort().values
+    return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 
 class Request(NamedTuple):

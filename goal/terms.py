@@ -131,6 +131,13 @@ class Definition:
             raise TypeError(f"{owner} has no parameter {stray[0]!r}. Known: {', '.join(self.defaults) or 'none'}.")
         return Term(self, tuple((n, self._checked(owner, n, params.get(n, d), d)) for n, d in self.defaults.items()))
 
+    def __reduce__(self) -> tuple[Callable[..., Definition], tuple[object, ...]]:
+        """What is registered is stored by its name, so that a copy is the same term; what is not, by its parts."""
+        if self.name in (registry := _REGISTRIES[self.registry]) and registry[self.name] is self:
+            return _registered, (self.registry, self.name)
+        parts = self.function, dict(self.defaults), self.statistics, dict(self.potentials)
+        return Definition, (self.registry, self.name, *parts)
+
     @staticmethod
     def _checked(owner: str, name: str, value: object, default: Parameter) -> Parameter:
         if isinstance(default, bool):
@@ -309,6 +316,17 @@ def _kind(value: object) -> str:
 
 T = Registry("T", "triplet weight")
 P = Registry("P", "pair weight")
+_REGISTRIES = {"T": T, "P": P}
+
+
+def _registered(registry: str, name: str) -> Definition:
+    """The term that was stored under this name."""
+    if name not in _REGISTRIES[registry]:
+        raise ValueError(
+            f"goal.{registry} has no {name!r} in this process, and what is loaded uses it: import the module that "
+            "registers it before loading."
+        )
+    return _REGISTRIES[registry][name]
 
 
 def triplet_weight(

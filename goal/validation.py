@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = (
@@ -234,9 +235,11 @@ def device_of_values() -> torch.device:
 
 
 def checks_finite(check_finite: bool | None, x: Tensor) -> bool:
-    """Whether entries are looked at, by what `check_finite=` says: by default on the CPU, outside `torch.compile`."""
+    """Whether entries are looked at, by what `check_finite=` says: by default on the CPU, outside `torch.compile` and
+    where vmap has not made one tensor of many.
+    """
     if check_finite is None:
-        return x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _functorch.is_batchedtensor(x)
     return bool(check_finite)
 
 

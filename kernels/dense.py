@@ -2,6 +2,7 @@
 
     value          Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ), a number for each tile
     coefficients   a tile of G, written in 16 bit where the inputs have no more, and what its anchors' pairs get
+    out_of_range   a NaN for anchors with similarities that float32 does not hold
     product        ∂l/∂x = G y and ∂l/∂y = Gᵀ x from the tiles of G, some rows of tiles at a time
 
 T, P and l are the terms' own functions, lowered (lower.py). Either all anchors of both directions are met at once
@@ -12,7 +13,7 @@ that nobody waits for the count.
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import INTERPRET, _float, _poison, _power, _tile_of, _wide, negatives
+from goal.kernels.mine import INTERPRET, _float, _poison, _power, _tile_of, _wide, beyond, negatives
 
 
 @triton.jit
@@ -49,6 +50,31 @@ def _relative(relative, field, side, at, on, K):
 def _share(share, side, at, on, K, bounds):
     """(A,) what each negative of these anchors weighs; NaN where x or y holds a NaN or inf."""
     return tl.load(share + side * _wide(K) + at, mask=on, other=0) + tl.where(on, _poison(bounds), 0.0)
+
+
+@triton.jit
+def out_of_range(
+    x, y, ids, y_ids, bounds, share,
+    N, M, K, D, x_row, x_col, y_row, y_col, height, width, limit,
+    IDS: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """NaN into share (2, K) where an anchor meets a similarity beyond a limit; ends at once where none can be."""
+    if not beyond(bounds, limit):
+        return
+    i, j = _tile_of(tl.program_id(0), height, width, GROUP)
+    row, col = _wide(i) * HEIGHT + tl.arange(0, HEIGHT), _wide(j) * WIDTH + tl.arange(0, WIDTH)
+    s = _similarities(
+        x, y, row, col, row < N, col < M, D, x_row, x_col, y_row, y_col, bounds, HEIGHT, WIDTH, DEPTH, PRECISION, HALVED
+    )
+    met = negatives(s, row, col, ids, y_ids, N, M, K, IDS) | (row[:, None] == col[None, :])
+    bad = tl.where(met & ~(tl.abs(s) <= limit), 1, 0)
+    nan = tl.full([HEIGHT], float("nan"), tl.float32)
+    met_by = (tl.max(bad, 1) > 0) & (row < K)
+    tl.store(share + row, nan, mask=met_by & (tl.load(share + row, mask=row < K, other=0) != 0))
+    nan = tl.full([WIDTH], float("nan"), tl.float32)
+    met_by = (tl.max(bad, 0) > 0) & (col < K)
+    tl.store(share + K + col, nan, mask=met_by & (tl.load(share + K + col, mask=col < K, other=0) != 0))
 
 
 @triton.jit

@@ -41,6 +41,7 @@ class Lowered(NamedTuple):
 
     weights: Any  # → (t, p_pos, p_neg), as `Product.weights`
     value: Any  # → l(s_pos, s_neg), as `Product.value`
+    limit: float  # the largest |s| for which the weights are to be had
 
 
 def lower(product: Product) -> Lowered:
@@ -104,6 +105,7 @@ def _lower(product: Product) -> Lowered:
     return Lowered(
         weights=_device_function("weights", [*t_lines, *w_lines], [*t_results, *map(_saturated, w_results)]),
         value=_device_function("value", l_lines, l_results),
+        limit=_LARGEST if all(weight.kind == "number" for weight in w_results) else _LIMIT,
     )
 
 
@@ -308,7 +310,8 @@ _TABLE: Mapping[str, Callable[..., str | _Value]] = {
     "positive pos": lambda input: input,
 }
 _TRITON = Language(_TABLE, _constant, "a kernel", CannotLower, _ELSE)
-_LIMIT = torch.finfo(torch.float32).max ** 0.5
+_LARGEST = torch.finfo(torch.float32).max
+_LIMIT = _LARGEST**0.5
 
 
 def _saturated(weight: _Value) -> _Value:

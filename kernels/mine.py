@@ -19,6 +19,8 @@ LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 _NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 _NEVER: tl.constexpr = tl.constexpr(float("-inf"))  # the similarity of what is no negative
 _NONE: tl.constexpr = tl.constexpr(-(2**30))  # key of no similarity; those of similarities are >= 0
+_LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
+SQUARE: tl.constexpr = tl.constexpr(1.8446742974197924e19)  # √ of it: the largest similarity with a square
 _LIFT: tl.constexpr = tl.constexpr(2**28)  # keeps the key of -inf away from the least integer
 KEPT = 4  # candidates of each anchor that are scored exactly
 
@@ -134,7 +136,21 @@ def _threshold(bounds, PARTS: tl.constexpr = 1):
 @triton.jit
 def _reach(bounds, PARTS: tl.constexpr = 1):
     """max ‖x‖ · max ‖y‖ ≥ every |s|, no larger than float32 holds."""
-    return tl.minimum(_float(_bound(bounds, 1, PARTS)) * _float(_bound(bounds, 2, PARTS)), 3.4028234663852886e38)
+    return tl.minimum(_float(_bound(bounds, 1, PARTS)) * _float(_bound(bounds, 2, PARTS)), _LARGEST)
+
+
+@triton.jit
+def beyond(bounds, limit, PARTS: tl.constexpr = 1):
+    """Whether a similarity may be larger than a limit."""
+    return _float(_bound(bounds, 1, PARTS)) * _float(_bound(bounds, 2, PARTS)) > limit
+
+
+@triton.jit
+def lost(own, other, p_pos, p_neg):
+    """Where a triplet's weights are not to be had in float32, so that a NaN has to show: `reference.lost`."""
+    finite = (tl.abs(own) < float("inf")) & (tl.abs(other) < float("inf"))
+    beyond = (tl.abs(own) > SQUARE) | (tl.abs(other) > SQUARE)
+    return ~finite | (beyond & ((tl.abs(p_pos) >= SQUARE) | (tl.abs(p_neg) >= SQUARE)))
 
 
 @triton.jit
@@ -391,7 +407,16 @@ def scan(
     first_row, first_col = (first + i) * HEIGHT, j * WIDTH
     s = tile(x, y, first_row, first_col, N, M, D, x_row, x_col, y_row, y_col, HEIGHT, WIDTH, DEPTH, PRECISION, TMA)
     if HALVED:
-        s *= 1.0 / (_power(_float(tl.load(bounds + 1))) * _power(_float(tl.load(bounds + 2))))
+        by_x, by_y = _power(_float(tl.load(bounds + 1))), _power(_float(tl.load(bounds + 2)))
+        back = 1.0 / (by_x * by_y)
+    if not INNER:  # noqa: SIM102
+        if beyond(bounds, _LARGEST, PARTS):  # what overflows is the best, for `finish` to compute it again and show it
+            if HALVED:
+                s = s * (1.0 / by_x) * (1.0 / by_y)
+                back = tl.full([], 1.0, tl.float32)
+            s = tl.maximum(tl.minimum(s, _LARGEST), -_LARGEST)
+    if HALVED:
+        s *= back
     r, c = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     row, col = first_row + r, first_col + c
     if IDS:
@@ -678,7 +703,8 @@ def finish(
     best, index, which = _better(s2, i2, c2, best, index, which, 2)
     best, index, which = _better(s3, i3, c3, best, index, which, 3)
     poison = _poison(bounds, PARTS)  # a NaN or inf anywhere is in every maximum
-    tl.store(s_neg + out, tl.where(u0 >= 0, best + poison, -float("inf")), mask=on)
+    shown = tl.where(best == -float("inf"), float("nan"), best) + poison  # −inf says that there is no negative
+    tl.store(s_neg + out, tl.where(u0 >= 0, shown, -float("inf")), mask=on)
     tl.store(negative + out, index.to(tl.int64), mask=on)
     if LIN:
         others = tl.maximum(lin_count - ties, 0.0)
@@ -716,5 +742,6 @@ def finish(
         best, index, which = _better(s1, i1, c1, best, index, which, 1)
         best, index, which = _better(s2, i2, c2, best, index, which, 2)
         best, index, which = _better(s3, i3, c3, best, index, which, 3)
-        tl.store(semi + out, tl.where(u0 >= 0, best + poison, -float("inf")), mask=on)
+        found = tl.where(u0 >= 0, best + poison, -float("inf"))
+        tl.store(semi + out, tl.where(reach > SQUARE, float("nan"), found), mask=on)  # ties would hide what is none
         tl.store(semi_negative + out, index.to(tl.int64), mask=on)

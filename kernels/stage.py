@@ -332,12 +332,21 @@ class _Dense(NamedTuple):
 
 
 def _dense(
-    x: Tensor, y: Tensor, pairs: Pairs, share: Tensor, masks: Masks, precision: str, cut: Tiling | None
-) -> _Dense:
+    x: Tensor, y: Tensor, pairs: Pairs, share: Tensor, masks: Masks, product: Product, precision: str,
+    cut: Tiling | None,
+) -> _Dense:  # fmt: skip
     how = arithmetic(x, y, precision)
+    d = x.shape[1]
     x, y = _loaded(x, y, how, pairs.bounds)
-    cut = cut or dense_tiling(how)
-    return _Dense(x, y, how, pairs, share.contiguous(), masks, cut)
+    run = _Dense(x, y, how, pairs, share.clone(memory_format=torch.contiguous_format), masks, cut or dense_tiling(how))
+    walk = run.passes(every=True)[0]
+    height, width = run.shape(walk)
+    options = {name: option for name, option in run.options(walk).items() if name != "BOTH"}
+    dense.out_of_range[(height * width,)](
+        x, y, walk.ids, walk.y_ids, pairs.bounds, run.share, x.shape[0], y.shape[0], masks.pairs, d,
+        *x.stride(), *y.stride(), height, width, lower(product).limit, **options,
+    )  # fmt: skip
+    return run
 
 
 def dense_value(
@@ -345,7 +354,7 @@ def dense_value(
     cut: Tiling | None = None,
 ) -> Tensor:  # fmt: skip
     """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives, 0-d; `every`: all anchors meet them, not just those with a share."""
-    run = _dense(x, y, pairs, share, masks, precision, cut)
+    run = _dense(x, y, pairs, share, masks, product, precision, cut)
     total = []
     for walk in run.passes(every):
         height, width = run.shape(walk)
@@ -364,7 +373,7 @@ def dense_emit(
     needs: Needs, precision: str, every: bool, cut: Tiling | None = None,
 ) -> Gradients:  # fmt: skip
     """∂l/∂x and ∂l/∂y, float32, of anchors that meet all their negatives: G some rows of tiles at a time."""
-    run = _dense(x, y, pairs, share, masks, precision, cut)
+    run = _dense(x, y, pairs, share, masks, product, precision, cut)
     cut, k = run.cut, masks.pairs
     d = run.x.shape[1] if run.x.shape[1] == run.y.shape[1] else x.shape[1]  # of copies, with columns of 0
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}

@@ -7,7 +7,7 @@ value is summed in a fixed order. Larger batches, and terms that do not lower, a
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import _wide
+from goal.kernels.mine import SQUARE, _wide, lost
 
 
 @triton.jit
@@ -61,8 +61,7 @@ def weigh(
         share = tl.zeros([ANCHORS], tl.float32) + scale
         if WEIGHTED:
             share = tl.load(weight + anchor, mask=on, other=0)
-        gap = hardest - own
-        share = tl.where(has, share, 0.0) + tl.where(on & (gap != gap), gap, 0.0)  # a NaN shows
+        share = tl.where(has, share, 0.0)
         r0, r2 = _positives(s_pos, own, anchor, hardest + 0.1, alpha, K, R_POS_LIN, R_POS_EXP, ANCHORS, BLOCK)
         r1, r3 = r0, r2
         if R_NEG_LIN:
@@ -70,8 +69,12 @@ def weigh(
         if R_NEG_EXP:
             r3 = tl.load(r_neg_exp + at, mask=on, other=0)
         t, p_pos, p_neg = WEIGHTS(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
+        each = VALUE(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
+        large = (tl.abs(own) > SQUARE) | (tl.abs(met) > SQUARE)
+        gone = lost(own, met, p_pos, p_neg) | (large & ~(tl.abs(each) < float("inf")))
+        gone = gone | ~(tl.abs(tl.where(hardest == -float("inf"), own, hardest)) < float("inf"))
+        share = tl.where(gone, float("nan"), share)
         tl.store(pull + at, -t * share * p_pos, mask=on)
         tl.store(push + at, t * share * p_neg, mask=on)
-        share = tl.where(has, share, 0.0)
-        loss += tl.where(on, share * VALUE(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7), 0.0)
+        loss += tl.where(on & (share != 0), share * each, 0.0)
     tl.store(value, tl.sum(loss, 0))

@@ -59,7 +59,7 @@ def whole(x: nn.Module, y: nn.Module, inputs: Any, objective: Any, **arguments: 
 
 def in_chunks(encoder: Callable[..., Tensor], inputs: Tensor, chunk: int) -> Tensor:
     """What the encoder makes chunk by chunk, with graph."""
-    return torch.cat([encoder(part) for part in inputs.split(chunk)])
+    return torch.cat([encoder(part) for part in inputs.tensor_split(-(-len(inputs) // chunk))])
 
 
 def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
@@ -541,3 +541,52 @@ def test_compiled_encoders() -> None:
     encode_x, encode_y = (torch.compile(tower, backend="eager", dynamic=True) for tower in (x, y))
     goal.cached_step(lambda values: encode_x(values), encode_y, batch(), goal.Objective(), chunk=12)
     close(gradients(x, y), expected)
+
+
+# ── remainders ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("rows", "chunk", "sizes"),
+    [
+        (65, 32, [22, 22, 21]),
+        (64, 32, [32, 32]),
+        (33, 32, [17, 16]),
+        (7, 3, [3, 2, 2]),
+        (5, 9, [5]),
+        (3, 1, [1, 1, 1]),
+        (1, 4, [1]),
+        (3, 2, [2, 1]),
+    ],
+)
+def test_chunks_are_even(rows: int, chunk: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+
+    def encode(values: Tensor) -> Tensor:
+        seen.append(len(values))
+        return values * torch.ones(1, requires_grad=True)
+
+    inputs = torch.randn(rows, 4)
+    with goal.Cache(chunk) as cache:
+        found = cache.encode(encode, inputs)
+        found.sum().backward()
+    assert seen == 2 * sizes
+    assert torch.equal(found, inputs)
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(5, 2), (3, 1)])
+def test_a_chunk_of_one_row_that_an_encoder_refuses_is_named(rows: int, chunk: int) -> None:
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    said = (
+        rf"chunk={chunk} leaves a chunk of one row of the {rows}, which the encoder Sequential refuses: .*more than 1"
+    )
+    with pytest.raises(ValueError, match=said):
+        goal.Cache(chunk).encode(encoder, torch.randn(rows, 4))
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value"):
+        goal.Cache(chunk).encode(encoder, torch.randn(1, 4))
+
+
+@pytest.mark.parametrize("rows", [33, 64, 65, 97])
+def test_batch_norm_meets_no_chunk_of_one_row(rows: int) -> None:
+    encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    goal.cached_step(encoder, encoder, (torch.randn(rows, 4), torch.randn(rows, 4)), goal.Objective(), chunk=32)

@@ -84,7 +84,7 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     torch.library.opcheck(torch.ops.goal.mine, (x, y, *pairs, *ids, "dot", numbers, *reduced, *how))
     torch.library.opcheck(torch.ops.goal.dense_value, (x, y, *pairs, share, *ids, "dot", "nca", P, *terms, True, *how))
     names = ",".join(chosen.product.P.statistics)
-    flags = (True, False, False, True)  # need_x, need_y, finite, every
+    flags = (True, False, True)  # need_x, need_y, every
     torch.library.opcheck(
         torch.ops.goal.dense_emit, (x, y, *pairs, share, relative, names, *ids, "dot", "nca", P, *terms, *flags, *how)
     )

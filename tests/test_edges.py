@@ -21,8 +21,11 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import goal
-from goal import reference
+from goal import lab, reference
+from goal.lab.batch import batch_integrability
+from goal.lab.dynamics import simulate, triplet_trajectory
 from goal.similarity import Dot
+from goal.training import Curriculum, FewSemiHard, Scheduled, linear, varying
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -825,3 +828,58 @@ def test_kernels_take_a_margin_beyond_all_similarities(quarters: int) -> None:
     assert torch.equal(stats.index < 0, true.index < 0)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+# ── another default device, another default dtype ───────────────────────────────────────────────────────
+
+
+def everything() -> list[Any]:
+    """A little of all that makes tensors of its own."""
+    found: list[Any] = []
+    for n in (12, 300):  # by definitions, and by sorting
+        x, y = batch(n, n, dtype=torch.float32)
+        for mining, P, similarity in itertools.product(
+            ["semi-hard", "all", "selective"], ["lin-ms", "sig-ms"], SIMILARITIES
+        ):
+            ids = None if P == "sig-ms" else [k // 2 for k in range(n)]
+            *gradients, stats = goal.gradients(x, y, P=P, mining=mining, similarity=similarity, ids=ids)
+            found += [*gradients, stats.s_neg, stats.index]
+    found += [goal.gradients(1e20 * x, y, ids=[0] * n)[0], goal.gradients(x[:1], y[:1])[0]]
+    encoder = nn.Linear(6, 4, bias=False, device="cpu", dtype=torch.float32)
+    encoder.weight.data = torch.eye(6, dtype=torch.float32, device="cpu")[:4]
+    found += [goal.cached_step(encoder, encoder, (x, y), goal.Objective(), chunk=7).loss, encoder.weight.grad]
+    objective = Scheduled(T=varying(goal.T.cir, tau=linear(5.0, 20.0, 10)), P="lin")
+    objective.step()
+    objective.load_state_dict(objective.state_dict())
+    found += [objective(x, y), objective.done]
+    curriculum = Curriculum([goal.Objective(mining="semi-hard"), objective], until=[FewSemiHard(0.5)])
+    curriculum(x, y)
+    curriculum.step()
+    curriculum.load_state_dict(curriculum.state_dict())
+    found += [batch_integrability(goal.Objective("nca", "lin"), x[:5], y[:5], probes=2, loops=1)]
+    found += [lab.integrability("nca", "lin"), lab.compose.nearest_loss("nca", "lin")(x[:, 0], y[:, 0])[0]]
+    found += [simulate(T="con", P="con", mining="all", n=8, d=4, steps=3).x]
+    return [*found, *(triplet_trajectory("con", "lin", s_pos=0.2, s_neg=0.6, steps=3, space=s).s_neg for s in SPACES)]
+
+
+SPACES: tuple[Any, ...] = ("plane", "sphere")
+
+
+@pytest.mark.parametrize("default", [torch.device("meta"), torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_torch_change_nothing(default: Any) -> None:
+    before = everything()
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    try:
+        if isinstance(default, torch.device):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        after = everything()
+    finally:
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+    for one, other in zip(before, after, strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert repr(one) == repr(other)

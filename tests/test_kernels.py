@@ -687,6 +687,47 @@ def test_lengths_whose_product_is_beyond_float32() -> None:
         assert not stats.s_neg.isnan().any()
 
 
+RANGES = {
+    "both beyond": (1e20, 1e20, None),
+    "x beyond": (1e20, 1.0, None),
+    "one row": (1e25, 1e25, 2),
+    "S²": (1e12, 1e12, None),
+}
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("lengths", RANGES)
+@pytest.mark.parametrize("mining", MININGS)
+def test_what_float32_does_not_hold_shows(
+    mining: str, lengths: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient is finite only where it is that of the eager objective, which is so itself (tests/test_range.py)."""
+    monkeypatch.setattr(stage, "SMALL", 0)
+    x, y = embeddings(np.random.default_rng(5), 9, 9, 5, torch.float32)
+    by_x, by_y, row = RANGES[lengths]
+    x[slice(None) if row is None else row] *= by_x
+    y[slice(None) if row is None else row] *= by_y
+    wrong = []
+    for (T, P), ids in itertools.product(
+        [(goal.T.con(margin=0.2), "con"), ("cir", "lin"), ("cir", "sig-ms")], [None, np.arange(9) // 2]
+    ):
+        options: dict[str, Any] = {"T": T, "P": P, "mining": mining, "ids": ids, "similarity": "dot"}
+        found = [one.clone().requires_grad_() for one in (x, y)]
+        loss = goal.apply(*found, **options, impl="triton", precision=precision)
+        loss.backward()
+        gradients = [one.grad for one in found]
+        if not all(one.isfinite().all() for one in gradients):
+            continue
+        eager = goal.gradients(x, y, **options, impl="torch")[:2]
+        close = [
+            torch.allclose(one, other, 1e-2, 1e-2 * other.abs().max())
+            for one, other in zip(gradients, eager, strict=True)
+        ]
+        if not (loss.isfinite() and all(close)):
+            wrong.append((T, P, ids is None, loss.item()))
+    assert wrong == []
+
+
 @pytest.mark.parametrize("length", [1e-17, 1e-12, 1.0, 1e6])
 def test_the_hardest_among_rows_of_any_length(length: float) -> None:
     x, _ = embeddings(np.random.default_rng(4), 20, 20, 7, torch.float32)
@@ -967,7 +1008,7 @@ def test_operators_keep_the_rules(P: str, mining: str, with_ids: bool) -> None:
     torch.library.opcheck(of.pair, (x, y, "dot", k, *how))
     torch.library.opcheck(of.mine, (x, y, *pairs, *masks, numbers, *asked, *how))
     torch.library.opcheck(of.dense_value, (x, y, *pairs, share, *masks, *terms, True, *how))
-    flags = (True, with_ids, True, not with_ids)  # need_x, need_y, finite, every
+    flags = (True, with_ids, not with_ids)  # need_x, need_y, every
     torch.library.opcheck(of.dense_emit, (x, y, *pairs, share, relative, names, *masks, *terms, *flags, *how))
     torch.library.opcheck(of.mined_emit, (x, y, index, share, share, torch.ones(()), with_ids, True))
 

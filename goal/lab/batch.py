@@ -8,6 +8,7 @@ does work (a curl elsewhere, or a jump that no loss has).
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -136,10 +137,8 @@ def batch_integrability(
     Source: the symmetric Jacobian is Poincaré's lemma; Richardson (1911); Clenshaw and Curtis (1960).
     """
     x, y = embeddings("x", x), embeddings("y", y)
-    whole_number("probes", probes)
-    whole_number("loops", loops, 0)
-    whole_number("seed", seed, 0)
-    size = number("size", size)
+    probes, loops = whole_number("probes", probes), whole_number("loops", loops, 0)
+    seed, size = whole_number("seed", seed, 0), number("size", size)
     field = _flat(objective, x, y)
     z = torch.cat([x.flatten(), y.flatten()])
     if not torch.equal(field(z), field(z)):
@@ -147,7 +146,7 @@ def batch_integrability(
     generator = torch.Generator().manual_seed(seed)
 
     def noise() -> Tensor:
-        return torch.randn(len(z), generator=generator, dtype=torch.float64)
+        return torch.randn(len(z), generator=generator, dtype=torch.float64, device="cpu")
 
     scale = z.square().mean().sqrt().item() or 1.0
     antisymmetric, symmetric, errors = [], [], []
@@ -158,7 +157,7 @@ def batch_integrability(
         antisymmetric.append((forward - backward) / 2)
         symmetric.append((forward + backward) / 2)
         errors.append(error_u + error_v)
-    a, s = (torch.tensor(values, dtype=torch.float64).square() for values in (antisymmetric, symmetric))
+    a, s = (torch.tensor(values, dtype=torch.float64, device="cpu").square() for values in (antisymmetric, symmetric))
     total = (a + s).mean().item()
     share = a.mean().item() / total if total else 0.0
     spread = (a - share * (a + s)).std().item() if probes > 1 else math.nan  # of a ratio of two means
@@ -236,7 +235,7 @@ def embeddings(name: str, value: object) -> Tensor:
 
 def number(name: str, value: object, or_zero: bool = False) -> float:
     """A finite float that is > 0, or >= 0."""
-    real = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    real = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not (0 < real < math.inf or (or_zero and real == 0)):
         raise ValueError(f"{name} must be a finite number {'>=' if or_zero else '>'} 0, got {value!r}.")
     return real
@@ -351,7 +350,10 @@ def _rules() -> tuple[list[float], Tensor, Tensor]:
     """The nodes of Clenshaw-Curtis on [0, 1], their weights, and those of every other node for the coarse rule."""
 
     def weights(n: int) -> Tensor:
-        k, j = torch.arange(n + 1, dtype=torch.float64), torch.arange(1, n // 2 + 1, dtype=torch.float64)
+        k, j = (
+            torch.arange(n + 1, dtype=torch.float64, device="cpu"),
+            torch.arange(1, n // 2 + 1, dtype=torch.float64, device="cpu"),
+        )
         ends = torch.where((k == 0) | (k == n), 1.0, 2.0)
         b = torch.where(j == n // 2, 1.0, 2.0)
         cosines = torch.cos(2 * math.pi * k[:, None] * j / n)

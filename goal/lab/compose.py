@@ -6,6 +6,7 @@ What comes out is a term like any other: it runs, lowers, is read, and keeps its
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def product(a: Part, b: Part) -> Term:
         >>> compose.product(goal.T.con(margin=0.2), goal.T.nca())  # NCA that ends at the margin
         T.con * nca(margin=0.2, tau=10.0)
     """
-    return _combined("*", a, b, lambda u, v, given: u * v)
+    return _combined("*", a, b)
 
 
 def plus(a: Part, b: Part, amount: float = 1.0) -> Term:
@@ -44,7 +45,7 @@ def plus(a: Part, b: Part, amount: float = 1.0) -> Term:
         P.con + lin(amount=0.5)
     """
     amount = check_number("compose.plus", "amount", amount)
-    return _combined("+", a, b, lambda u, v, given: u + given["amount"] * v, amount=amount)
+    return _combined("+", a, b, amount=amount)
 
 
 def mixture(a: Part, b: Part, weight: float = 0.5) -> Term:
@@ -58,7 +59,7 @@ def mixture(a: Part, b: Part, weight: float = 0.5) -> Term:
     weight = check_number("compose.mixture", "weight", weight)
     if not 0 <= weight <= 1:
         raise ValueError(f"compose.mixture: parameter 'weight' must be within [0, 1], got {weight}.")
-    return _combined("|", a, b, lambda u, v, given: u + given["weight"] * (v - u), weight=weight)
+    return _combined("|", a, b, weight=weight)
 
 
 def schedule(a: Part, b: Part, steps: int) -> Callable[[int], Term]:
@@ -72,9 +73,8 @@ def schedule(a: Part, b: Part, steps: int) -> Callable[[int], Term]:
         >>> P(25).params, P(1000).params
         ({'weight': 0.25}, {'weight': 1.0})
     """
-    whole_number("compose.schedule: steps", steps)
     mixture(a, b)  # refused now rather than at the first step
-    return lambda step: mixture(a, b, weight=min(max(step / steps, 0.0), 1.0))
+    return _Fading(a, b, whole_number("compose.schedule: steps", steps))
 
 
 def nearest_loss(T: Part, P: Part) -> Term:
@@ -125,7 +125,48 @@ def _bound(*parts: Part) -> list[Term]:
     return [registry.bind(part) for part in parts]
 
 
-def _combined(sign: str, a: Part, b: Part, of: Callable[[Any, Any, dict[str, Any]], Any], **own: float) -> Term:
+@dataclass(frozen=True)
+class _Fading:
+    """Step → a mixture; no function within a function, so that it can be pickled, like those that follow."""
+
+    a: Part
+    b: Part
+    steps: int
+
+    def __call__(self, step: int) -> Term:
+        return mixture(self.a, self.b, weight=min(max(step / self.steps, 0.0), 1.0))
+
+
+_SIGNS: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
+    "*": lambda u, v, given: u * v,
+    "+": lambda u, v, given: u + given["amount"] * v,
+    "|": lambda u, v, given: u + given["weight"] * (v - u),
+}
+
+
+@dataclass(frozen=True)
+class _Combined:
+    """The function of two terms' combination; `names`: what the second's parameters are called."""
+
+    sign: str
+    first: Term
+    second: Term
+    names: dict[str, str]
+
+    def __call__(self, s_pos: Tensor, s_neg: Tensor, **given: Any) -> Any:
+        of, (first, second) = _SIGNS[self.sign], (self.first, self.second)
+        u = first.definition.function(
+            s_pos, s_neg, **{name: given[name] for name in (*first.params, *first.statistics)}
+        )
+        v = second.definition.function(
+            s_pos, s_neg, **{n: given[self.names.get(n, n)] for n in (*second.params, *second.statistics)}
+        )
+        if first.definition.registry == "T":
+            return of(u, v, given)
+        return of(u[0], v[0], given), of(u[1], v[1], given)
+
+
+def _combined(sign: str, a: Part, b: Part, **own: float) -> Term:
     """A term that calls both, with the parameters of both: one that they share and set differently gets b's with _2."""
     first, second = _bound(a, b)
     params: dict[str, Parameter] = {**own, **first.params}
@@ -141,20 +182,40 @@ def _combined(sign: str, a: Part, b: Part, of: Callable[[Any, Any, dict[str, Any
                 f"(got {first.params[reads]} and {second.params[reads]})."
             )
 
-    def function(s_pos: Tensor, s_neg: Tensor, **given: Any) -> Any:
-        u = first.definition.function(
-            s_pos, s_neg, **{name: given[name] for name in (*first.params, *first.statistics)}
-        )
-        v = second.definition.function(
-            s_pos, s_neg, **{n: given[names.get(n, n)] for n in (*second.params, *second.statistics)}
-        )
-        if first.definition.registry == "T":
-            return of(u, v, given)
-        return of(u[0], v[0], given), of(u[1], v[1], given)
-
     statistics = tuple(dict.fromkeys((*first.statistics, *second.statistics)))
     name = f"{first.name} {sign} {second.name}"
+    function = _Combined(sign, first, second, names)
     return Definition(first.definition.registry, name, function, params, statistics)()
+
+
+@dataclass(frozen=True)
+class _Nearest:
+    """The gradient of Σ loss[i][j] s⁺ⁱ s⁻ʲ as a pair weight."""
+
+    loss: list[list[float]]
+
+    def __call__(self, s_pos: Tensor, s_neg: Tensor) -> tuple[Any, Any]:
+        (a, slope_a), (b, slope_b) = _powers(s_pos), _powers(s_neg)
+        terms = [(i, j, self.loss[i][j]) for i in range(_DEGREE + 1) for j in range(_DEGREE + 1 - i) if i + j]
+        return (
+            sum(-factor * (slope_a[i] * b[j]) for i, j, factor in terms if i),
+            sum(factor * (a[i] * slope_b[j]) for i, j, factor in terms if j),
+        )
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is left of the field of T × P."""
+
+    whole: Product
+    nearest: _Nearest
+
+    def __call__(self, s_pos: Tensor, s_neg: Tensor, **relative: Tensor) -> tuple[Any, Any]:
+        T, P = self.whole.T, self.whole.P
+        t = T(s_pos, s_neg, **{name: relative[name] for name in T.statistics})
+        p_pos, p_neg = P(s_pos, s_neg, **{name: relative[name] for name in P.statistics})
+        of_pos, of_neg = self.nearest(s_pos, s_neg)
+        return t * p_pos - of_pos, t * p_neg - of_neg
 
 
 def _projected(T: Part, P: Part) -> tuple[Term, Term]:
@@ -174,23 +235,11 @@ def _projected(T: Part, P: Part) -> tuple[Term, Term]:
     powers = np.array([np.pad(c, (0, _DEGREE + 1 - len(c))) for c in plain])  # of s in T_n(s)
     loss = (powers.T @ chebyshev @ powers).round(6).tolist()  # [i][j]: of s⁺ⁱ s⁻ʲ
 
-    def nearest(s_pos: Tensor, s_neg: Tensor) -> tuple[Any, Any]:
-        (a, slope_a), (b, slope_b) = _powers(s_pos), _powers(s_neg)
-        return (
-            sum(-loss[i][j] * (slope_a[i] * b[j]) for i, j in degrees if i),
-            sum(loss[i][j] * (a[i] * slope_b[j]) for i, j in degrees if j),
-        )
-
-    def rest(s_pos: Tensor, s_neg: Tensor, **relative: Tensor) -> tuple[Any, Any]:
-        t = whole.T(s_pos, s_neg, **{name: relative[name] for name in whole.T.statistics})
-        p_pos, p_neg = whole.P(s_pos, s_neg, **{name: relative[name] for name in whole.P.statistics})
-        of_pos, of_neg = nearest(s_pos, s_neg)
-        return t * p_pos - of_pos, t * p_neg - of_neg
-
+    nearest = _Nearest(loss)
     said = f"{whole.T.name} × {whole.P.name}"
     return (
         Definition("P", f"nearest loss of {said}", nearest, {})(),
-        Definition("P", f"rotational part of {said}", rest, {}, whole.statistics)(),
+        Definition("P", f"rotational part of {said}", _Rest(whole, nearest), {}, whole.statistics)(),
     )
 
 

@@ -128,7 +128,7 @@ def _weights(of_t: Axes, of_p: Axes, report: Integrability) -> None:
 
 
 def _streams(axes: Axes, field: Field, **style: Any) -> Any:
-    at = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    at = torch.linspace(-1, 1, 41, dtype=torch.float64, device="cpu")
     s_pos, s_neg = torch.meshgrid(at, at, indexing="xy")
     f_pos, f_neg = field(s_pos, s_neg)
     if not (f_pos.any() or f_neg.any()):
@@ -137,7 +137,7 @@ def _streams(axes: Axes, field: Field, **style: Any) -> Any:
 
 
 def _descent(axes: Axes, report: Integrability, field: Field) -> None:
-    at = torch.linspace(-1, 1, 161, dtype=torch.float64)
+    at = torch.linspace(-1, 1, 161, dtype=torch.float64, device="cpu")
     f_pos, f_neg = field(*torch.meshgrid(at, at, indexing="ij"))
     size = torch.hypot(f_pos, f_neg)
     image = _map(axes, at, size, cmap="Blues")
@@ -183,7 +183,9 @@ def _loss(axes: Axes, report: Integrability) -> None:
 
 def _sphere(axes: Any, report: Integrability) -> None:
     """Anchor, positive and negative of one triplet on their sphere."""
-    u, v = torch.meshgrid(torch.linspace(0, 6.2832, 25), torch.linspace(0, 3.1416, 13), indexing="ij")
+    u, v = torch.meshgrid(
+        torch.linspace(0, 6.2832, 25, device="cpu"), torch.linspace(0, 3.1416, 13, device="cpu"), indexing="ij"
+    )
     globe = [each.numpy() for each in (u.cos() * v.sin(), u.sin() * v.sin(), v.cos())]
     axes.plot_wireframe(*globe, color="#DDDDDD", linewidth=0.4)
     path = triplet_trajectory(report.T, report.P, *_STARTS[0], steps=400, lr=0.02)

@@ -7,6 +7,7 @@ do they oscillate, and is the work that the field does the fall of the value, as
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +187,8 @@ def simulate(
     for name, chosen, known in (("start", start, _STARTS), ("model", model, _MODELS)):
         if chosen not in known:
             raise unknown(name, chosen, known)
-    for name, size, least in (("n", n, 2), ("d", d, 2), ("steps", steps, 1), ("seed", seed, 0)):
-        whole_number(name, size, least)
+    n, d = whole_number("n", n, 2), whole_number("d", d, 2)
+    steps, seed = whole_number("steps", steps), whole_number("seed", seed, 0)
     lr = _LR[model] if lr is None else number("lr", lr)
     noise = number("noise", noise, or_zero=True)
     if objective is None:
@@ -200,7 +201,7 @@ def simulate(
     moving: _Points | _Map = (_Points if model == "points" else _Map)(start, n, d, noise, generator)
 
     rows: list[_Row] = []
-    xs, ys = torch.empty(2, steps + 1, n, d, dtype=torch.float64)
+    xs, ys = torch.empty(2, steps + 1, n, d, dtype=torch.float64, device="cpu")
     work, work_error = np.empty(steps), np.empty(steps)
     x, y = moving.at()
     value, gx, gy = emitted(objective, x, y)
@@ -374,10 +375,9 @@ def triplet_trajectory(
     field = field_of(Product(goal.T.bind(T), goal.P.bind(P)))
     if space not in ("plane", "sphere"):
         raise unknown("space", space, ("plane", "sphere"))
-    whole_number("steps", steps)
-    lr = number("lr", lr)
+    steps, lr = whole_number("steps", steps), number("lr", lr)
     for name, s in (("s_pos", s_pos), ("s_neg", s_neg)):
-        real = isinstance(s, int | float) and not isinstance(s, bool)
+        real = isinstance(s, numbers.Real) and not isinstance(s, bool)
         if not real or not math.isfinite(s) or (space == "sphere" and abs(s) > 1):
             raise ValueError(f"{name} must be a finite number, within [-1, 1] on the sphere, got {s!r}.")
 
@@ -386,17 +386,17 @@ def triplet_trajectory(
         f_pos, f_neg = field(at_pos, at_neg)
         return -f_pos, f_neg
 
-    pos, neg = (torch.tensor(float(s), dtype=torch.float64) for s in (s_pos, s_neg))
+    pos, neg = (torch.tensor(float(s), dtype=torch.float64, device="cpu") for s in (s_pos, s_neg))
     if space == "plane":
         line = [(pos, neg)]
         for _ in range(steps):
             toward, away = weights(pos, neg)
             pos, neg = pos + lr * toward, neg - lr * away
             line.append((pos, neg))
-        flat = torch.tensor(line, dtype=torch.float64).numpy()
+        flat = torch.tensor(line, dtype=torch.float64, device="cpu").numpy()
         return Triplet(flat[:, 0], flat[:, 1], None)
     sines = [math.sqrt(1 - s * s) for s in (s_pos, s_neg)]
-    points = torch.tensor([[0, 0, 1], [sines[0], 0, s_pos], [-sines[1], 0, s_neg]], dtype=torch.float64)
+    points = torch.tensor([[0, 0, 1], [sines[0], 0, s_pos], [-sines[1], 0, s_neg]], dtype=torch.float64, device="cpu")
     found = [points]
     for _ in range(steps):
         a, p, n = points
@@ -426,13 +426,13 @@ class _Points:
 
     def __init__(self, start: str, n: int, d: int, noise: float, generator: torch.Generator) -> None:
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
         if start == "random":
             self.x, self.y = normalize(normal(n, d), dim=1), normalize(normal(n, d), dim=1)
             return
         centres = normalize(normal(1 if start == "collapsed" else math.isqrt(n), d), dim=1)
-        near = centres[torch.arange(n) % len(centres)]
+        near = centres[torch.arange(n, device="cpu") % len(centres)]
         self.x, self.y = (normalize(near + noise * normal(n, d) / math.sqrt(d), dim=1) for _ in range(2))
 
     def at(self) -> tuple[Tensor, Tensor]:
@@ -447,15 +447,19 @@ class _Map:
 
     def __init__(self, start: str, n: int, d: int, noise: float, generator: torch.Generator) -> None:
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
         latent = normal(n, d)
         if start == "clustered":
-            latent = normal(math.isqrt(n), d)[torch.arange(n) % math.isqrt(n)] + noise * latent
+            latent = normal(math.isqrt(n), d)[torch.arange(n, device="cpu") % math.isqrt(n)] + noise * latent
         self.views = latent + normal(n, d), latent + normal(n, d)
         size = noise if start == "collapsed" else 1.0
         weights = [normal(d, d) / math.sqrt(d), normal(d, d) / math.sqrt(d), size * normal(d, d) / d]
-        bias = normalize(normal(1, d), dim=1) if start == "collapsed" else torch.zeros(1, d, dtype=torch.float64)
+        bias = (
+            normalize(normal(1, d), dim=1)
+            if start == "collapsed"
+            else torch.zeros(1, d, dtype=torch.float64, device="cpu")
+        )
         self.weights = [weight.requires_grad_() for weight in (*weights, bias)]
 
     def _embed(self) -> tuple[Tensor, Tensor]:

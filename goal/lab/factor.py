@@ -144,7 +144,7 @@ def _obstacle(field: Field) -> str:
     if not (A.any() or B.any()):
         return "its gradient is 0 everywhere on [−1, 1]²"
     # r(a, b) r(a₀, b₀) = r(a, b₀) r(a₀, b) for r = A / B, without dividing
-    others = torch.randperm(len(a), generator=torch.Generator().manual_seed(0))
+    others = torch.randperm(len(a), generator=torch.Generator().manual_seed(0), device="cpu")
     a0, b0, A0, B0 = a[others], b[others], A[others], B[others]
     (A1, B1), (A2, B2) = _components(field, a, b0), _components(field, a0, b)
     left, right = A * A0 * B1 * B2, B * B0 * A1 * A2
@@ -160,8 +160,8 @@ def _obstacle(field: Field) -> str:
 
 def _reference(field: Field) -> tuple[float, float]:
     """(a₀, b₀): where most of the line s⁻ = b₀, and of the line s⁺ = a₀, has a gradient of both kinds."""
-    at = torch.tensor([0.5, 0.0, 0.75, 0.25, -0.5, 1.0, -0.25, -0.75, -1.0], dtype=torch.float64)
-    probe = torch.linspace(-0.97, 0.97, 61, dtype=torch.float64)
+    at = torch.tensor([0.5, 0.0, 0.75, 0.25, -0.5, 1.0, -0.25, -0.75, -1.0], dtype=torch.float64, device="cpu")
+    probe = torch.linspace(-0.97, 0.97, 61, dtype=torch.float64, device="cpu")
     along, across = _components(field, probe[:, None], at), _components(field, at, probe[:, None])
     a0, b0 = (at[((A != 0) & (B != 0)).sum(0).argmax()].item() for A, B in (across, along))
     return a0, b0
@@ -226,7 +226,7 @@ def _in_numbers(field: Field) -> tuple[tuple[Weight, Weight, Weight], str]:
         A, B = _components(field, s_pos, s_neg)
         return torch.where(B == 0, 0.0, A / torch.where(B == 0, 1.0, B))
 
-    unit = ratio(torch.tensor([a0]), torch.tensor([b0]))
+    unit = ratio(torch.tensor([a0], device="cpu"), torch.tensor([b0], device="cpu"))
 
     def p_pos(s_pos: Tensor, s_neg: Tensor) -> Tensor:
         return ratio(s_pos, torch.full_like(s_pos, b0)) / unit

@@ -70,13 +70,15 @@ def work(field: Field, start: Tensor, end: Tensor, tolerance: float = 1e-12, dep
     Gauss-Kronrod quadrature, halving what has not converged: a jump ends up within 2⁻⁴⁰ of a segment. One between an
     end and the outermost node would show in no weight, so the ends have to be what the nodes extrapolate to as well.
     """
-    nodes = torch.tensor([-1.0, *(-n for n in _NODES), *_NODES[-2::-1], 1.0], dtype=torch.float64)
-    kronrod, gauss = (torch.tensor([0.0, *w, *w[-2::-1], 0.0], dtype=torch.float64) for w in (_KRONROD, _GAUSS))
+    nodes = torch.tensor([-1.0, *(-n for n in _NODES), *_NODES[-2::-1], 1.0], dtype=torch.float64, device="cpu")
+    kronrod, gauss = (
+        torch.tensor([0.0, *w, *w[-2::-1], 0.0], dtype=torch.float64, device="cpu") for w in (_KRONROD, _GAUSS)
+    )
     inner = nodes[1:-1]
     others = inner + torch.diag(torch.full_like(inner, torch.nan))  # (15, 15) the nodes but its own, in each row
     ends = torch.stack([((e - others) / (inner[:, None] - others)).nan_to_num(1.0).prod(1) for e in (-1.0, 1.0)], 1)
-    total = torch.zeros(len(start), dtype=torch.float64)
-    which, a, b = torch.arange(len(start)), start.double(), end.double()
+    total = torch.zeros(len(start), dtype=torch.float64, device="cpu")
+    which, a, b = torch.arange(len(start), device="cpu"), start.double(), end.double()
     for level in range(depth + 1):
         along = (b - a)[:, None, :]
         at = a[:, None, :] + along * (nodes[:, None] + 1) / 2
@@ -134,7 +136,7 @@ def decompose(field: Field, cells: int = CELLS) -> Decomposition:
     Source: the discrete Hodge decomposition of a 1-cochain on a square grid; Jiang et al., "Statistical ranking and
     combinatorial Hodge theory", 2011, §3.
     """
-    at = torch.linspace(-REACH, REACH, cells + 1, dtype=torch.float64)
+    at = torch.linspace(-REACH, REACH, cells + 1, dtype=torch.float64, device="cpu")
     nodes = torch.stack(torch.meshgrid(at, at, indexing="ij"), -1)
     edges = [(nodes[:-1], nodes[1:]), (nodes[:, :-1], nodes[:, 1:])]
     along_pos, along_neg = (work(field, a.reshape(-1, 2), b.reshape(-1, 2)).view(a.shape[:2]) for a, b in edges)
@@ -143,7 +145,7 @@ def decompose(field: Field, cells: int = CELLS) -> Decomposition:
     # round a cell: along s⁺ below, up s⁻ at its far side, and back
     circulation = along_pos[:, :-1] + along_neg[1:] - along_pos[:, 1:] - along_neg[:-1]
     # normal equations: the grid's Laplacian, which is diagonal in the eigenvectors of a path's
-    path = torch.diff(torch.eye(cells + 1, dtype=torch.float64), dim=0)
+    path = torch.diff(torch.eye(cells + 1, dtype=torch.float64, device="cpu"), dim=0)
     rates, vectors = torch.linalg.eigh(path.T @ path)
     divergence = path.T @ along_pos + along_neg @ path
     rates = rates[:, None] + rates

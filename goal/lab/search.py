@@ -27,6 +27,7 @@ from goal.training.report import Difference, RunRecord, significant_differences,
 from goal.training.sweep import QUICK, Incomplete, entries
 from goal.training.tune import RANGES, with_parameters
 from goal.training.workers import Done, Failed, Job, cores, work
+from goal.validation import whole_number
 
 TRIALS, QUICK_TRIALS = 150, 40  # of each search
 SEEDS = 5  # of the test
@@ -204,11 +205,9 @@ def discover(
     >>> discovery = discover(quick=True)  # doctest: +SKIP
     >>> print(discovery.source)  # doctest: +SKIP
     """
-    trials = (QUICK_TRIALS if quick else TRIALS) if trials is None else trials
-    checks = (("trials", trials, 1), ("seeds", seeds, 1), ("workers", 1 if workers is None else workers, 1))
-    for argument, number, least in checks:
-        if number < least:
-            raise ValueError(f"{argument}: must be at least {least}, got {number}")
+    trials = whole_number("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials)
+    seeds = whole_number("seeds", seeds)
+    workers = None if workers is None else whole_number("workers", workers)
     if chosen := [each for each in ("T", "P", "recipe", "mining", "params", "seed") if each in settings]:
         raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings

@@ -328,7 +328,7 @@ def _is_zero_on(expression: sp.Expr, u: sp.Expr) -> bool:
 
 def _on_line(u: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[float, float]]:
     """Points with u(s⁺, s⁻) = 0 inside the square, by bisection along lines in both directions."""
-    at = torch.linspace(-REACH, REACH, 48, dtype=torch.float64)
+    at = torch.linspace(-REACH, REACH, 48, dtype=torch.float64, device="cpu")
     for swap in (False, True):
 
         def along(fixed: Tensor, moving: Tensor, swap: bool = swap) -> Tensor:

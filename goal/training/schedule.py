@@ -7,6 +7,7 @@ A schedule is any callable, step → value. What a step is, one of the optimiser
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 import goal
 
 
-@dataclass(frozen=True)
 class Schedule:
-    """A value for each step, and the steps at which something new comes up, which `Scheduled` tries beforehand."""
+    """A value for each step, and the steps at which something new comes up, which `Scheduled` tries beforehand.
 
-    at: Callable[[int], Any]
-    turns: tuple[int, ...]
+    Schedules are numbers and names, no functions within functions: they can be copied, pickled and sent to workers.
+    """
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        raise NotImplementedError
 
     def __call__(self, step: int) -> Any:
-        return self.at(step)
+        raise NotImplementedError
 
 
 def linear(start: float, end: float, steps: int) -> Schedule:
@@ -44,7 +48,7 @@ def linear(start: float, end: float, steps: int) -> Schedule:
         >>> tau(0), tau(50), tau(1000)
         (5.0, 12.5, 20.0)
     """
-    return _ramp("linear", start, end, steps, lambda part: part)
+    return _Ramp("linear", start, end, steps)
 
 
 def cosine(start: float, end: float, steps: int) -> Schedule:
@@ -55,7 +59,7 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
         >>> round(cosine(0.0, 0.2, steps=100)(25), 4)
         0.0293
     """
-    return _ramp("cosine", start, end, steps, lambda part: (1 - math.cos(math.pi * part)) / 2)
+    return _Ramp("cosine", start, end, steps)
 
 
 def piecewise(values: Mapping[int, Any]) -> Schedule:
@@ -75,17 +79,10 @@ def piecewise(values: Mapping[int, Any]) -> Schedule:
         >>> piecewise({0: 5.0, 100: linear(5.0, 20.0, steps=50)})(125)
         12.5
     """
-    for begin in values:
-        _whole("piecewise: a key", begin, 0)
-    if 0 not in values:
-        raise ValueError(f"piecewise must say what holds from step 0 on, got {sorted(values)}.")
-    ordered = dict(sorted(values.items()))
-
-    def at(step: int) -> Any:
-        begin = max(begin for begin in ordered if begin <= step)
-        return _value(ordered[begin], step - begin)
-
-    return Schedule(at, tuple(begin + turn for begin, value in ordered.items() for turn in _turns(value)))
+    pieces = {_whole("piecewise: a key", begin, 0): value for begin, value in values.items()}
+    if 0 not in pieces:
+        raise ValueError(f"piecewise must say what holds from step 0 on, got {sorted(pieces)}.")
+    return _Pieces(dict(sorted(pieces.items())))
 
 
 def varying(make: Callable[..., Any], **parameters: Any) -> Schedule:
@@ -104,11 +101,7 @@ def varying(make: Callable[..., Any], **parameters: Any) -> Schedule:
         >>> varying(goal.T.con, margin=linear(0.0, 0.2, steps=100))(50)
         T.con(margin=0.1)
     """
-    turns = {turn for value in parameters.values() for turn in _turns(value)}
-    schedule = Schedule(
-        lambda step: make(**{name: _value(value, step) for name, value in parameters.items()}),
-        tuple(sorted({0, *turns})),
-    )
+    schedule = _Varying(make, parameters)
     _at(schedule, 0)
     return schedule
 
@@ -155,7 +148,7 @@ class Scheduled(goal.Objective):
         Raises:
             ValueError, TypeError: no step, or a value there that is not allowed.
         """
-        _whole("step", step, 0)
+        step = _whole("step", step, 0)
         values = {name: _at(value, step) for name, value in self.schedules.items()}
         if values != self.values:
             self._bind(_made(values, step).settings)
@@ -168,7 +161,7 @@ class Scheduled(goal.Objective):
         self.at(self.done + 1)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.done)
+        return torch.tensor(self.done, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.at(int(state))
@@ -193,7 +186,7 @@ class Plateau:
     patience: int
 
     def __post_init__(self) -> None:
-        _whole("patience", self.patience, 1)
+        object.__setattr__(self, "patience", _whole("patience", self.patience, 1))
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,8 @@ class FewSemiHard:
     patience: int = 10
 
     def __post_init__(self) -> None:
-        _whole("patience", self.patience, 1)
+        object.__setattr__(self, "patience", _whole("patience", self.patience, 1))
+        object.__setattr__(self, "share", _number("share", self.share))
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be within (0, 1], got {self.share!r}.")
 
@@ -258,12 +252,13 @@ class Curriculum(nn.Module):
     def __init__(self, stages: Sequence[nn.Module], until: Sequence[Until]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
-        self.until = tuple(until)
+        self.until = tuple(
+            end if isinstance(end, Plateau | FewSemiHard) else _whole(f"until[{number}]", end, 1)
+            for number, end in enumerate(until)
+        )
         if len(self.until) != len(stages) - 1:
             raise ValueError(f"until must have one entry less than stages, got {len(self.until)} for {len(stages)}.")
         for number, (stage, end) in enumerate(zip(stages, self.until, strict=False)):
-            if not isinstance(end, Plateau | FewSemiHard):
-                _whole(f"until[{number}]", end, 1)
             if isinstance(end, FewSemiHard) and _mining(stage) != "semi-hard":
                 raise ValueError(f"until[{number}]: stage {number} mines no semi-hard negatives ({stage}).")
         self.stage = 0
@@ -332,7 +327,7 @@ class Curriculum(nn.Module):
         return ended
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([self.stage, self.done, self.best, self.stale], dtype=torch.float64)
+        return torch.tensor([self.stage, self.done, self.best, self.stale], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         stage, done, best, stale = state.tolist()
@@ -378,21 +373,87 @@ def _named(error: Exception, step: int) -> Exception:
     return (TypeError if isinstance(error, TypeError) else ValueError)(f"step {step}: {error}")
 
 
-def _ramp(name: str, start: float, end: float, steps: int, part: Callable[[float], float]) -> Schedule:
-    _whole(f"{name}: steps", steps, 1)
-    for argument, value in (("start", start), ("end", end)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name}: {argument} must be a number, got {value!r}.")
-        if not math.isfinite(value):
-            raise ValueError(f"{name}: {argument} must be finite, got {value}.")
-    return Schedule(
-        lambda step: float(end) if step >= steps else start + (end - start) * part(step / steps), turns=(0, steps)
-    )
+@dataclass(frozen=True)
+class _Ramp(Schedule):
+    """From one number to another."""
+
+    shape: str  # "linear" or "cosine"
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _whole(f"{self.shape}: steps", self.steps, 1))
+        for name in ("start", "end"):
+            object.__setattr__(self, name, _number(f"{self.shape}: {name}", getattr(self, name)))
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return 0, self.steps
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return self.end
+        part = step / self.steps
+        if self.shape == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+        return self.start + (self.end - self.start) * part
+
+    def __repr__(self) -> str:
+        return f"{self.shape}({self.start}, {self.end}, steps={self.steps})"
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+@dataclass(frozen=True)
+class _Pieces(Schedule):
+    """One value after another."""
+
+    values: dict[int, Any]  # by their first steps, ascending
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return tuple(begin + turn for begin, value in self.values.items() for turn in _turns(value))
+
+    def __call__(self, step: int) -> Any:
+        begin = max(begin for begin in self.values if begin <= step)
+        return _value(self.values[begin], step - begin)
+
+    def __repr__(self) -> str:
+        return f"piecewise({self.values})"
+
+
+@dataclass(frozen=True)
+class _Varying(Schedule):
+    """What is made with parameters that are schedules."""
+
+    make: Callable[..., Any]
+    parameters: dict[str, Any]
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return tuple(sorted({0, *(turn for value in self.parameters.values() for turn in _turns(value))}))
+
+    def __call__(self, step: int) -> Any:
+        return self.make(**{name: _value(value, step) for name, value in self.parameters.items()})
+
+    def __repr__(self) -> str:
+        made = repr(_value(self, 0)).partition("(")[0]
+        return f"varying({', '.join([made, *(f'{name}={value!r}' for name, value in self.parameters.items())])})"
+
+
+def _number(name: str, value: object) -> float:
+    """A finite Python float from a number of any kind."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}.")
+    return float(value)
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    """A Python int from an integer of any kind."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}.")
+    return int(value)
 
 
 def _mining(objective: nn.Module) -> str | None:

@@ -1,6 +1,7 @@
 """Works that were stopped, ran twice, or whose files were damaged or changed: what is right then, in one table each."""
 
 import errno
+import itertools
 import json
 import os
 import subprocess
@@ -98,15 +99,51 @@ def test_the_command_says_who_is_there(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
-    for name in (".record.json.x1.tmp", ".checkpoint.safetensors.y2.tmp", "mine.tmp", ".mine"):
-        (tmp_path / name).write_bytes(b"half")
+    long = tmp_path / ("checkpoint" * 20)
+    for path in (tmp_path / "record.json", long):
+        with atomic_file(path) as file:
+            left = Path(file.name)
+        path.rename(left)  # as a killed process leaves it
+    mine = {"mine.tmp", ".mine", ".mine.tmp", ".my notes.tmp", ".a.SHOUTED1.tmp", ".folder.x1234567.tmp"}
+    for name in mine - {".folder.x1234567.tmp"}:
+        (tmp_path / name).write_bytes(b"the user's own")
+    (tmp_path / ".folder.x1234567.tmp").mkdir()
     with alone(tmp_path):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine"}
-    for name in (".a.npz.x1.tmp", ".b.npz.x1.tmp"):
+    assert {path.name for path in tmp_path.iterdir()} == mine
+    for name in (".a.npz.x1234567.tmp", ".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"):
         (tmp_path / name).write_bytes(b"half")
     clear_temporaries(tmp_path, tmp_path / "a.npz")
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine", ".b.npz.x1.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == mine | {".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"}
+
+
+@pytest.mark.parametrize("arguments", [[], [""], ["goal", "train", "--name", "m\udcff"], ["d\udcff/goal", "\0"]])
+@pytest.mark.parametrize("told", [b"process 1 (\xff\xfe \x00)", None])
+@pytest.mark.usefixtures("impatient")
+def test_whoever_is_there_is_told_in_any_bytes(
+    arguments: list[str], told: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    for _ in range(2):  # the first lets go of it
+        with alone(tmp_path):
+            if told is not None:
+                (tmp_path / ".locked-by").write_bytes(told)
+            with pytest.raises(Busy, match="is in use by process"), alone(tmp_path):
+                pass
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lock_is_let_go_whatever_happens_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, **more: Any) -> None:
+        raise PermissionError(errno.EACCES, "open elsewhere", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)  # as Windows does while somebody reads
+        with alone(tmp_path):
+            pass
+    with alone(tmp_path):
+        pass
 
 
 # ── what tells a run from another ───────────────────────────────────────────────────────────────────────
@@ -235,6 +272,7 @@ def of_another_size(path: Path) -> None:
         ("record.json", cut),
         ("record.json", garbled),
         ("record.json", lambda path: path.write_text("[]")),
+        ("record.json", lambda path: path.write_text("[" * 200_000)),
         ("record.json", lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))),
         ("record.json", lambda path: path.write_text(path.read_text().replace('"t2i_r5"', '"t2i_r6"'))),
     ],
@@ -252,8 +290,25 @@ def test_a_damaged_result_is_made_again_by_name(name: str, damage: Callable[[Pat
     assert content(run) == content(whole)
 
 
-@pytest.mark.parametrize("damage", [cut, garbled, lambda path: path.write_text('{"later": 1}'), Path.unlink])
-@pytest.mark.parametrize("name", ["config.json", "versions.json"])
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def deep(path: Path) -> None:
+    path.write_text("[" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product(
+            ("config.json", "versions.json"),
+            (cut, garbled, deep, lambda path: path.write_text('{"later": 1}'), Path.unlink),
+        ),
+        ("versions.json", a_pipe),
+    ],
+)
 def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
     train(small(), tmp_path)
     record = (tmp_path / "record.json").read_bytes()

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import stat
 import sys
@@ -215,11 +216,16 @@ def _prefix(path: Path) -> str:
 
 
 def clear_temporaries(folder: Path, path: Path | None = None) -> None:
-    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing."""
-    start = "." if path is None else _prefix(path)
+    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing.
+
+    Only what `atomic_file` makes: regular files with its names. What cannot be removed stays.
+    """
+    start = r"\..+\." if path is None else re.escape(_prefix(path))
+    made = re.compile(rf"{start}[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
     for left in folder.iterdir():
-        if left.name.startswith(start) and left.name.endswith(TEMPORARY):
-            left.unlink(missing_ok=True)
+        with suppress(OSError):
+            if made.fullmatch(left.name) and stat.S_ISREG(left.lstat().st_mode):
+                left.unlink()
 
 
 class Busy(RuntimeError):
@@ -244,18 +250,20 @@ def alone(folder: Path, patience: float = 3.0) -> Iterator[None]:
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        with suppress(OSError):
-            who = holder.read_text(encoding="utf-8")
+        with suppress(OSError, ValueError):
+            who = check_file(holder).read_text(encoding="utf-8", errors="replace")
             raise Busy(f"{folder}: is in use by {who}. Wait for it, stop it, or name another folder") from None
         raise Busy(f"{folder}: is in use by another process. Wait for it, or name another folder") from None
     try:
         clear_temporaries(folder)
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = shlex.join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]])
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_atomically(holder, f"process {os.getpid()} on {platform.node()} since {since} ({command})".encode())
+        who = f"process {os.getpid()} on {platform.node()} since {since} ({command})"
+        write_atomically(holder, who.encode(errors="backslashreplace"))  # arguments may be any bytes
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows, where somebody who waits may be reading it
+            holder.unlink(missing_ok=True)
         with suppress(OSError):  # Windows, where it goes by itself; elsewhere whoever waits for it makes another
             (folder / ".lock").unlink()
         lock.release()
@@ -281,8 +289,8 @@ def read_json(path: Path) -> Any:
         Damaged: naming the file, where it is not there, cut short, or no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
+        return json.loads(check_file(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise Damaged(f"{path}: is damaged: {error}") from error
 
 

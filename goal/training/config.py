@@ -281,7 +281,10 @@ class TrainConfig:
         Raises:
             ValueError: no JSON, or a field that does not exist.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("a configuration is no JSON so deep") from error
         known = {spec.name for spec in dataclasses.fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise ValueError(f"a configuration is a JSON object with the fields {', '.join(sorted(known))}")

@@ -12,6 +12,7 @@ from test_training import small
 
 import goal
 from goal import cli
+from goal.data.files import folder_name, folder_name_of
 from goal.training import Sweep, TrainConfig, train
 from goal.training.loop import load_trained, score
 
@@ -111,7 +112,22 @@ def test_a_split_unlike_the_training_split_is_refused_before_training(
 # ── names and numbers ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".", "", "a\nb", "a\0b", "é" * 101])
+NO_FOLDERS = ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".", "", "a\nb", "a\0b", "é" * 101, "m\udcff"]
+NO_FOLDERS += [
+    *(f"a{mark}b" for mark in '<>:"|?*'),
+    "a.",
+    "a ",
+    " a",
+    "CON",
+    "nul",
+    "Com1.txt",
+    "aux.",
+    "lpt9 .a",
+    "COM¹",
+]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
 def test_a_name_stays_in_its_root(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("train", "sweep", "discover"):
@@ -128,6 +144,16 @@ def test_the_folder_of_a_sweep_is_called_as_its_data(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "mine" / "below")
     settings: dict[str, Any] = {"objectives": ["infonce"], "root": tmp_path / "runs", **TINY}
     assert Sweep(data="..", **settings).folder == tmp_path / "runs" / "mine"
+
+
+@pytest.mark.parametrize("name", ["data\u202f1", "d\\e", "ü" * 110, "CON", "nul.a", "my data", "m\udcff", "a:b", "x."])
+def test_data_of_any_name_make_a_name_of_a_folder(name: str, tmp_path: Path) -> None:
+    data = written(tmp_path / name, 0)
+    folder = Sweep(data=data, objectives=["infonce"], root=tmp_path / "runs", **TINY).folder
+    assert folder.parent == tmp_path / "runs"
+    assert folder_name("name", folder.name) == folder.name
+    assert (folder.name == name) == (name == "my data")
+    assert folder_name_of(name) != folder_name_of(name + "?") != folder_name_of(name + "*")
 
 
 @pytest.mark.usefixtures("registries")

@@ -33,6 +33,8 @@ BAR_BYTES = 2 << 30  # a check of a larger array shows a progress bar
 TEMPORARY = ".tmp"  # how files end that take their place when they are whole
 BLOCK_BYTES = 1 << 20  # text is read so much at a time
 BYTE_ORDER_MARK = "\ufeff"
+FORBIDDEN = frozenset('/\\<>:"|?*')  # in the name of a folder, on some system
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³")}
 
 
 def check_file(path: Path) -> Path:
@@ -299,17 +301,54 @@ class Damaged(ValueError):
 
 
 def folder_name(argument: str, name: str) -> str:
-    """A name under which a folder is made: no path, and no longer than file systems allow.
+    """A name under which a folder is made on any system: no path, and no longer than file systems allow.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError, TypeError: naming the argument.
 
     >>> folder_name("name", "mine")
     'mine'
     """
-    if not name or name in (".", "..") or len(name.encode()) > 200 or not name.isprintable() or set(name) & set("/\\"):
-        raise ValueError(f"{argument}: must name one folder, with neither / nor \\ and at most 200 bytes, got {name!r}")
-    return name
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: must be text, got {type(name).__name__} ({name!r})")
+    if not name or not name.isprintable() or len(name.encode()) > 200:  # surrogates are not printable
+        why = "of at most 200 bytes that can be printed"
+    elif set(name) & FORBIDDEN:
+        why = "without any of " + " ".join(sorted(FORBIDDEN))
+    elif name.startswith(" ") or name.endswith((" ", ".")):
+        why = "that begins with no space, and ends with none and no dot"
+    elif _reserved(name):
+        why = "that is no device's on Windows"
+    else:
+        return name
+    raise ValueError(f"{argument}: must name one folder, {why}, got {name!r}")
+
+
+def folder_name_of(text: str) -> str:
+    """The name of a folder that is made from a text: the text where it is one, else what can be read of it, and a digest.
+
+    >>> folder_name_of("my data"), folder_name_of("my/data")
+    ('my data', 'my-data-ef4ccd65')
+    """
+    try:
+        return folder_name("text", text)
+    except ValueError:
+        return f"{readable(text).strip('-.')}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:8]}"
+
+
+def readable(text: str) -> str:
+    """What a folder's name may have of a text: its ASCII letters, digits, + and ., up to 80, and - for all else.
+
+    >>> readable("cir × sig-ms"), readable("con.a")
+    ('cir-sig-ms', '_con.a')
+    """
+    kept = re.sub(r"[^A-Za-z0-9+.]+", "-", text)[:80]
+    return f"_{kept}" if _reserved(kept) else kept
+
+
+def _reserved(name: str) -> bool:
+    """Whether Windows has a device of that name, whatever it ends with."""
+    return name.partition(".")[0].rstrip().upper() in DEVICES
 
 
 def require(package: str, extra: str) -> None:

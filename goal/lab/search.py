@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from goal.data.files import alone, folder_name, require, write_atomically
+from goal.data.files import alone, folder_name, folder_name_of, require, write_atomically
 from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
 from goal.training.config import TrainConfig, check_device
@@ -216,8 +216,9 @@ def discover(
     check_device(base.device)
     for package in ("matplotlib", "optuna", "safetensors"):
         require(package, "train")
-    by_default_name = "-".join(filter(None, (Path(base.data).resolve().name, "discover", "quick" * quick)))
-    folder = Path(root) / folder_name("name", by_default_name if name is None else name)
+    parts = (Path(base.data).resolve().name, "discover", "quick" * quick)
+    by_default_name = folder_name_of("-".join(filter(None, parts)))
+    folder = Path(root) / (by_default_name if name is None else folder_name("name", name))
     data = read_pairs(base)
     Sampler(data.train.image_of, base.batch, base.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import numbers
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
@@ -16,6 +15,7 @@ from torch import nn
 
 import goal
 from goal.augment import Augmented
+from goal.data.files import readable
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
 from goal.training.systems import SYSTEMS
 
@@ -266,9 +266,8 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
-        readable = re.sub(r"[^A-Za-z0-9+.]+", "-", self.label)[:80]
         system = "" if self.model == "heads" else f"{self.model}-"
-        return f"{system}{readable}-s{self.seed}-{self.digest}"
+        return f"{system}{readable(self.label)}-s{self.seed}-{self.digest}"
 
     def to_json(self) -> str:
         """As JSON, for `from_json`."""

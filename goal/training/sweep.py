@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import goal
-from goal.data.files import Damaged, alone, folder_name, require
+from goal.data.files import Damaged, alone, folder_name, folder_name_of, require
 from goal.training.config import TrainConfig, check_device
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
@@ -128,7 +128,8 @@ class Sweep:
             require(package, "train")
         system = self.base.model * (self.base.model != "heads")
         parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{trials}" * bool(trials))
-        self.folder = Path(root) / folder_name("name", "-".join(filter(None, parts)) if name is None else name)
+        by_default_name = folder_name_of("-".join(filter(None, parts)))
+        self.folder = Path(root) / (by_default_name if name is None else folder_name("name", name))
         data = read_pairs(self.base)
         Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
         self.images, self.fingerprint = len(data.train.x), data.fingerprint

@@ -325,7 +325,7 @@ def folder_name(argument: str, name: str) -> str:
 
 
 def folder_name_of(text: str) -> str:
-    """The name of a folder that is made from a text: the text where it is one, else what can be read of it, and a digest.
+    """The name of a folder that is made from a text: the text where it is one, else what is readable and a digest.
 
     >>> folder_name_of("my data"), folder_name_of("my/data")
     ('my data', 'my-data-ef4ccd65')

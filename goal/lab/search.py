@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 from goal.data.files import alone, folder_name, folder_name_of, require, write_atomically
 from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
-from goal.training.config import TrainConfig, check_device
+from goal.training.config import TrainConfig, check_device, check_seconds, check_whole
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
 from goal.training.loop import Diverged, Record, Row, read_pairs, train
@@ -204,11 +204,10 @@ def discover(
     >>> discovery = discover(quick=True)  # doctest: +SKIP
     >>> print(discovery.source)  # doctest: +SKIP
     """
-    trials = (QUICK_TRIALS if quick else TRIALS) if trials is None else trials
-    checks = (("trials", trials, 1), ("seeds", seeds, 1), ("workers", 1 if workers is None else workers, 1))
-    for argument, number, least in checks:
-        if number < least:
-            raise ValueError(f"{argument}: must be at least {least}, got {number}")
+    trials = check_whole("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials, least=1)
+    seeds, save_every = check_whole("seeds", seeds, least=1), check_seconds("save_every", save_every)
+    workers = None if workers is None else check_whole("workers", workers, least=1)
+    name = None if name is None else folder_name("name", name)
     if chosen := [each for each in ("T", "P", "recipe", "mining", "params", "seed") if each in settings]:
         raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings
@@ -217,8 +216,7 @@ def discover(
     for package in ("matplotlib", "optuna", "safetensors"):
         require(package, "train")
     parts = (Path(base.data).resolve().name, "discover", "quick" * quick)
-    by_default_name = folder_name_of("-".join(filter(None, parts)))
-    folder = Path(root) / (by_default_name if name is None else folder_name("name", name))
+    folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
     data = read_pairs(base)
     Sampler(data.train.image_of, base.batch, base.seed)
     folder.mkdir(parents=True, exist_ok=True)

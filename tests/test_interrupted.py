@@ -1,6 +1,8 @@
 """Works that were stopped, ran twice, or whose files were damaged or changed: what is right then, in one table each."""
 
 import errno
+import gc
+import io
 import itertools
 import json
 import os
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import goal
 from goal import cli
 from goal.data import files
 from goal.data.files import Busy, Damaged, alone, atomic_file, clear_temporaries, write_atomically
-from goal.data.terminal import bar
+from goal.data.terminal import bar, unfailing
 from goal.training import Incomplete, Sweep, TrainConfig, loop, search, train
 from goal.training.display import display
 from goal.training.loop import load_trained
@@ -488,6 +490,75 @@ def test_printing_never_ends_work(stream: Stream | None, tmp_path: Path, monkeyp
         assert "validation RSUM" in stream.text
         assert "cir ? sig-ms" in stream.text
         assert "[1/0] s?" in stream.text
+
+
+class Bare:
+    """A stream that can only write."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+class Stubborn(io.StringIO):
+    """A stream that takes no settings."""
+
+    def reconfigure(self, **settings: Any) -> None:
+        raise io.UnsupportedOperation("reconfigure")
+
+
+def shut(path: Path) -> TextIO:
+    with path.open("w") as file:
+        return file
+
+
+STREAMS: dict[str, Callable[[Path], Any]] = {
+    "closed file": lambda folder: shut(folder / "shut"),
+    "closed text": lambda folder: (text := io.StringIO(), text.close())[0],
+    "detached": lambda folder: (text := io.TextIOWrapper(io.BytesIO()), text.detach())[0],
+    "no settings": lambda folder: Stubborn(),
+    "only write": lambda folder: Bare(),
+    "nothing": lambda folder: object(),
+    "full": lambda folder: open("/dev/full", "w"),  # noqa: SIM115
+    "ascii": lambda folder: open(folder / "ascii", "w", encoding="ascii", errors="xmlcharrefreplace"),  # noqa: SIM115
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or not Path("/proc/self/fd").is_dir(), reason="looks at open files")
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_of_any_kind_are_printed_to_and_given_back_as_they_were(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "err").mkdir()
+    streams = [STREAMS[kind](folder) for folder in (tmp_path, tmp_path / "err")]
+    errors = [getattr(stream, "errors", None) for stream in streams]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        with unfailing():
+            print("s⁺")
+            print("s⁻", file=sys.stderr, flush=True)
+        assert (sys.stdout, sys.stderr) == tuple(streams)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert [getattr(stream, "errors", None) for stream in streams] == errors
+    text = getattr(streams[0], "text", None) or (streams[0].getvalue() if isinstance(streams[0], Stubborn) else "s⁺\n")
+    assert text == "s⁺\n"
+    if kind == "ascii":
+        assert (tmp_path / "ascii").read_text() == "s?\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at open files")
+def test_what_stands_for_closed_streams_is_inherited() -> None:
+    """Else the first file that a worker opens gets what is printed."""
+    code = "import os, sys; from goal import cli; sys.argv[1:] = ['recipes']; cli.main()"
+    code += "; sys.exit(not all(os.get_inheritable(fd) for fd in (0, 1, 2)))"
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=Path(goal.__file__).parents[1]).returncode == 0
 
 
 @pytest.mark.parametrize("stream", [None, Stream(None), Stream(BrokenPipeError())], ids=["closed", "ascii", "nobody"])

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     2
     """
     while (free := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed stdout, whose number no file of ours may take
-        pass
+        os.set_inheritable(free, True)  # nor one of a worker's
     os.close(free)
     with unfailing(), warnings.catch_warnings():
         warnings.showwarning = _warn

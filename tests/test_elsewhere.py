@@ -1,5 +1,7 @@
 """Training, and what was trained, in another world: other devices, folders, data, names, kinds of numbers."""
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from test_training import small
 
 import goal
 from goal import cli
-from goal.training import Sweep, TrainConfig, train
+from goal.data.files import folder_name, folder_name_of
+from goal.lab import discover
+from goal.training import Sweep, TrainConfig, search, train
 from goal.training.loop import load_trained, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,10 +130,27 @@ def test_a_split_unlike_the_training_split_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+TEXTS = [spec.name for spec in dataclasses.fields(TrainConfig) if "str" in str(spec.type) and spec.name != "params"]
+
 # ── names and numbers ───────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".", "", "a\nb", "a\0b", "é" * 101])
+NO_FOLDERS = ["../../x", "/tmp/x", "a/b", "a\\b", "..", ".", "", "a\nb", "a\0b", "é" * 101, "m\udcff"]
+NO_FOLDERS += [
+    *(f"a{mark}b" for mark in '<>:"|?*'),
+    "a.",
+    "a ",
+    " a",
+    "CON",
+    "nul",
+    "Com1.txt",
+    "aux.",
+    "lpt9 .a",
+    "COM¹",
+]
+
+
+@pytest.mark.parametrize("name", NO_FOLDERS)
 def test_a_name_stays_in_its_root(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("train", "sweep", "discover"):
@@ -146,6 +167,16 @@ def test_the_folder_of_a_sweep_is_called_as_its_data(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path / "mine" / "below")
     settings: dict[str, Any] = {"objectives": ["infonce"], "root": tmp_path / "runs", **TINY}
     assert Sweep(data="..", **settings).folder == tmp_path / "runs" / "mine"
+
+
+@pytest.mark.parametrize("name", ["data\u202f1", "d\\e", "ü" * 110, "CON", "nul.a", "my data", "m\udcff", "a:b", "x."])
+def test_data_of_any_name_make_a_name_of_a_folder(name: str, tmp_path: Path) -> None:
+    data = written(tmp_path / name, 0)
+    folder = Sweep(data=data, objectives=["infonce"], root=tmp_path / "runs", **TINY).folder
+    assert folder.parent == tmp_path / "runs"
+    assert folder_name("name", folder.name) == folder.name
+    assert (folder.name == name) == (name == "my data")
+    assert folder_name_of(name) != folder_name_of(name + "?") != folder_name_of(name + "*")
 
 
 @pytest.mark.usefixtures("registries")
@@ -169,11 +200,54 @@ def test_a_long_name_of_a_term_makes_a_short_name_of_a_folder(tmp_path: Path) ->
         ({"data": "a\0b"}, "data: must hold no NUL"),
         ({"lr": np.float64("nan")}, "lr: must be finite"),
         ({"params": {"tau": np.float32("inf")}}, r"params\['tau'\]: must be finite"),
+        ({"params": {"tau": 10**400}}, r"params\['tau'\]: must be within a float's range"),
+        *(({name: 10**5000}, f"{name}: must be within a float's range") for name in ("lr", "hidden", "seed")),
+        *(({name: "9" * 5000}, f"{name}: must be of at most 4096 characters, got 5000") for name in TEXTS),
+        ({"switch": "9" * 4000, "curriculum": "plain"}, "switch: must be plateau, few-semi-hard or a number"),
+        ({"params": {1: 2.0, "x": 1}}, "params: cir × sig-ms has no 1"),
     ],
 )
 def test_a_number_beyond_sense_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+NO_COUNTS = [2.5, True, "2", "x", float("nan"), -1, [], [1], np.ones(2), 10**400, 10**9, torch.tensor(2.0)]
+WRONG: dict[str, list[Any]] = {
+    **dict.fromkeys(("seeds", "trials", "workers"), NO_COUNTS),
+    "save_every": ["x", True, float("nan"), -1, [], 10**400, None],
+    "name": [3, b"a", ["a"]],
+    "objectives": ["infonce", [], [1], 3],
+}
+ENTRANCES: dict[Any, list[str]] = {
+    Sweep: list(WRONG),
+    discover: ["seeds", "trials", "workers", "save_every", "name"],
+    functools.partial(search, small(), folder=Path("nowhere")): ["trials", "save_every"],
+}
+
+
+@pytest.mark.parametrize(
+    ("entrance", "argument", "wrong"),
+    [(call, name, wrong) for call, names in ENTRANCES.items() for name in names for wrong in WRONG[name]],
+    ids=lambda value: repr(value)[:20],
+)
+def test_an_argument_of_the_wrong_kind_is_refused_by_name_before_anything_is_read(
+    entrance: Any, argument: str, wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = {"trials": 1} if isinstance(entrance, functools.partial) else {"data": "nowhere"}
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: must "):
+        entrance(**more | {argument: wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_and_seconds_of_numpy_and_torch_are_counts_and_seconds(tmp_path: Path) -> None:
+    numbers = {"seeds": np.int64(2), "trials": torch.tensor(1), "workers": np.array(1), "save_every": np.float32(2)}
+    sweep = Sweep(objectives=iter(["infonce"]), root=tmp_path, **numbers)  # type: ignore[arg-type]
+    found = sweep.seeds, sweep.trials, sweep.workers, sweep.save_every
+    assert found == (2, 1, 1, 2.0)
+    assert [type(number) for number in found] == [int, int, int, float]
+    assert Sweep(objectives=["infonce"], root=tmp_path, save_every=float("inf")).save_every == float("inf")
 
 
 @pytest.mark.parametrize(("save_every", "diagnose"), [(float("nan"), 0), (-1.0, 0), (1.0, -1)])
@@ -189,6 +263,15 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         T="nca", P="sig", params={"tau": np.float32(5)}, hidden=np.int64(16), lr=np.float64(0.5), seed=np.uint8(3)
     )
     assert plain == numpy
+    for tau, hidden in ((torch.tensor([5]), torch.tensor(16)), (np.array(5.0), np.array([16]))):
+        assert plain == TrainConfig(T="nca", P="sig", params={"tau": tau}, hidden=hidden, lr=0.5, seed=3)  # type: ignore[arg-type]
+    assert TrainConfig(params=None) == TrainConfig()  # type: ignore[arg-type]
+    for wrong in ([1], "tau", 3):
+        with pytest.raises(TypeError, match="params: must be"):
+            TrainConfig(params=wrong)  # type: ignore[arg-type]
+    for tensor in (torch.tensor(1.0, device="meta"), torch.tensor(1.0, requires_grad=True)):
+        with pytest.raises(TypeError, match=r"params\['tau'\]: must be a number, got Tensor"):
+            TrainConfig(params={"tau": tensor})  # type: ignore[dict-item]
     assert json.loads(numpy.to_json()) == json.loads(plain.to_json())
     for wrong in ({"hidden": np.float64(16)}, {"hidden": np.bool_(True)}, {"lr": np.bool_(True)}, {"lr": "0.5"}):
         with pytest.raises(TypeError, match="must be a"):

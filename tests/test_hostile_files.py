@@ -80,6 +80,18 @@ def external(file: Any, h5py: Any) -> None:
     file.create_dataset("audio", (6, 4), "f4", external=[(f"{Path(file.filename).stem}.raw", 0, 96)])
 
 
+def linked(file: Any, h5py: Any) -> None:
+    with h5py.File(Path(file.filename).with_name("other.h5"), "w") as other:
+        other["audio"] = X
+    file["link"] = h5py.ExternalLink("other.h5", "/audio")
+    file["audio"] = h5py.SoftLink("/link")
+
+
+def named_classes(file: Any, h5py: Any) -> None:
+    del file["labels"]
+    file["audio"], file["labels"] = X, ["Katze", "Hund"] * 3
+
+
 def virtual(file: Any, h5py: Any) -> None:
     layout = h5py.VirtualLayout((6, 4), "f4")
     layout[:] = h5py.VirtualSource("nowhere.h5", "audio", (6, 4))
@@ -206,7 +218,10 @@ CLIPS = [
     Row("train.h5", hdf5(wide_chunk), "a chunk of /audio declares the shape"),
     Row("train.h5", hdf5(lambda file, h5py: file.create_dataset("audio", (1 << 62, 1 << 62), "f4")), "declares"),
     Row("train.h5", hdf5(external), "lies in other files"),
+    Row("train.h5", hdf5(linked), "lies in other files"),
     Row("train.h5", hdf5(virtual), "lies in other files"),
+    Row("train.h5", hdf5(named_classes), "/labels must be an array of numbers, .* numbers the names of all splits"),
+    Row("train.npz", zipped(labels=np.array(["a", "b"] * 3)), "labels must be .* <U1: .* numbers the names of all"),
     Row("train.h5", hdf5(links), "no HDF5 file of numbers"),
     Row("train.h5", hdf5(lambda file, h5py: file.create_dataset("audio", data="text")), "must be an array of numbers"),
     Row("train.h5", hdf5(lambda file, h5py: file.create_dataset("audio", data=h5py.Empty("f4"))), "must be an array"),

@@ -1,6 +1,9 @@
 """Works that were stopped, ran twice, or whose files were damaged or changed: what is right then, in one table each."""
 
 import errno
+import gc
+import io
+import itertools
 import json
 import os
 import re
@@ -9,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ import goal
 from goal import cli
 from goal.data import files
 from goal.data.files import Busy, Damaged, alone, atomic_file, clear_temporaries, write_atomically
-from goal.data.terminal import bar
+from goal.data.terminal import bar, unfailing
 from goal.training import Incomplete, Sweep, TrainConfig, loop, search, train
 from goal.training.display import display
 from goal.training.loop import load_trained
@@ -99,15 +102,51 @@ def test_the_command_says_who_is_there(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
-    for name in (".record.json.x1.tmp", ".checkpoint.safetensors.y2.tmp", "mine.tmp", ".mine"):
-        (tmp_path / name).write_bytes(b"half")
+    long = tmp_path / ("checkpoint" * 20)
+    for path in (tmp_path / "record.json", long):
+        with atomic_file(path) as file:
+            left = Path(file.name)
+        path.rename(left)  # as a killed process leaves it
+    mine = {"mine.tmp", ".mine", ".mine.tmp", ".my notes.tmp", ".a.SHOUTED1.tmp", ".folder.x1234567.tmp"}
+    for name in mine - {".folder.x1234567.tmp"}:
+        (tmp_path / name).write_bytes(b"the user's own")
+    (tmp_path / ".folder.x1234567.tmp").mkdir()
     with alone(tmp_path):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine"}
-    for name in (".a.npz.x1.tmp", ".b.npz.x1.tmp"):
+    assert {path.name for path in tmp_path.iterdir()} == mine
+    for name in (".a.npz.x1234567.tmp", ".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"):
         (tmp_path / name).write_bytes(b"half")
     clear_temporaries(tmp_path, tmp_path / "a.npz")
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.tmp", ".mine", ".b.npz.x1.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == mine | {".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"}
+
+
+@pytest.mark.parametrize("arguments", [[], [""], ["goal", "train", "--name", "m\udcff"], ["d\udcff/goal", "\0"]])
+@pytest.mark.parametrize("told", [b"process 1 (\xff\xfe \x00)", None])
+@pytest.mark.usefixtures("impatient")
+def test_whoever_is_there_is_told_in_any_bytes(
+    arguments: list[str], told: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    for _ in range(2):  # the first lets go of it
+        with alone(tmp_path):
+            if told is not None:
+                (tmp_path / ".locked-by").write_bytes(told)
+            with pytest.raises(Busy, match="is in use by process"), alone(tmp_path):
+                pass
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lock_is_let_go_whatever_happens_to_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, **more: Any) -> None:
+        raise PermissionError(errno.EACCES, "open elsewhere", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)  # as Windows does while somebody reads
+        with alone(tmp_path):
+            pass
+    with alone(tmp_path):
+        pass
 
 
 # ── what tells a run from another ───────────────────────────────────────────────────────────────────────
@@ -313,17 +352,25 @@ def test_notes_of_a_half_done_run_are_written_again(tmp_path: Path) -> None:
     assert train(small(), tmp_path) == record
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def deep(path: Path) -> None:
+    path.write_text("[" * 200_000)
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("name", "damage"),
     [
-        cut,
-        garbled,
-        lambda path: path.write_text("[" * 100_000),
-        lambda path: path.write_text('{"later": 1}'),
-        Path.unlink,
+        *itertools.product(
+            ("config.json", "versions.json"),
+            (cut, garbled, deep, lambda path: path.write_text('{"later": 1}'), Path.unlink),
+        ),
+        ("versions.json", a_pipe),
     ],
 )
-@pytest.mark.parametrize("name", ["config.json", "versions.json"])
 def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
     train(small(), tmp_path)
     record = (tmp_path / "record.json").read_bytes()
@@ -504,6 +551,75 @@ def test_printing_never_ends_work(stream: Stream | None, tmp_path: Path, monkeyp
         assert "validation RSUM" in stream.text
         assert "cir ? sig-ms" in stream.text
         assert "[1/0] s?" in stream.text
+
+
+class Bare:
+    """A stream that can only write."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+
+class Stubborn(io.StringIO):
+    """A stream that takes no settings."""
+
+    def reconfigure(self, **settings: Any) -> None:
+        raise io.UnsupportedOperation("reconfigure")
+
+
+def shut(path: Path) -> TextIO:
+    with path.open("w") as file:
+        return file
+
+
+STREAMS: dict[str, Callable[[Path], Any]] = {
+    "closed file": lambda folder: shut(folder / "shut"),
+    "closed text": lambda folder: (text := io.StringIO(), text.close())[0],
+    "detached": lambda folder: (text := io.TextIOWrapper(io.BytesIO()), text.detach())[0],
+    "no settings": lambda folder: Stubborn(),
+    "only write": lambda folder: Bare(),
+    "nothing": lambda folder: object(),
+    "full": lambda folder: open("/dev/full", "w"),  # noqa: SIM115
+    "ascii": lambda folder: open(folder / "ascii", "w", encoding="ascii", errors="xmlcharrefreplace"),  # noqa: SIM115
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or not Path("/proc/self/fd").is_dir(), reason="looks at open files")
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_of_any_kind_are_printed_to_and_given_back_as_they_were(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "err").mkdir()
+    streams = [STREAMS[kind](folder) for folder in (tmp_path, tmp_path / "err")]
+    errors = [getattr(stream, "errors", None) for stream in streams]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        with unfailing():
+            print("s⁺")
+            print("s⁻", file=sys.stderr, flush=True)
+        assert (sys.stdout, sys.stderr) == tuple(streams)
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert [getattr(stream, "errors", None) for stream in streams] == errors
+    text = getattr(streams[0], "text", None) or (streams[0].getvalue() if isinstance(streams[0], Stubborn) else "s⁺\n")
+    assert text == "s⁺\n"
+    if kind == "ascii":
+        assert (tmp_path / "ascii").read_text() == "s?\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at open files")
+def test_what_stands_for_closed_streams_is_inherited() -> None:
+    """Else the first file that a worker opens gets what is printed."""
+    code = "import os, sys; from goal import cli; sys.argv[1:] = ['recipes']; cli.main()"
+    code += "; sys.exit(not all(os.get_inheritable(fd) for fd in (0, 1, 2)))"
+    shell = 'exec "$0" -c "$1" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=Path(goal.__file__).parents[1]).returncode == 0
 
 
 @pytest.mark.parametrize("stream", [None, Stream(None), Stream(BrokenPipeError())], ids=["closed", "ascii", "nobody"])

@@ -18,6 +18,7 @@ from goal.data.files import check_file
 FIELDS = ("audio", "visual", "labels")
 ENDINGS = (".npz", ".h5", ".hdf5")
 SMALL_BYTES = 64 << 20  # an array of so much is read whatever its file says
+NUMBERING = ": numpy.unique(..., return_inverse=True)[1] numbers the names of all splits, joined so that they agree"
 MOST_COMPRESSED = 1032  # times: what deflate can do
 
 
@@ -81,7 +82,8 @@ def clips(folder: str | Path, split: str) -> Clips:
     audio, visual = (checked_features(path, name, arrays[name]) for name in ("audio", "visual"))
     labels = arrays["labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels must be (n,) integers, got {labels.shape} {labels.dtype}")
+        hint = NUMBERING if labels.dtype.kind in "US" else ""
+        raise ValueError(f"{path}: labels must be (n,) integers, got {labels.shape} {labels.dtype}{hint}")
     if not len(audio) == len(visual) == len(labels):
         counts = f"{len(audio)} audio, {len(visual)} visual, {len(labels)} labels"
         raise ValueError(f"{path}: every clip has one of each, got {counts}")
@@ -138,10 +140,12 @@ def read_hdf5(path: Path) -> dict[str, NDArray[Any]]:
 def read_dataset(dataset: Any, path: Path) -> NDArray[Any]:
     """An array of an HDF5 file, once its size has been compared with what is stored."""
     name = dataset.name
-    if dataset.is_virtual or dataset.external:
+    elsewhere = not os.path.samefile(dataset.file.filename, path)  # an external link
+    if dataset.is_virtual or dataset.external or elsewhere:
         raise ValueError(f"{name} lies in other files; copy it into this one")
     if dataset.shape is None or dataset.dtype.kind not in "biufc":
-        raise ValueError(f"{name} must be an array of numbers, got {dataset.shape} {dataset.dtype}")
+        hint = NUMBERING if name == "/labels" else ""
+        raise ValueError(f"{name} must be an array of numbers, got {dataset.shape} {dataset.dtype}{hint}")
     stored = min(dataset.id.get_storage_size(), path.stat().st_size)
     check_size(name, dataset.shape, dataset.dtype, stored)
     check_size(f"a chunk of {name}", dataset.chunks or (), dataset.dtype, stored)  # it is read at once

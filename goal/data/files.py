@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import stat
 import sys
@@ -32,6 +33,8 @@ BAR_BYTES = 2 << 30  # a check of a larger array shows a progress bar
 TEMPORARY = ".tmp"  # how files end that take their place when they are whole
 BLOCK_BYTES = 1 << 20  # text is read so much at a time
 BYTE_ORDER_MARK = "\ufeff"
+FORBIDDEN = frozenset('/\\<>:"|?*')  # in the name of a folder, on some system
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³")}
 
 
 def check_file(path: Path) -> Path:
@@ -215,11 +218,16 @@ def _prefix(path: Path) -> str:
 
 
 def clear_temporaries(folder: Path, path: Path | None = None) -> None:
-    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing."""
-    start = "." if path is None else _prefix(path)
+    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing.
+
+    Only what `atomic_file` makes: regular files with its names. What cannot be removed stays.
+    """
+    start = r"\..+\." if path is None else re.escape(_prefix(path))
+    made = re.compile(rf"{start}[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
     for left in folder.iterdir():
-        if left.name.startswith(start) and left.name.endswith(TEMPORARY):
-            left.unlink(missing_ok=True)
+        with suppress(OSError):
+            if made.fullmatch(left.name) and stat.S_ISREG(left.lstat().st_mode):
+                left.unlink()
 
 
 class Busy(RuntimeError):
@@ -244,18 +252,20 @@ def alone(folder: Path, patience: float = 3.0) -> Iterator[None]:
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        with suppress(OSError):
-            who = holder.read_text(encoding="utf-8")
+        with suppress(OSError, ValueError):
+            who = check_file(holder).read_text(encoding="utf-8", errors="replace")
             raise Busy(f"{folder}: is in use by {who}. Wait for it, stop it, or name another folder") from None
         raise Busy(f"{folder}: is in use by another process. Wait for it, or name another folder") from None
     try:
         clear_temporaries(folder)
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        command = shlex.join([*(Path(program).name for program in sys.argv[:1]), *sys.argv[1:]])
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_atomically(holder, f"process {os.getpid()} on {platform.node()} since {since} ({command})".encode())
+        who = f"process {os.getpid()} on {platform.node()} since {since} ({command})"
+        write_atomically(holder, who.encode(errors="backslashreplace"))  # arguments may be any bytes
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows, where somebody who waits may be reading it
+            holder.unlink(missing_ok=True)
         with suppress(OSError):  # Windows, where it goes by itself; elsewhere whoever waits for it makes another
             (folder / ".lock").unlink()
         lock.release()
@@ -281,8 +291,8 @@ def read_json(path: Path) -> Any:
         Damaged: naming the file, where it is not there, cut short, or no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
+        return json.loads(check_file(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise Damaged(f"{path}: is damaged: {error}") from error
 
 
@@ -291,17 +301,54 @@ class Damaged(ValueError):
 
 
 def folder_name(argument: str, name: str) -> str:
-    """A name under which a folder is made: no path, and no longer than file systems allow.
+    """A name under which a folder is made on any system: no path, and no longer than file systems allow.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError, TypeError: naming the argument.
 
     >>> folder_name("name", "mine")
     'mine'
     """
-    if not name or name in (".", "..") or len(name.encode()) > 200 or not name.isprintable() or set(name) & set("/\\"):
-        raise ValueError(f"{argument}: must name one folder, with neither / nor \\ and at most 200 bytes, got {name!r}")
-    return name
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: must be text, got {type(name).__name__} ({name!r})")
+    if not name or not name.isprintable() or len(name.encode()) > 200:  # surrogates are not printable
+        why = "of at most 200 bytes that can be printed"
+    elif set(name) & FORBIDDEN:
+        why = "without any of " + " ".join(sorted(FORBIDDEN))
+    elif name.startswith(" ") or name.endswith((" ", ".")):
+        why = "that begins with no space, and ends with none and no dot"
+    elif _reserved(name):
+        why = "that is no device's on Windows"
+    else:
+        return name
+    raise ValueError(f"{argument}: must name one folder, {why}, got {name!r}")
+
+
+def folder_name_of(text: str) -> str:
+    """The name of a folder that is made from a text: the text where it is one, else what is readable and a digest.
+
+    >>> folder_name_of("my data"), folder_name_of("my/data")
+    ('my data', 'my-data-ef4ccd65')
+    """
+    try:
+        return folder_name("text", text)
+    except ValueError:
+        return f"{readable(text).strip('-.')}-{hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()[:8]}"
+
+
+def readable(text: str) -> str:
+    """What a folder's name may have of a text: its ASCII letters, digits, + and ., up to 80, and - for all else.
+
+    >>> readable("cir × sig-ms"), readable("con.a")
+    ('cir-sig-ms', '_con.a')
+    """
+    kept = re.sub(r"[^A-Za-z0-9+.]+", "-", text)[:80]
+    return f"_{kept}" if _reserved(kept) else kept
+
+
+def _reserved(name: str) -> bool:
+    """Whether Windows has a device of that name, whatever it ends with."""
+    return name.partition(".")[0].rstrip().upper() in DEVICES
 
 
 def require(package: str, extra: str) -> None:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, TypeVar, cast
 
@@ -31,20 +31,21 @@ class Unfailing:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return int(self._tried(self.stream.write, text) or 0)
+        return int(self._tried("write", text) or 0)
 
     def flush(self) -> None:
-        self._tried(self.stream.flush)
+        if hasattr(self.stream, "flush"):
+            self._tried("flush")
 
-    def _tried(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _tried(self, method: str, *arguments: str) -> Any:
         try:
-            return call(*arguments)
+            return getattr(self.stream, method)(*arguments)
         except UnicodeEncodeError:  # a stream that cannot be told to put ? in the place of a letter
-            return self._tried(call, *(text.encode("ascii", "replace").decode() for text in arguments))
-        except (OSError, ValueError):  # nobody reads, the disk is full, the stream is closed
+            return self._tried(method, *(text.encode("ascii", "replace").decode() for text in arguments))
+        except (OSError, ValueError, AttributeError):  # nobody reads, the disk is full, it is closed or no stream
+            broken, self.stream = self.stream, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
             with suppress(OSError, ValueError, AttributeError):  # what it still holds goes nowhere when Python ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+                os.dup2(self.stream.fileno(), broken.fileno())
             return None
 
 
@@ -52,13 +53,23 @@ class Unfailing:
 def unfailing() -> Iterator[None]:
     """Within the block standard output and error take any text: closed, full, or in an encoding without its letters."""
     before = sys.stdout, sys.stderr
-    for stream in before:
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="replace" if stream is before[0] else "backslashreplace")
+    errors = [getattr(stream, "errors", None) for stream in before]
+    for stream, lenient in zip(before, ("replace", "backslashreplace"), strict=True):
+        _reconfigure(stream, lenient)
     out, err = (cast(TextIO, Unfailing(stream)) for stream in before)
     sys.stdout, sys.stderr = out, err
     try:
         yield
     finally:
         out.flush()
+        err.flush()
         sys.stdout, sys.stderr = before
+        for stream, own in zip(before, errors, strict=True):
+            _reconfigure(stream, own)
+
+
+def _reconfigure(stream: object, errors: str | None) -> None:
+    """What a stream does with letters that its encoding lacks, where it has a say in that and is open."""
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # io.UnsupportedOperation is two of them
+        if errors is not None:
+            stream.reconfigure(errors=errors)  # type: ignore[attr-defined]

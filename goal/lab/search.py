@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from goal.data.files import alone, folder_name, require, write_atomically
+from goal.data.files import alone, folder_name, folder_name_of, require, write_atomically
 from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
-from goal.training.config import TrainConfig, check_device
+from goal.training.config import TrainConfig, check_device, check_seconds, check_whole
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
 from goal.training.loop import Diverged, Record, Row, read_pairs, train
@@ -27,7 +27,6 @@ from goal.training.report import Difference, RunRecord, significant_differences,
 from goal.training.sweep import QUICK, Incomplete, entries
 from goal.training.tune import RANGES, with_parameters
 from goal.training.workers import Done, Failed, Job, cores, work
-from goal.validation import whole_number
 
 TRIALS, QUICK_TRIALS = 150, 40  # of each search
 SEEDS = 5  # of the test
@@ -205,9 +204,10 @@ def discover(
     >>> discovery = discover(quick=True)  # doctest: +SKIP
     >>> print(discovery.source)  # doctest: +SKIP
     """
-    trials = whole_number("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials)
-    seeds = whole_number("seeds", seeds)
-    workers = None if workers is None else whole_number("workers", workers)
+    trials = check_whole("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials, least=1)
+    seeds, save_every = check_whole("seeds", seeds, least=1), check_seconds("save_every", save_every)
+    workers = None if workers is None else check_whole("workers", workers, least=1)
+    name = None if name is None else folder_name("name", name)
     if chosen := [each for each in ("T", "P", "recipe", "mining", "params", "seed") if each in settings]:
         raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
     settings = (QUICK if quick else {}) | settings
@@ -215,8 +215,8 @@ def discover(
     check_device(base.device)
     for package in ("matplotlib", "optuna", "safetensors"):
         require(package, "train")
-    by_default_name = "-".join(filter(None, (Path(base.data).resolve().name, "discover", "quick" * quick)))
-    folder = Path(root) / folder_name("name", by_default_name if name is None else name)
+    parts = (Path(base.data).resolve().name, "discover", "quick" * quick)
+    folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
     data = read_pairs(base)
     Sampler(data.train.image_of, base.batch, base.seed)
     folder.mkdir(parents=True, exist_ok=True)

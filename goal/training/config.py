@@ -9,22 +9,28 @@ import math
 import numbers
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
+import numpy as np
 import torch
 from torch import nn
 
 import goal
 from goal.augment import Augmented
+from goal.data.files import readable
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
 from goal.training.systems import SYSTEMS
 
 Parameters = dict[str, float | None]
 FREE = ("texts", "drop_epoch", "max_steps", "patience", "all_first")  # of every model
 WIDEST = 1 << 16  # of a layer: more is a slip, and would go to the allocator
+LONGEST = 4096  # characters of a text: what the paths of most systems may have
+MOST = 10**6  # seeds, trials, workers, …
 Kind = Literal["T", "P"]
 KINDS: tuple[Kind, ...] = ("T", "P")
+COUNT = re.compile(r"0*[1-9]\d{0,8}")
 
 
 def _option(default: Any, help: str, low: float = -math.inf, high: float = math.inf, above: bool = False) -> Any:
@@ -108,11 +114,15 @@ class TrainConfig:
     threads: int = _option(1, "threads of one run", low=1, high=1024)
 
     def __post_init__(self) -> None:
-        if self.model not in SYSTEMS:
+        specs = {spec.name: spec for spec in dataclasses.fields(self)}
+        if _checked(specs["model"], self.model) not in SYSTEMS:
             raise ValueError(f"model: must be one of {', '.join(SYSTEMS)}, got {self.model!r}")
-        for spec in dataclasses.fields(self):
-            if spec.name != "params":
-                object.__setattr__(self, spec.name, self._resolved(spec))
+        for name, spec in specs.items():
+            if name != "params":
+                object.__setattr__(self, name, self._resolved(spec))
+        if not isinstance(self.params, Mapping | None):
+            raise TypeError(f"params: must be numbers by name, got {type(self.params).__name__} ({self.params!r})")
+        object.__setattr__(self, "params", dict(self.params or {}))
         choices: dict[str, tuple[str, ...]] = {
             "dtype": ("float32", "bfloat16"), "optimizer": ("Adam", "AdamW"), "texts": SYSTEMS[self.model].texts
         }  # fmt: skip
@@ -130,7 +140,7 @@ class TrainConfig:
         elif self.reduction is not None:
             raise ValueError(f"reduction: {self.label} has its own, got {self.reduction!r}")
         own = _parameters(base)
-        if stray := sorted(set(self.params) - set(own)):
+        if stray := [name for name in self.params if name not in own]:
             raise ValueError(f"params: {self.label} has no {stray[0]!r}; known: {', '.join(own) or 'none'}")
         checked = {name: _number(f"params[{name!r}]", value) for name, value in self.params.items()}
         params = {name: float(value) for name, value in {**own, **checked}.items() if value is not None}
@@ -184,8 +194,10 @@ class TrainConfig:
             raise ValueError("switch: a plateau needs patience, which is None")
         if self.switch == "few-semi-hard" and self.all_first:
             raise ValueError("switch: few-semi-hard counts steps and all_first epochs; give all_first=0")
-        if self.switch not in ("plateau", "few-semi-hard") and not (self.switch.isdecimal() and int(self.switch) > 0):
-            raise ValueError(f"switch: must be plateau, few-semi-hard or a number of evaluations, got {self.switch!r}")
+        if self.switch not in ("plateau", "few-semi-hard") and not COUNT.fullmatch(self.switch):
+            raise ValueError(
+                f"switch: must be plateau, few-semi-hard or a number of evaluations below 10⁹, got {self.switch[:80]!r}"
+            )
 
     def objective(self, group: str | None = None) -> nn.Module:
         """The objective itself, its parameters bound; NaN passes into its gradient, where the loop sees it.
@@ -275,9 +287,8 @@ class TrainConfig:
     @property
     def run_name(self) -> str:
         """Name of the run's folder: readable, and another one for every configuration."""
-        readable = re.sub(r"[^A-Za-z0-9+.]+", "-", self.label)[:80]
         system = "" if self.model == "heads" else f"{self.model}-"
-        return f"{system}{readable}-s{self.seed}-{self.digest}"
+        return f"{system}{readable(self.label)}-s{self.seed}-{self.digest}"
 
     def to_json(self) -> str:
         """As JSON, for `from_json`."""
@@ -290,7 +301,10 @@ class TrainConfig:
         Raises:
             ValueError: no JSON, or a field that does not exist.
         """
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("a configuration is no JSON so deep") from error
         known = {spec.name for spec in dataclasses.fields(cls)}
         if not isinstance(values, dict) or not set(values) <= known:
             raise ValueError(f"a configuration is a JSON object with the fields {', '.join(sorted(known))}")
@@ -364,6 +378,8 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
             raise TypeError(f"{spec.name}: must be text, got {type(value).__name__} ({value!r})")
         if "\0" in value:
             raise ValueError(f"{spec.name}: must hold no NUL, got {value!r}")
+        if len(value) > LONGEST:
+            raise ValueError(f"{spec.name}: must be of at most {LONGEST} characters, got {len(value)}")
         return value
     whole = "int" in kind
     number = _number(spec.name, value, whole)
@@ -374,10 +390,60 @@ def _checked(spec: "dataclasses.Field[Any]", value: object) -> object:
     return number
 
 
-def _number(name: str, value: Any, whole: bool = False) -> float | int:
+def check_whole(name: str, value: object, least: int) -> int:
+    """How many of something that a call is to make, as a Python int; `MOST` is the limit.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    >>> check_whole("seeds", 5, least=1)
+    5
+    """
+    number = int(_number(name, value, whole=True))
+    if number < least:
+        raise ValueError(f"{name}: must be at least {least}, got {number}")
+    if number > MOST:
+        raise ValueError(f"{name}: must be at most {MOST}, got {number}")
+    return number
+
+
+def check_seconds(name: str, value: object) -> float:
+    """A time in seconds, ≥ 0, as a Python float; inf is never.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    >>> check_seconds("save_every", 10)
+    10.0
+    """
+    seconds = _real(name, value)
+    if not seconds >= 0:
+        raise ValueError(f"{name}: must be at least 0 seconds, got {seconds}")
+    return seconds
+
+
+def _number(name: str, value: object, whole: bool = False) -> float | int:
+    """A finite number in Python's own type."""
+    number = _real(name, value, whole)
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: must be finite, got {number}")
+    return number
+
+
+def _real(name: str, value: Any, whole: bool = False) -> float | int:
+    """A number of any kind, in Python's own type."""
+    if isinstance(value, np.ndarray | torch.Tensor) and math.prod(value.shape) == 1 and _plain(value):
+        value = value.item()
     kinds: Any = numbers.Integral if whole else numbers.Real  # NumPy's too
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: must be a{' whole' if whole else ''} number, got {type(value).__name__} ({value!r})")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: must be finite, got {value}")
-    return int(value) if whole else float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: must be within a float's range") from None
+    return int(value) if whole else number
+
+
+def _plain(value: "np.ndarray[Any, Any] | torch.Tensor") -> bool:
+    """Whether it is a number and no more: a tensor may be without a value, or want a gradient."""
+    return isinstance(value, np.ndarray) or not (value.is_meta or value.requires_grad)

@@ -42,7 +42,7 @@ from goal.data.files import Busy, Damaged, alone, append_line, check_file, read_
 from goal.evaluation import MapMetrics, RetrievalMetrics, evaluate, evaluate_similarity, map_at_all
 from goal.models import SCAN, Vocabulary
 from goal.training import systems
-from goal.training.config import TrainConfig, available, check_device
+from goal.training.config import TrainConfig, available, check_device, check_seconds, check_whole
 from goal.training.features import (
     Features,
     Inputs,
@@ -169,10 +169,8 @@ def train(
 
 def _check_call(config: TrainConfig, save_every: float, diagnose: int, distributed: bool) -> None:
     """All that can be refused before anything is read."""
-    if not save_every >= 0:
-        raise ValueError(f"save_every: must be at least 0 seconds, got {save_every}")
-    if diagnose < 0:
-        raise ValueError(f"diagnose: must be at least 0 steps, got {diagnose}")
+    check_seconds("save_every", save_every)
+    check_whole("diagnose", diagnose, least=0)
     check_device(config.device)
     require("safetensors", "train")
     if diagnose:

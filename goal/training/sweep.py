@@ -1,14 +1,14 @@
 """Every T × P and every recipe, several seeds each: which objective wins?"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import goal
-from goal.data.files import alone, folder_name, require
-from goal.training.config import TrainConfig, check_device
+from goal.data.files import alone, folder_name, folder_name_of, require
+from goal.training.config import TrainConfig, check_device, check_seconds, check_whole
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
 from goal.training.loop import Record, TrainingError, finished, read_pairs, train
@@ -42,7 +42,7 @@ class Entry:
         return dataclasses.replace(self.config, seed=seed)
 
 
-def entries(objectives: Sequence[str] | None = None, **settings: Any) -> list[Entry]:
+def entries(objectives: Iterable[str] | None = None, **settings: Any) -> list[Entry]:
     """The cells of the grid and the recipes; a recipe that is a cell of the grid shares the cell's runs.
 
     Args:
@@ -67,10 +67,23 @@ def entries(objectives: Sequence[str] | None = None, **settings: Any) -> list[En
         config = TrainConfig(recipe=name, **settings)
         same = [cell for cell in cells.values() if repr(cell.objective()) == repr(config.objective())]
         known[name] = Entry(config.names, same[0] if same else config)
-    chosen = list(known) if objectives is None else [name.strip().replace("_", "-") for name in objectives]
+    chosen = list(known) if objectives is None else _names(objectives)
     if strange := [name for name in chosen if name not in known]:
         raise ValueError(f"objectives: {strange[0]!r} is not known; known: {', '.join(known)}")
     return [known[name] for name in dict.fromkeys(chosen)]
+
+
+def _names(objectives: Iterable[str]) -> list[str]:
+    """The objectives that were asked for, as they are spelled here."""
+    if isinstance(objectives, str) or not isinstance(objectives, Iterable):
+        raise TypeError(f"objectives: must be several names, got {type(objectives).__name__} ({objectives!r})")
+    names = list(objectives)
+    if not names:
+        raise ValueError("objectives: must be one at least, got none")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"objectives: must be names, got {type(name).__name__} ({name!r})")
+    return [name.strip().replace("_", "-") for name in names]
 
 
 class Sweep:
@@ -106,29 +119,28 @@ class Sweep:
         quick: bool = False,
         seeds: int | None = None,
         trials: int = 0,
-        objectives: Sequence[str] | None = None,
+        objectives: Iterable[str] | None = None,
         name: str | None = None,
         root: Path = Path("runs"),
         workers: int | None = None,
         save_every: float = 10.0,
         **settings: Any,
     ) -> None:
-        self.quick, self.trials, self.save_every = quick, trials, save_every
-        self.seeds = (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds
-        checks = (("seeds", self.seeds, 1), ("trials", trials, 0), ("workers", 1 if workers is None else workers, 1))
-        for argument, number, least in checks:
-            if number < least:
-                raise ValueError(f"{argument}: must be at least {least}, got {number}")
+        self.quick, self.save_every = quick, check_seconds("save_every", save_every)
+        self.seeds = check_whole("seeds", (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds, least=1)
+        self.trials = check_whole("trials", trials, least=0)
+        workers = None if workers is None else check_whole("workers", workers, least=1)
+        name = None if name is None else folder_name("name", name)
         short = QUICK if settings.get("model", "heads") == "heads" else QUICK_SYSTEM
         self.entries = entries(objectives, **(short if quick else {}) | settings)
         self.tuned: list[Entry] = []  # what the searches found
         self.base = self.entries[0].config
         check_device(self.base.device)
-        for package in ("matplotlib", "safetensors", *(["optuna"] if trials else [])):
+        for package in ("matplotlib", "safetensors", *(["optuna"] if self.trials else [])):
             require(package, "train")
         system = self.base.model * (self.base.model != "heads")
-        parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{trials}" * bool(trials))
-        self.folder = Path(root) / folder_name("name", "-".join(filter(None, parts)) if name is None else name)
+        parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{self.trials}" * bool(self.trials))
+        self.folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
         data = read_pairs(self.base)
         Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
         self.images, self.fingerprints = len(data.train.x), data.fingerprints

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from goal.data.files import alone, write_atomically
-from goal.training.config import TrainConfig
+from goal.training.config import TrainConfig, check_seconds, check_whole
 from goal.training.loop import Diverged, Row, best, train
 
 
@@ -46,12 +46,11 @@ def search(
 
     Raises:
         Busy: another process is at work in the folder.
-        ValueError: fewer than one trial.
+        ValueError, TypeError: fewer than one trial, or a number of another kind.
     """
     import optuna
 
-    if trials < 1:
-        raise ValueError(f"trials: must be at least 1, got {trials}")
+    trials, save_every = check_whole("trials", trials, least=1), check_seconds("save_every", save_every)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     start = {"lr": config.lr} | config.params
     space: dict[str, optuna.distributions.BaseDistribution] = {

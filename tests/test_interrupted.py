@@ -579,6 +579,8 @@ def test_a_missing_extra_names_its_install_line_before_any_work(
         ("matplotlib", ["sweep", *FEW]),
         ("optuna", ["sweep", *FEW, "--tune", "2"]),
         ("matplotlib", ["lab", "show", "--T", "nca", "--P", "con"]),
+        ("timm", ["data", "build", "emoji-grid", "--out", "a/b"]),
+        ("timm", ["data", "build", "emoji", "--package", "a"]),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)

@@ -14,9 +14,7 @@ UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW TAI", "BALINESE", "JA
 TRAILING = "\u0e33\u0eb3"  # Thai's and Lao's AM: letters by their category, but a part of the syllable before
 STACKERS = "\u17d2\u1039\u1a60\u1b44\ua9c0"  # signs that put the next consonant under this one
 QUOTE = "’"  # how many programs write the apostrophe
-LETTER_APOSTROPHE = re.compile(
-    r"(?<=[\w\u0300-\u036f])\u02bc(?=\w)"
-)  # inside a word; elsewhere a letter of some languages
+LETTER_APOSTROPHE = re.compile(r"(?<=[\w\u0300-\u036f])\u02bc(?=\w)")  # at an end it is a letter of its own
 DOT_ON_I = re.compile("i\u0307")  # what lower-casing Turkish İ leaves; i has its dot already
 
 SHAPES = ("<wide>", "<narrow>", "<font>", "<initial>", "<medial>", "<final>", "<isolated>")
@@ -44,8 +42,8 @@ def normal_form(text: str) -> str:
     """What is equal to a reader made equal to a program.
 
     Case is folded (ß is ss, İ is i); letters of another width or shape are the plain ones; accents are composed (NFC);
-    the apostrophe is ' in every form that it has inside a word; what is not seen (byte order marks, soft hyphens, joiners, variation selectors) is taken away. Languages' own rules,
-    such as Turkish I for ı, are not applied.
+    the apostrophe is ' in every form that it has inside a word; what is not seen (byte order marks, soft hyphens,
+    joiners, variation selectors) is taken away. Languages' own rules, such as Turkish I for ı, are not applied.
 
     >>> normal_form("Ｓtraße"), normal_form("u\u0308ber"), normal_form("İstan\u00adbul")
     ('strasse', 'über', 'istanbul')

@@ -110,7 +110,7 @@ class Bank(nn.Module):
             raise TypeError(f"dtype must be a floating-point torch.dtype, one of {known}, got {dtype!r}.")
         self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
         self._warned = False
-        self.register_load_state_dict_post_hook(_keep_finite)
+        self.register_load_state_dict_post_hook(_keep_finite)  # type: ignore[no-untyped-call]
 
     def push(self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None) -> None:
         """Keep these rows, after the loss of their batch: before it they would meet themselves.

@@ -52,6 +52,17 @@ class Ring(nn.Module):
         self.ids.index_copy_(0, at, ids[first:])
         self.pushed += len(rows)
 
+    def keep_finite(self) -> int:
+        """Leave out what is not finite, and how many rows that were."""
+        fine = self.held.rows.isfinite().all(1)
+        count = int((~fine).sum())
+        if count:
+            first = self.pushed % len(fine) if self.pushed > len(self.rows) else 0
+            rows, ids, fine = (each.roll(-first, 0) for each in (*self.held, fine))  # the oldest first
+            self.pushed = 0
+            self.push(rows[fine], ids[fine])
+        return count
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.pushed, device="cpu")
 
@@ -99,12 +110,13 @@ class Bank(nn.Module):
             raise TypeError(f"dtype must be a floating-point torch.dtype, one of {known}, got {dtype!r}.")
         self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
         self._warned = False
+        self.register_load_state_dict_post_hook(_keep_finite)  # type: ignore[no-untyped-call]
 
     def push(self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None) -> None:
         """Keep these rows, after the loss of their batch: before it they would meet themselves.
 
         Rows that are not finite in the bank's dtype, as after a step that overflowed, are left out; the other side's
-        are kept. A bank warns of the first.
+        are kept. So are those of a state that is loaded. A bank warns of the first.
 
         Args:
             x: (N, D) embeddings.
@@ -141,6 +153,17 @@ class Bank(nn.Module):
                 stacklevel=2,
             )
 
+    def load_finite(self) -> None:
+        """Leave out what is not finite of a state that has been loaded, as `push` does."""
+        bad = [f"{count} rows of {side}" for side in ("x", "y") if (count := getattr(self, side).keep_finite())]
+        if bad and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the bank leaves out rows of its state that are not finite in {self.x.rows.dtype}: "
+                f"{' and '.join(bad)}. This is said once.",
+                stacklevel=2,
+            )
+
     def _fitting(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x, y = validation.embeddings(x, y)
         dim, device = self.x.rows.shape[1], self.x.rows.device
@@ -156,6 +179,12 @@ class Bank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={len(self.x.rows)}, dim={self.x.rows.shape[1]}"
+
+
+def _keep_finite(bank: Bank, unfit: object) -> None:
+    """After a state was loaded; a function of the module, so that banks are pickled and copied."""
+    if not bank.x.rows.is_meta:
+        bank.load_finite()
 
 
 class Banked(TwoWay):

@@ -10,7 +10,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,12 +214,19 @@ def _mine(options: argparse.Namespace, command: str) -> None:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     out = options.out or Path(options.dataset)
-    out.mkdir(parents=True, exist_ok=True)
     source = {} if options.package is None else {"package": options.package}
     if source and options.dataset != "tuxpaint":
         raise ValueError(f"--package: {options.dataset} is not made from one, tuxpaint is")
-    with alone(out):
-        importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out, **source)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            importlib.import_module(f"goal.data.build_{options.dataset.replace('-', '_')}").build(out, **source)
+    except BaseException:
+        with suppress(OSError):
+            for folder in new:  # an empty one is no dataset; where something was made already, it stays
+                folder.rmdir()
+        raise
     print(out)
 
 

@@ -108,6 +108,28 @@ def test_rows_that_are_not_finite_in_its_dtype_are_left_out(dtype: torch.dtype) 
     assert loss.isfinite()
 
 
+@pytest.mark.parametrize("pushed", [5, 8, 11, 30])
+def test_a_state_with_rows_that_are_not_finite_is_loaded_without_them(pushed: int) -> None:
+    bank, restored, truth = (goal.Bank(8, 4) for _ in range(3))
+    x, ids = embeddings(pushed).float(), torch.arange(pushed)
+    bank.push(x, x, ids)
+    state = copy.deepcopy(bank.state_dict())
+    bad = [pushed - 3, pushed - 1]
+    state["x.rows"][[row % 8 for row in bad], 1] = torch.tensor([torch.nan, torch.inf])
+    with pytest.warns(UserWarning, match=r"leaves out rows of its state that are not finite in .*: 2 rows of x\. "):
+        restored.load_state_dict(state)
+    restored = copy.deepcopy(restored)
+    with warnings.catch_warnings(action="error"):  # it is said once
+        restored.load_state_dict(state)
+    kept = [row for row in range(max(0, pushed - 8), pushed) if row not in bad]
+    truth.push(x[kept], x, ids[kept], ids)
+    assert contents(restored.x) == contents(truth.x)
+    assert contents(restored.y) == contents(bank.y)
+    for each in (restored, truth):  # what is oldest goes first
+        each.push(x[:4], x[:4], ids[:4])
+    assert contents(restored.x) == contents(truth.x)
+
+
 @pytest.mark.filterwarnings("ignore:the bank leaves out")
 def test_one_overflow_spoils_no_later_step() -> None:
     torch.manual_seed(0)
@@ -135,15 +157,14 @@ def test_one_overflow_spoils_no_later_step() -> None:
 @pytest.mark.parametrize("side", ["x", "y"])
 def test_errors_name_whose_row_it_is(side: str) -> None:
     x, ids = embeddings(6).float(), torch.arange(6)
-    bank, restored = goal.Bank(8, 4), goal.Bank(8, 4)
+    bank, spoiled = goal.Bank(8, 4), goal.Bank(8, 4)
     bank.push(x, x, ids)
-    state = copy.deepcopy(bank.state_dict())
-    state[f"{side}.rows"][2, 1] = torch.inf
-    restored.load_state_dict(state)
+    spoiled.push(x, x, ids)
+    getattr(spoiled, side).rows[2, 1] = torch.inf
     with pytest.raises(
         ValueError, match=rf"^the bank's {side} has a non-finite value \(inf\) in row 2 \(1 such rows of 6\)"
     ):
-        goal.Banked(goal.Objective(), restored)(x, x, ids)
+        goal.Banked(goal.Objective(), spoiled)(x, x, ids)
     bad = {"x": x, "y": x, side: x.clone()}
     bad[side][4, 0] = torch.nan
     for objective in (goal.Banked(goal.Objective(), bank), Augmented(goal.Objective(similarity="cosine"))):

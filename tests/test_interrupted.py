@@ -640,11 +640,12 @@ def test_a_missing_extra_names_its_install_line_before_any_work(
         ("matplotlib", ["sweep", *FEW]),
         ("optuna", ["sweep", *FEW, "--tune", "2"]),
         ("matplotlib", ["lab", "show", "--T", "nca", "--P", "con"]),
+        ("efficientnet_lite_pytorch", ["data", "build", "emoji-grid", "--out", "a/b"]),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             assert cli.main(arguments) == 2, package
         error = capsys.readouterr().err
-        assert "pip install 'goal-objectives[train]'" in error
+        assert f"pip install 'goal-objectives[{'build' if arguments[0] == 'data' else 'train'}]'" in error
         assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,8 @@ from goal.data.files import read_lines
 from goal.models import Vocabulary
 from goal.models.text import LONGEST, PAD, UNKNOWN
 from goal.models.words import normal_form, words_of
-from goal.training.features import Words, split
+from goal.training import systems
+from goal.training.features import Split, Words, split
 
 PUBLISHED = re.compile(r"\w+(?:['’]\w+)*")  # of the lower-cased caption: the rule for English
 
@@ -26,7 +27,9 @@ WORDS = {
     "STRASSE, Straße": ["strasse", "strasse"],
     "İstanbul ISTANBUL kız": ["istanbul", "istanbul", "kız"],
     "Việt Nam": ["việt", "nam"],
-    "don't don’t l'été O'Brien's": ["don't", "don’t", "l'été", "o'brien's"],
+    "don't don’t l'été O'Brien's": ["don't", "don't", "l'été", "o'brien's"],
+    "DONʼT don＇t ‘l’été’ é’e’e": ["don't", "don't", "l'été", "é'e'e"],
+    "п’ять п'ять пʼять": ["п'ять"] * 3,
     "ＤＯＧ１２ ﬁsh 𝐜𝐚𝐭": ["dog12", "fish", "cat"],
     "dach\u00adboden \ufeffa\u200b b ❤\ufe0f": ["dachboden", "a", "b"],
     "brand™ x² ½ 1\ufe0f\u20e3": ["brand", "x²", "½", "1"],
@@ -71,7 +74,7 @@ def test_english_is_cut_as_published() -> None:
     rng = random.Random(0)
     captions += ["".join(rng.choices("aB9_ '-.,’é", k=30)) for _ in range(500)]
     for caption in captions:
-        assert words_of(caption) == PUBLISHED.findall(caption.lower())
+        assert words_of(caption) == PUBLISHED.findall(caption.lower().replace("’", "'"))
     assert len(Vocabulary.of(goal.data.load("emoji", "train"))) == 710
 
 
@@ -84,6 +87,15 @@ def test_vocabularies_know_both_forms() -> None:
     older = Vocabulary(["straße", "strasse", "dog"])  # of before there was one form
     assert older.words == ("straße", "strasse", "dog")
     assert older.encode(["Straße STRASSE Dog"])[0].tolist() == [[1, 6, 6, 7, 2]]
+    curled = Vocabulary(["don’t", "dog"])  # of before its apostrophe was one
+    assert curled.encode(["don't don’t DONʼT dog"])[0].tolist() == [[1, 5, 5, 5, 6, 2]]
+
+
+@pytest.mark.parametrize("min_count", ["1", 1.5, None, True, -1])
+def test_a_count_that_is_none_is_refused(min_count: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="min_count must be a whole number"):
+        Vocabulary.of(["a dog"], min_count=min_count)  # type: ignore[arg-type]
+    assert Vocabulary.of(["a dog"], min_count=np.int64(1)).words == ("a", "dog")  # type: ignore[arg-type]
 
 
 def test_unspaced_captions_have_a_vocabulary() -> None:
@@ -165,6 +177,40 @@ def test_a_long_caption_widens_only_its_own_batch() -> None:
     assert torch.equal(tokens, expected[0])
     assert torch.equal(lengths, expected[1])
     assert (tokens[1, 4:] == PAD).all()
+
+
+class Lengths(torch.nn.Module):
+    """A model of captions' lengths, which keeps how many tokens it was given at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, int]] = []
+
+    def embed_x(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def embed_y(self, y: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        self.sizes.append(tuple(y[0].shape))  # type: ignore[arg-type]
+        return y[1][:, None].float()
+
+    def forward(self, x: torch.Tensor, y: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return x @ self.embed_y(y).T
+
+
+@pytest.mark.parametrize("makes", ["embeddings", "similarities"])
+def test_a_long_caption_does_not_pad_those_that_are_scored_with_it(makes: str) -> None:
+    lengths = [3, 1] * 200 + [LONGEST] + [2] * 200 + [40] * 300
+    y = Words(["a " * length for length in lengths], Vocabulary(["a"]))
+    x = torch.ones(300, 1)
+    part, model = Split(x, y, torch.arange(len(y)), torch.arange(300)), Lengths()
+    made = getattr(systems, makes)(model, part, torch.device("cpu"))
+    found = made[1][:, 0] if makes == "embeddings" else made[0]
+    assert found.tolist() == [length + 2 for length in lengths]
+    assert max(rows * width for rows, width in model.sizes) <= 64 * 256
+    assert len(model.sizes) < 15
+    ordinary, model = Words(["a " * 40] * 600, Vocabulary(["a"])), Lengths()
+    getattr(systems, makes)(model, part._replace(x=x[:4], y=ordinary), torch.device("cpu"))
+    assert [rows for rows, _ in model.sizes] == [256, 256, 88]
 
 
 def test_an_absurdly_long_caption_is_refused_by_its_row() -> None:

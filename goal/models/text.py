@@ -78,7 +78,7 @@ class Vocabulary:
 
         Raises:
             ValueError: another split than "train", `Pairs` without texts, or no word that occurs so often.
-            TypeError: one text in place of many.
+            TypeError: one text in place of many, or a min_count that is no whole number.
 
         Warns:
             UserWarning: most of the training captions' words are rarer, and so unknown.
@@ -87,6 +87,7 @@ class Vocabulary:
         >>> len(Vocabulary.of(goal.data.load("emoji", "train")))
         710
         """
+        min_count = validation.whole_number("min_count", min_count, least=0)
         if isinstance(training, Pairs):
             if training.split != "train":
                 raise ValueError(

@@ -1,5 +1,6 @@
 """The systems that `goal train` knows: what a model is made of, what it reads, and the settings that it comes with."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -7,10 +8,11 @@ from torch import Tensor, nn
 
 import goal
 from goal.models import SCAN, SETTINGS, AudioVisual, GRUText, Joint, Projection, RegionImage, TokenText
-from goal.training.features import Images, Inputs, Split, Texts
+from goal.training.features import Images, Inputs, Split, Texts, Words
 from goal.training.heads import Heads
 
 ROWS = 256  # embedded at once in evaluation
+TOKENS = 64 * ROWS  # of their captions, padded
 
 
 class System(NamedTuple):
@@ -154,8 +156,7 @@ def embeddings(model: nn.Module, split: Split, device: torch.device) -> tuple[Te
     """All of a split's x and y."""
 
     def all_of(side: Any, embed: Any) -> Tensor:
-        rows = range(0, len(side), ROWS)
-        return torch.cat([embed(moved(side[start : start + ROWS], device)) for start in rows])
+        return torch.cat([embed(moved(side[rows], device)) for rows in _blocks(side)])
 
     return all_of(split.x, model.embed_x), all_of(split.y, model.embed_y)
 
@@ -163,8 +164,19 @@ def embeddings(model: nn.Module, split: Split, device: torch.device) -> tuple[Te
 def similarities(model: nn.Module, split: Split, device: torch.device) -> Tensor:
     """S (n, m) of a model that makes it itself, block by block, on the CPU."""
     lines = []
-    for top in range(0, len(split.x), ROWS):
-        x = moved(split.x[top : top + ROWS], device)
-        blocks = (moved(split.y[left : left + ROWS], device) for left in range(0, len(split.y), ROWS))
-        lines.append(torch.cat([model(x, y).cpu() for y in blocks], 1))
+    for rows in _blocks(split.x):
+        x = moved(split.x[rows], device)
+        lines.append(torch.cat([model(x, moved(split.y[cols], device)).cpu() for cols in _blocks(split.y)], 1))
     return torch.cat(lines)
+
+
+def _blocks(side: Any) -> Iterator[slice]:
+    """The rows of a side, some at a time: `ROWS`, but fewer where a long caption would pad all to its length."""
+    lengths = side.lengths.tolist() if isinstance(side, Words) else [1] * len(side)
+    start = width = 0
+    for row, length in enumerate(lengths):
+        width = max(width, length)
+        if row > start and (row - start == ROWS or (row - start + 1) * width > TOKENS):
+            yield slice(start, row)
+            start, width = row, length
+    yield slice(start, len(lengths))

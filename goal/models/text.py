@@ -111,7 +111,7 @@ class Vocabulary:
                 f"than {min_count} times (min_count), and the vocabulary has {len(kept)} of {len(counts)}.",
                 stacklevel=2,
             )
-        return cls(sorted(kept, key=lambda word: (-counts[word], word)))
+        return cls(sorted(kept, key=lambda word: (-counts[word], word.replace("'", "’"))))
 
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions to tokens (B, L) int64, 0 after each one's end, and lengths (B,) int64, ends included; on the CPU.

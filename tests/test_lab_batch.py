@@ -314,8 +314,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
     objective = goal.Objective("nca", "lin")
     found = batch_integrability(objective, x, y, probes=two, loops=one, size=np.float32(0.25), seed=one)
     assert repr(found) == repr(batch_integrability(objective, x, y, probes=2, loops=1, size=0.25, seed=1))
-    run = simulate("con", "con", n=np.int64(8), d=np.int8(4), steps=two, lr=np.float32(0.5), noise=one, seed=one)
-    assert torch.equal(run.x, simulate("con", "con", n=8, d=4, steps=2, lr=0.5, noise=1.0, seed=1).x)
+    run = simulate(T="con", P="con", n=np.int64(8), d=np.int8(4), steps=two, lr=np.float32(0.5), noise=one, seed=one)
+    assert torch.equal(run.x, simulate(T="con", P="con", n=8, d=4, steps=2, lr=0.5, noise=1.0, seed=1).x)
     path = triplet_trajectory("con", "lin", s_pos=np.float32(0.25), s_neg=np.float64(0.5), steps=two, lr=one)
     assert (
         path.s_pos.tolist() == triplet_trajectory("con", "lin", s_pos=0.25, s_neg=0.5, steps=2, lr=1.0).s_pos.tolist()

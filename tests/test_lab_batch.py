@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize, softplus
 import goal
 from goal.lab import batch
 from goal.lab.batch import batch_integrability, loop_work
+from goal.lab.dynamics import simulate, triplet_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,3 +305,18 @@ def test_what_is_given_stays_as_it_was() -> None:
     assert x.grad is None
     assert torch.equal(y, Y)
     assert not y.requires_grad
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Of the laboratory's settings, as they come out of an array."""
+    x, y = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one, two = np.int64(1), np.int32(2)
+    objective = goal.Objective("nca", "lin")
+    found = batch_integrability(objective, x, y, probes=two, loops=one, size=np.float32(0.25), seed=one)
+    assert repr(found) == repr(batch_integrability(objective, x, y, probes=2, loops=1, size=0.25, seed=1))
+    run = simulate(T="con", P="con", n=np.int64(8), d=np.int8(4), steps=two, lr=np.float32(0.5), noise=one, seed=one)
+    assert torch.equal(run.x, simulate(T="con", P="con", n=8, d=4, steps=2, lr=0.5, noise=1.0, seed=1).x)
+    path = triplet_trajectory("con", "lin", s_pos=np.float32(0.25), s_neg=np.float64(0.5), steps=two, lr=one)
+    assert (
+        path.s_pos.tolist() == triplet_trajectory("con", "lin", s_pos=0.25, s_neg=0.5, steps=2, lr=1.0).s_pos.tolist()
+    )

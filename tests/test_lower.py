@@ -58,7 +58,7 @@ def lowered(product: Product, s_pos: Tensor, s_neg: Tensor, relative: Tensor) ->
     """(4, ROWS, COLS) of T, P⁺, P⁻ and the value; s_pos and the (4, …) relative are (ROWS, 1) or (1, COLS)."""
     out = torch.full((4, ROWS, COLS), torch.nan)
     by_row = s_pos.shape[0] == ROWS
-    weights, value = lower(product)
+    weights, value, _ = lower(product)
     arguments = s_pos, s_neg, relative, out, *numbers(product)
     _kernel[(1,)](*arguments, ROWS=ROWS, COLS=COLS, ANCHORS_ARE_ROWS=by_row, WEIGHTS=weights, VALUE=value)
     return out
@@ -414,7 +414,7 @@ other = lower(Product(goal.T.con(margin=0.2), goal.P.con())).value
 
 
 def compiled(T, P):
-    weights, value = lower(Product(T, P))
+    weights, value, _ = lower(Product(T, P))
     source = ASTSource(kernel, signature, {"WEIGHTS": weights, "VALUE": value, "OTHER": other}, {})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "enable_fp_fusion": True})
     assert made.asm["cubin"]

@@ -369,6 +369,7 @@ def deep(path: Path) -> None:
             (cut, garbled, deep, lambda path: path.write_text('{"later": 1}'), Path.unlink),
         ),
         ("versions.json", a_pipe),
+        ("config.json", a_pipe),
     ],
 )
 def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, training: Pairs | Iterable[str], min_count: int = 4) -> Self:
-        """The words that occur at least `min_count` times in the training captions; equal counts alphabetically.
+        """The words that occur at least `min_count` times in the training captions; equal counts alphabetically,
+        an apostrophe after all letters.
 
         Args:
             training: captions, or the `goal.data.Pairs` of the training split.

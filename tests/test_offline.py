@@ -855,7 +855,7 @@ def test_what_killed_calls_have_left(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offline, "BLOCK", 48)
         folder = stopped(x, y, out, y_ids=np.arange(130))
-        for name in (".a.npz.1.tmp", ".y-0000000000.npy.2.tmp", ".place.json.3.tmp", ".lock", ".locked-by", "a.npz"):
+        for name in (".a.npz.aaaaaaaa.tmp", ".place.json.bbbbbbbb.tmp", ".lock", ".locked-by", "a.npz"):
             (folder / name).write_bytes(b"half")
         check(offline.mine(x, y, 3, y_ids=np.arange(130), out=out), x @ y.T, np.arange(110), np.arange(130), 3)
     assert list(tmp_path.iterdir()) == [out]

@@ -212,7 +212,7 @@ def test_a_stage_ends_after_its_steps_and_never_comes_back() -> None:
 
 def test_a_plateau_is_so_many_steps_without_a_new_best() -> None:
     objective = Curriculum([Named("a"), Named("b")], until=[Plateau(patience=3)])
-    switched = [objective.step(value) for value in (1.0, 0.5, 2.0, 2.0, math.nan, 3.0, 3.0, 3.0, 2.9, 99.0)]
+    switched = [objective.step(value) for value in (1.0, 0.5, 2.0, math.inf, math.nan, 3.0, 3.0, 3.0, 2.9, 99.0)]
     assert switched == [False] * 8 + [True, False]
     objective = Curriculum([Named("a"), Named("b")], until=[Plateau(patience=3)])
     with pytest.raises(ValueError, match=r"call step\(value\)"):

@@ -297,7 +297,7 @@ class Curriculum(nn.Module):
         """Count a step, and go on to the next stage if this one has ended.
 
         Args:
-            value: what a `Plateau` looks at, the higher the better; for a loss, −loss. NaN is no new best. Of
+            value: what a `Plateau` looks at, the higher the better; for a loss, −loss. NaN and inf are no new best. Of
                 `FewSemiHard` it is the share of anchors with a semi-hard negative, by default that of `stats`, which
                 with `group=` are one rank's.
 
@@ -311,8 +311,8 @@ class Curriculum(nn.Module):
         if isinstance(end, Plateau):
             if value is None:
                 raise ValueError(f"stage {self.stage} ends on a plateau: call step(value).")
-            self.stale = 0 if value > self.best else self.stale + 1
-            self.best = max(self.best, value)
+            better = self.best < value < math.inf  # inf would be the best for good
+            self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
         elif isinstance(end, FewSemiHard):
             left = (self.stats.index >= 0).double().mean().item() if value is None else value
             self.stale = self.stale + 1 if left < end.share else 0

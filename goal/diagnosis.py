@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 
 from goal import pictures, validation
 from goal.autograd import gradients
-from goal.data.files import write_atomically
+from goal.data.files import append_line, write_atomically
 from goal.terms import check_number
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ class Diagnosis:
         self, objective: nn.Module, encoders: Mapping[str, nn.Module], path: Path | None, eps: float, start: int
     ) -> None:
         self.rows: list[Row] = []
-        self._encoders, self._path, self._eps, self._start = encoders, path, eps, start
+        self._encoders, self._eps, self._start = encoders, eps, start
+        self._path = None if path is None else path.absolute()  # the process may go to another folder
         if path is not None:
             if start:
                 self.rows = [row for row in read(path) if row["step"] < start]
-            write_atomically(path, "".join(map(_line, self.rows)).encode())
+            write_atomically(path, "".join(f"{_line(row)}\n" for row in self.rows).encode())
         self._call: _Call | None = None
         self._taps: list[Any] = []
         self._hook = objective.register_forward_hook(self._forward, with_kwargs=True)
@@ -121,8 +122,7 @@ class Diagnosis:
         row["alarms"] = alarms
         self.rows.append(row)
         if self._path is not None:
-            with self._path.open("ab", buffering=0) as file:
-                file.write(_line(row).encode())  # one write for a line
+            append_line(self._path, _line(row))
         self._release()
         for kind, words in alarms.items():
             if kind not in before:
@@ -299,7 +299,7 @@ def read(path: str | Path) -> list[Row]:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
+    return json.dumps(_plain(row), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import pytest
+import torch
 from test_training import SMALL, Killed, killed_after, small
 
 import goal
@@ -245,8 +246,11 @@ def test_another_term_of_the_same_name_is_another_run(tmp_path: Path) -> None:
         goal.triplet_weight("mine")(mine)
         return train(small(T="mine", max_steps=4), tmp_path)
 
-    record = trained(lambda s_pos, s_neg: s_neg - s_neg + 1)
-    assert trained(lambda s_pos, s_neg: s_neg - s_neg + 1) == record  # written elsewhere
+    # written twice, with a set that is gone through in another order, as in another process
+    one, same = (eval(f"lambda s_pos, s_neg: s_neg - s_neg + 1 + (s_pos.dim() in {a})") for a in ("{8, 0}", "{0, 8}"))
+    assert repr(one.__code__.co_consts) != repr(same.__code__.co_consts)
+    record = trained(one)
+    assert trained(same) == record
     with pytest.raises(ValueError, match="was trained with another definition of mine × sig-ms"):
         trained(lambda s_pos, s_neg: s_neg - s_neg + 2)
 
@@ -477,6 +481,22 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "save_atomically": lambda path: files.save_atomically(path, np.zeros(10**6)),
     "append_line": lambda path: files.append_line(path, "1" * 10**6),
 }
+
+
+def test_a_diagnosis_writes_where_it_began_and_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    objective, x = goal.Objective(), torch.eye(4, requires_grad=True)
+    monkeypatch.chdir(tmp_path)
+    with goal.diagnose(objective, path=Path("rows.jsonl")) as diagnosis:
+        monkeypatch.chdir("/")
+        objective(x, torch.eye(4)).backward()
+        diagnosis.step()
+        assert (tmp_path / "rows.jsonl").read_bytes().count(b"\n") == 1
+        objective(x, torch.eye(4)).backward()
+        request.getfixturevalue("no_room")
+        with pytest.raises(OSError, match=rf"{tmp_path / 'rows.jsonl'} cannot be written"):
+            diagnosis.step()
 
 
 @pytest.mark.parametrize("writer", WRITERS)

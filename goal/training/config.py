@@ -324,6 +324,8 @@ def _code(function: Any) -> str:
     """A digest of what a function does, wherever it is written; of other callables only their kind is known."""
 
     def described(code: Any) -> str:
+        if isinstance(code, frozenset):  # in one order, whatever the process makes of it
+            return str(sorted(map(repr, code)))
         if not isinstance(code, types.CodeType):
             return repr(code)
         return f"{code.co_code!r} {code.co_names} {[described(constant) for constant in code.co_consts]}"

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 import goal
 from goal import data
-from goal.data.files import Busy, Damaged, alone, append_line, check_file, read_json, require, write_atomically
+from goal.data.files import Busy, Damaged, alone, append_line, read_json, require, write_atomically
 from goal.evaluation import MapMetrics, RetrievalMetrics, evaluate, evaluate_similarity, map_at_all
 from goal.models import SCAN, Vocabulary
 from goal.training import systems
@@ -257,15 +257,11 @@ def load_trained(run_dir: Path, *, device: str | None = None, data: str | None =
     Raises:
         ValueError: no finished run in the folder, a damaged file (named), a device that is not there.
     """
-    from safetensors import safe_open
-
     path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors)")
     try:
-        with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()["run"])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no map of it
+        told, tensors = _read_tensors(path, "run")
         config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])
         if told.get("sha256") not in (None, _digest(tensors)):
             raise Damaged("its content is not what was written")
@@ -288,6 +284,14 @@ def load_trained(run_dir: Path, *, device: str | None = None, data: str | None =
         if len(vocabulary) != inputs.y:
             raise Damaged(f"{path.with_name('vocabulary.json')}: has {len(vocabulary)} tokens, the model {inputs.y}")
     return Trained(config, model.eval().to(config.device), vocabulary, inputs, prints if data is None else {})
+
+
+def _read_tensors(path: Path, entry: str) -> tuple[Record, dict[str, Tensor]]:
+    """A JSON entry of a .safetensors file's metadata, and its tensors on the CPU, which hold no map of the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()[entry]), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -553,18 +557,14 @@ class _Run:
 
     def _checkpoint(self) -> Checkpoint | None:
         """The state, and the tensors on the CPU."""
-        from safetensors import safe_open
-
         path = self.run_dir / "checkpoint.safetensors"
         if not path.is_file():
             return None
         groups: Groups = {"model": {}, "mean": {}, "best": {}, "optimizer": {}}
         try:
-            with safe_open(check_file(path), framework="pt") as file:
-                told = json.loads(file.metadata()["state"])
-                if told.get("run") != self._identity():
-                    return None
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no map of it
+            told, tensors = _read_tensors(path, "state")
+            if told.get("run") != self._identity():
+                return None
             if told.pop("sha256", None) != _digest(tensors, told):
                 raise Damaged("its content is not what was written")
             for name, tensor in tensors.items():

@@ -122,9 +122,10 @@ def _inputs(dtype: torch.dtype, n: int = N, d: int = D) -> tuple[Tensor, Tensor]
 def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """What stage.py is asked to do: (a label for kernels that carry terms, the call)."""
     stage: Any = importlib.import_module("goal.kernels.stage")
-    statistics: Any = importlib.import_module("goal.statistics")
+    statistics: Any = importlib.import_module("goal.engine.statistics")
     terms: Any = importlib.import_module("goal.terms")
-    Request, Masks = statistics.Request, statistics.Masks
+    types: Any = importlib.import_module("goal.engine.types")
+    Request, Masks = statistics.Request, types.Masks
     half = (torch.bfloat16, torch.float16)
     requests = [Request(), Request(semi_hard=0.2), Request(lin=True), Request(beta=10.0)]
 
@@ -148,7 +149,7 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         if weighed:
             found = statistics.Statistics(of_pairs[0], of_pairs, index, None, None, of_pairs, of_pairs)
             stage.weighed(found, product, 1 / n)
-        given = importlib.import_module("goal.similarity").Mined(index, of_pairs, of_pairs)
+        given = types.Mined(index, of_pairs, of_pairs)
         stage.mined_emit(x, y, given, x.new_empty((), dtype=torch.float32), (True, True))
 
     for dtype in half:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import cached, network
 from benchmarks.report import RESULTS
-from goal import pictures
+from goal import plotting
 
 GPUS = [2**k for k in range(1, 13)]
 ROWS, D = 1024, 1024  # pairs a GPU, of bfloat16 embeddings
@@ -23,16 +23,16 @@ ROWS, D = 1024, 1024  # pairs a GPU, of bfloat16 embeddings
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Two panels, both axes logarithmic."""
-    figure = pictures.figure(10, 4)
+    figure = plotting.figure(10, 4)
     left, right = figure.subplots(1, 2)
     for place, way in enumerate(cached.WAYS):
         its = [row for row in rows if row["way"] == way]
-        style = {"color": pictures.COLOURS[place], "linestyle": pictures.DASHES[place], "marker": "o", "markersize": 4}
+        style = {"color": plotting.COLOURS[place], "linestyle": plotting.DASHES[place], "marker": "o", "markersize": 4}
         left.plot([row["n"] for row in its], [row["mb"] for row in its], label=way, **style)
     left.set(xlabel="pairs in a batch", ylabel="MB beyond the inputs", title="a step on one device, measured")
     sizes = [network.schemes(ranks, ROWS, D, torch.bfloat16, "sig-ms", "hardest") for ranks in GPUS]
     for place, schemes in enumerate(zip(*sizes, strict=True)):
-        style = {"color": pictures.COLOURS[place], "linestyle": pictures.DASHES[place]}
+        style = {"color": plotting.COLOURS[place], "linestyle": plotting.DASHES[place]}
         right.plot(GPUS, [scheme.sent / 1e6 for scheme in schemes], label=schemes[0].name, **style)
     right.set(xlabel="GPUs", ylabel="MB sent by each in a step", title=f"{ROWS} pairs a GPU, D = {D}, counted")
     for axes in (left, right):
@@ -40,7 +40,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend(fontsize=8.5)
         axes.grid(color="#EEEEEE")
         axes.spines[["top", "right"]].set_visible(False)
-    pictures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,15 @@ emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
 import importlib
 
 from goal import data, mining, offline
-from goal.autograd import Explanation, apply, apply_similarity, explain, gradients
-from goal.bank import Bank, Banked
 from goal.caching import Cache, cached_step
+from goal.candidates import Bank, Banked
 from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
-from goal.objective import InfoNCE, Objective, SigLIP, pairs, recipe, recipes
+from goal.explain import Explanation, explain
+from goal.functional import apply, apply_similarity, gradients
+from goal.labels import pairs
+from goal.objective import Objective
+from goal.recipes import InfoNCE, SigLIP, recipe, recipes
 from goal.stats import Stats
 from goal.terms import P, T, pair_weight, triplet_weight
 

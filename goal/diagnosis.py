@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import get_total_norm
 
-from goal import pictures, validation
-from goal.autograd import gradients
+from goal import plotting, validation
 from goal.data.files import append_line, write_atomically
-from goal.terms import check_number
+from goal.functional import gradients
+from goal.validation import check_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +159,7 @@ class Diagnosis:
         """
         if not self.rows:
             raise ValueError("there is nothing to draw: no step has been diagnosed.")
-        figure = pictures.figure(10.5, 8.5)
+        figure = plotting.figure(10.5, 8.5)
         grid = figure.subplots(3, 2, sharex=True)
         self._curves(grid[0, 0], "loss", {"": "loss"})
         self._curves(grid[0, 1], "shares", {f"|s⁺ − s⁻| < {self._eps:g}": "vanishing", "recall@1": "recall_at_1"})
@@ -173,7 +173,7 @@ class Diagnosis:
         grid[0, 1].set_ylim(-0.03, 1.03)
         figure.supxlabel("step", fontsize=10)
         if path is not None:
-            pictures.save(figure, path)
+            plotting.save(figure, path)
         return figure
 
     def _curves(self, axes: Axes, title: str, names: Mapping[str, str], log: bool = False) -> None:
@@ -184,8 +184,8 @@ class Diagnosis:
             values = [row[key].get(inner) if inner else row[key] for row in self.rows]
             known = [math.nan if value is None or (log and value == 0) else value for value in values]
             style: dict[str, Any] = {
-                "color": pictures.COLOURS[(place + 2) % 6],
-                "linestyle": pictures.DASHES[place % 2],
+                "color": plotting.COLOURS[(place + 2) % 6],
+                "linestyle": plotting.DASHES[place % 2],
                 "linewidth": 1.6,
             }
             axes.plot(steps, known, label=label, marker="." if len(steps) == 1 else "", **style)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from goal.terms import check_bool, check_number, spell, unknown
+from goal.names import spell, unknown
+from goal.validation import check_bool, check_number
 
 
 @dataclass(frozen=True)

@@ -14,48 +14,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from goal.terms import spell, unknown
-
-Gradients = tuple[Tensor | None, Tensor | None]  # at x and at y; None where `needs` says so
-Needs = tuple[bool, bool]
-
-
-def total(*parts: Tensor | None) -> Tensor | None:
-    """The sum of those that are there."""
-    found = None
-    for part in parts:
-        found = part if found is None else found if part is None else found + part
-    return found
-
-
-class Entries(NamedTuple):
-    """Entries of G = ∂l/∂S; repeated ones add."""
-
-    row: Tensor  # (E,) int64
-    col: Tensor  # (E,) int64
-    value: Tensor  # (E,)
-
-
-class Mined(NamedTuple):
-    """What weighing leaves of mined objectives: entries of G, row 0 of anchors x→y, row 1 of anchors y→x."""
-
-    negative: Tensor  # (2, K) int64: its row in y, or in x
-    pull: Tensor  # (2, K) entries at the pairs; both rows add
-    push: Tensor  # (2, K) entries at the negatives
-
-    def entries(self) -> Entries:
-        """The same, one by one: those at the pairs, then x→y's, then y→x's."""
-        anchors = torch.arange(self.negative.shape[1], device=self.negative.device)
-        return Entries(
-            row=torch.cat((anchors, anchors, self.negative[1])),
-            col=torch.cat((anchors, self.negative[0], anchors)),
-            value=torch.cat((self.pull.sum(0), self.push.flatten())),
-        )
+from goal.engine.types import Entries, Gradients, Needs
+from goal.names import spell, unknown
 
 
 class Dot:

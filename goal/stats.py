@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine
-from goal.engine import Batch, Seen, Settings
+from goal.engine import path as engine
+from goal.engine.path import Batch, Seen
+from goal.engine.settings import Settings
 
 
 class Stats(NamedTuple):

@@ -217,6 +217,41 @@ def _reals(value: object) -> Tensor:
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_POSITIVE = frozenset({"tau", "alpha", "beta"})
+_NOT_NEGATIVE = frozenset({"margin", "eps"})
+
+
+def check_number(owner: str, name: str, value: object) -> float:
+    """A finite Python float from a number of any kind; raises with the argument's name otherwise."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{owner}: parameter {name!r} requires grad, but a parameter of a gradient-space objective has no "
+            "gradient (there is no loss to differentiate). Pass a number; use a schedule to change it."
+        )
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+        raise TypeError(f"{owner}: parameter {name!r} must be a number, got {type(value).__name__} ({value!r}).")
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(f"{owner}: parameter {name!r} must be within a float's range, got {value}.") from None
+    if not -math.inf < value < math.inf:  # torch.compile traces this with a symbolic number
+        raise ValueError(f"{owner}: parameter {name!r} must be finite, got {value}.")
+    if name in _POSITIVE and value <= 0:
+        raise ValueError(f"{owner}: parameter {name!r} must be > 0, got {value}.")
+    if name in _NOT_NEGATIVE and value < 0:
+        raise ValueError(f"{owner}: parameter {name!r} must be >= 0, got {value}.")
+    return value
+
+
+def check_bool(what: str, value: object) -> bool:
+    """A Python bool from one of any kind; raises with the argument's name otherwise."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{what} must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def whole_number(name: str, value: object, least: int = 1) -> int:
     """A Python int from `least` on, from an integer of any kind."""
     given = value.item() if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 else value

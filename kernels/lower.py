@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from goal.terms import STATISTICS, Product, Term
-from goal.tracing import CannotTrace, Language, trace, translate
+from goal.terms.tracing import CannotTrace, Language, trace, translate
 
 MAX_PARAMS = 8
 PARAMS = tuple(f"p{slot}" for slot in range(MAX_PARAMS))

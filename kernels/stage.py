@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Gradients, Masks, Mined, Needs, Pairs, Plan
 from goal.kernels import dense, emit, mine, weigh
 from goal.kernels.lower import lower, numbers
-from goal.similarity import Gradients, Mined, Needs
-from goal.statistics import Masks, Pairs, Plan, Request, Statistics
 from goal.terms import STATISTICS, Product
 
 HELD = 1 << 26  # bytes of partials, or of coefficients, held at once

@@ -23,12 +23,12 @@ from torch.nn.functional import normalize
 
 import goal
 import goal.distributed
-from goal import reference
-from goal.augment import Augmented
-from goal.gathered import shared_seed
+from goal.candidates import Augmented
+from goal.candidates.two_way import TwoWay
+from goal.distributed.exchange import Coming, Ranks, Wire
+from goal.distributed.rows import shared_seed
+from goal.engine import eager as reference
 from goal.similarity import Dot
-from goal.two_way import TwoWay
-from goal.wire import Coming, Ranks, Wire
 
 WORLD = 4
 MEMBERS = {1: [1], 2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}  # ranks of the world in the group of each size
@@ -413,7 +413,7 @@ def whole_losses(group: Any) -> list[str]:
             torch.manual_seed(3)
             expected = alone(x, y, ids, **extra)
             true = torch.autograd.grad(expected, [x, y, *alone.parameters()])
-            with mock.patch("goal.augment.shared_seed", return_value=3):
+            with mock.patch("goal.candidates.augment.shared_seed", return_value=3):
                 found = spread(x[here], y[here], ids[here], **{key: one[here] for key, one in extra.items()})
             x_grad, y_grad, *grads = torch.autograd.grad(found, [x, y, *spread.parameters()])
             pairs = [(found.detach(), expected.detach()), *zip(grads, true[2:], strict=True)]

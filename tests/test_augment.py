@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal.augment import Augmented, Made, interpolate, mixup
+from goal.candidates import Augmented, Made, interpolate, mixup
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")

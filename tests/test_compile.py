@@ -7,8 +7,9 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
 import goal
-from goal import engine
-from goal.ops import How
+from goal.engine import path
+from goal.engine.operators import How
+from goal.engine.settings import settings
 
 
 def inputs(n: int = 24, m: int = 24) -> tuple[Tensor, Tensor]:
@@ -68,9 +69,9 @@ def test_a_changing_number_recompiles_once() -> None:
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     x, y = (side.detach() for side in inputs(9, 12))
-    chosen = engine.settings("nca", P, mining, "dot", "mean", "auto")
+    chosen = settings("nca", P, mining, "dot", "mean", "auto")
     ids = (torch.arange(9) // 2, torch.arange(12) // 2) if with_ids else (None, None)
-    masks = engine.masks(x, y, *ids, How("torch", "fast"))
+    masks = path.masks(x, y, *ids, How("torch", "fast"))
     s_pos = (x * y[:9]).sum(1)
     share = torch.full((2, 9), 0.1)
     numbers = torch.tensor([0.2, 10.0], dtype=torch.float64)

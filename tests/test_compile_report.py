@@ -65,7 +65,7 @@ from benchmarks import compile_report as report
 report.prepare(sys.argv[1])
 import planted
 from goal.kernels import stage
-from goal.statistics import Request
+from goal.engine.statistics import Request
 
 def variant(name, out, block, warps, elements=None, product=False):
     fn = getattr(planted, name)

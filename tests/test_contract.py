@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal import reference, statistics
+from goal.engine import eager as reference
+from goal.engine import statistics
+from goal.engine.partials import Partial, merge
+from goal.engine.statistics import Request
 from goal.similarity import Dot
-from goal.statistics import Partial, Request, merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from goal.augment import Augmented
+from goal.candidates import Augmented
 from goal.diagnosis import BINS, read
 from goal.training import Curriculum
 

@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import goal
-from goal import lab, reference
+from goal import lab
+from goal.engine import eager as reference
 from goal.lab.batch import batch_integrability
 from goal.lab.dynamics import simulate, triplet_trajectory
 from goal.similarity import Dot

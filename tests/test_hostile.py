@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 import goal
 from goal import validation
-from goal.augment import Augmented, interpolate, mixup
+from goal.candidates import Augmented, interpolate, mixup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from goal.settings import settings
 from oracle import Result, oracle
 from table import MINING, TERMS_P, TERMS_T, Case, _families
 from test_contract import MININGS, arguments, close_calls, embeddings, gap, negatives_of, question, similarities
@@ -24,11 +25,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import goal
-from goal import engine, ops, reference
+from goal.engine import eager as reference
+from goal.engine import operators as ops
+from goal.engine import path as engine
+from goal.engine.operators import How
+from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Masks
 from goal.kernels import stage
-from goal.ops import How
 from goal.similarity import Dot
-from goal.statistics import Masks, Request, Statistics
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -990,7 +994,7 @@ def test_a_second_derivative_is_refused(mining: str) -> None:
 )
 def test_operators_keep_the_rules(P: str, mining: str, with_ids: bool) -> None:
     x, y = embeddings(np.random.default_rng(0), 7, 10, 6, torch.float32)
-    chosen = engine.settings("nca", P, mining, "dot", "mean", "triton", "exact")
+    chosen = settings("nca", P, mining, "dot", "mean", "triton", "exact")
     how, k = How("triton", "exact"), 7
     ids, y_ids = (torch.arange(7) // 2, torch.arange(10) // 2) if with_ids else (None, None)
     request = chosen.request

@@ -82,18 +82,22 @@ def test_models_know_nothing_of_training() -> None:
             assert not any(each.startswith(("goal.training", "goal.cli")) for each in known(path)), name
 
 
-@pytest.mark.parametrize("module", ["terms", "mining", "statistics", "similarity", "validation"])
-def test_what_is_below_the_engine_knows_nothing_of_it(module: str) -> None:
-    above = {"engine", "ops", "reference", "autograd", "objective", "stats", "training", "cli", "evaluation"}
-    assert not of(module) & above
-    assert not any(name.startswith("kernels") for name in of(module))
+def test_what_terms_rules_and_similarities_know() -> None:
+    assert of("names") == of("validation") == set()
+    for name in MODULES:
+        if name.startswith("goal.terms"):
+            assert all(each in ("names", "validation") or each.startswith("terms.") for each in of(name[5:])), name
+    assert of("mining") == {"names", "validation"}
+    assert of("similarity") == {"engine.types", "names"}
+    assert of("engine.types") == of("engine.statistics") == set()
+    assert of("engine.partials") == {"engine.statistics"}
 
 
-def test_terms_and_statistics_know_nothing_else_of_the_library() -> None:
-    assert of("terms") == set()
-    assert of("statistics") == set()
-    assert of("validation") == set()
-    assert of("mining") <= {"terms", "statistics"}
+def test_the_engine_knows_nothing_of_what_stands_on_it() -> None:
+    below = ("engine.", "terms", "kernels", "mining", "names", "similarity", "validation")
+    for name in MODULES:
+        if name.startswith("goal.engine."):
+            assert all(each.startswith(below) for each in of(name[5:])), name
 
 
 def test_caching_knows_no_objective() -> None:
@@ -102,19 +106,19 @@ def test_caching_knows_no_objective() -> None:
 
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
-    assert of("two_way") == {"objective", "stats", "validation"}
-    assert of("bank") == {"gathered", "objective", "two_way", "validation", "wire"}
-    assert of("augment") == {"gathered", "objective", "terms", "two_way", "validation"}
+    below = {"distributed.exchange", "distributed.rows", "names", "objective", "stats", "validation"}
+    for name in ("augment", "bank", "two_way"):
+        assert of(f"candidates.{name}") <= below | {"candidates.two_way"}
 
 
 def test_offline_mining_stands_beside_evaluation() -> None:
     assert of("offline") == {"data.files", "data.terminal", "evaluation", "similarity", "validation"}
 
 
-def test_the_reference_and_the_kernels_do_not_know_each_other() -> None:
-    assert not any("kernels" in name for name in of("reference"))
+def test_the_eager_path_and_the_kernels_do_not_know_each_other() -> None:
+    assert not any("kernels" in name for name in of("engine.eager"))
     for name, path in KERNELS.items():
-        assert "goal.reference" not in known(path), name
+        assert "goal.engine.eager" not in known(path), name
 
 
 def test_there_are_kernels() -> None:
@@ -125,9 +129,9 @@ def test_only_the_operators_know_both() -> None:
     both = {
         name
         for name, path in MODULES.items()
-        if "goal.reference" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
+        if "goal.engine.eager" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
     }
-    assert both == {"goal.ops"}
+    assert both == {"goal.engine.operators"}
 
 
 def test_kernels_are_imported_where_they_are_used() -> None:
@@ -152,8 +156,10 @@ def test_the_library_has_no_cycles() -> None:
 
 
 def test_only_the_public_face_builds_on_the_engine() -> None:
-    users = {name for name, path in MODULES.items() if "goal.engine" in known(path)}
-    assert users <= {"goal.autograd", "goal.distributed", "goal.gathered", "goal.objective", "goal.stats"}
+    face = {"goal.explain", "goal.functional", "goal.objective", "goal.recipes", "goal.stats"}
+    for name, path in MODULES.items():
+        if "goal.engine.path" in known(path):
+            assert name in face or name.startswith(("goal.engine.", "goal.distributed.")), name
 
 
 def test_only_one_file_of_the_engine_speaks_to_other_ranks() -> None:
@@ -161,9 +167,11 @@ def test_only_one_file_of_the_engine_speaks_to_other_ranks() -> None:
         if name == "goal.training.loop":  # tells all ranks what the first has found
             continue
         taken = {each for module, each, _ in imports(path) if module.startswith("torch.distributed")}
-        assert name == "goal.wire" or taken <= {"ProcessGroup"}, name
-    assert of("wire") == {"terms"}
-    assert not {"autograd", "objective", "stats"} & of("distributed")
+        assert name == "goal.distributed.exchange" or taken <= {"ProcessGroup"}, name
+    assert of("distributed.exchange") == {"names", "validation"}
+    for name in MODULES:
+        if name.startswith("goal.distributed"):
+            assert not {"functional", "objective", "stats"} & of(name[5:]), name
 
 
 @pytest.mark.parametrize("heavy", HEAVY)
@@ -178,12 +186,12 @@ def test_heavy_packages_are_imported_where_they_are_used(heavy: str) -> None:
 # ── public names only ───────────────────────────────────────────────────────────────────────────────────
 
 PACKAGES = (
-    "goal.augment",
+    "goal.candidates",
     "goal.data",
     "goal.distributed",
     "goal.lab",
     "goal.models",
-    "goal.pictures",
+    "goal.plotting",
     "goal.training",
     "goal.evaluation",
 )  # public beside `goal` itself
@@ -227,10 +235,10 @@ def test_private_uses_are_found(tmp_path: Path) -> None:
     path = tmp_path / "sample.py"
     path.write_text(
         "import goal\nfrom goal import engine, Objective\nfrom goal.data import _x\nfrom goal.terms import spell\n"
-        "goal.apply(goal.T._definitions, goal.mining.hardest())\ngoal.reference.TILE\n"
+        "goal.apply(goal.T._definitions, goal.mining.hardest())\ngoal.engine.TILE\n"
     )
-    expected = {"goal.engine", "goal.data._x", "goal.terms.spell", "goal.T._definitions", "goal.reference.TILE"}
-    assert set(private_uses(path)) == expected | {"goal.reference"}
+    expected = {"goal.engine", "goal.data._x", "goal.terms.spell", "goal.T._definitions", "goal.engine.TILE"}
+    assert set(private_uses(path)) == expected
 
 
 def test_something_is_outside() -> None:

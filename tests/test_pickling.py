@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import goal
-from goal.augment import Augmented
+from goal.candidates import Augmented
 from goal.lab import compose
 from goal.training import Curriculum, FewSemiHard, Plateau, Scheduled, cosine, linear, piecewise, varying
 

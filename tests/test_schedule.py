@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
 import goal
-from goal.augment import Augmented
+from goal.candidates import Augmented
 from goal.lab import compose
 from goal.training import Curriculum, FewSemiHard, Plateau, Scheduled, cosine, linear, piecewise, varying
 

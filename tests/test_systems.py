@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 import goal
-from goal.augment import Augmented
+from goal.candidates import Augmented
 from goal.data import Pairs
 from goal.models import SETTINGS, AudioVisual, Joint, Vocabulary
 from goal.training import Curriculum, FewSemiHard, Plateau, Sweep, TrainConfig, loop, train

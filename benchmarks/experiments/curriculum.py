@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import goal
 from benchmarks.experiments.runs import Record, mean_and_deviation, sign_flip, trained
 from benchmarks.report import command, commit, markdown
-from goal import pictures
+from goal import plotting
 from goal.data.files import write_atomically
 from goal.training import TrainConfig
 
@@ -75,20 +75,20 @@ def table(records: dict[str, list[Record]], chance: Sequence[float]) -> str:
 
 def draw(records: dict[str, list[Record]], path: Path) -> None:
     """Validation MAP@all against steps, the mean over those seeds that are still training."""
-    figure = pictures.figure(8, 4.5)
+    figure = plotting.figure(8, 4.5)
     axes = figure.subplots()
     for place, (way, runs) in enumerate(records.items()):
         curves = [{row["step"]: row["val_map"] for row in run["curve"]} for run in runs]
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         values = [np.mean([curve[step] for curve in curves]) for step in steps]
-        colour, dash = pictures.COLOURS[place % len(pictures.COLOURS)], pictures.DASHES[place >= len(SINGLE)]
+        colour, dash = plotting.COLOURS[place % len(plotting.COLOURS)], plotting.DASHES[place >= len(SINGLE)]
         axes.plot(steps, values, label=way, color=colour, linestyle=dash, linewidth=1.6)
     axes.set_xlabel("step (as far as every seed went)")
     axes.set_ylabel("validation MAP@all, %")
     axes.legend(fontsize=8.5)
     axes.grid(color="#EEEEEE")
     axes.spines[["top", "right"]].set_visible(False)
-    pictures.save(figure, path)
+    plotting.save(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from goal.lab.field import decompose, field_of
-from goal.terms import STATISTICS, Definition, Parameter, Product, Term, check_number
+from goal.terms import STATISTICS, Definition, Parameter, Product, Term
 from goal.terms import P as PAIRS
 from goal.terms import T as TRIPLETS
-from goal.validation import whole_number
+from goal.validation import check_number, whole_number
 
 _DEGREE = 8  # of the polynomial that stands for a nearest loss
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from goal import pictures
+from goal import plotting
 from goal.lab.dynamics import triplet_trajectory
 from goal.lab.field import Field, field_of
 from goal.lab.losses import Table, known_loss
@@ -46,7 +46,7 @@ def show(report: Integrability, path: str | Path | None = None) -> Figure:
         >>> from goal import lab
         >>> figure = lab.show(lab.integrability("nca", "lin"), path="nca-lin.png")
     """
-    figure = pictures.figure(13, 8.2)
+    figure = plotting.figure(13, 8.2)
     axes = figure.subplots(2, 3)
     field = field_of(Product(report.T, report.P))
     loss = known_loss(Product(report.T, report.P)) if report.integrable else None
@@ -61,7 +61,7 @@ def show(report: Integrability, path: str | Path | None = None) -> Figure:
     axes[1, 2].remove()
     _sphere(figure.add_subplot(2, 3, 6, projection="3d"), report)
     if path is not None:
-        pictures.save(figure, path)
+        plotting.save(figure, path)
     return figure
 
 
@@ -70,7 +70,7 @@ def gallery(table: Table, path: str | Path | None = None) -> Figure:
     starts; jumps show as lines of curl.
     """
     rows, columns = len(table.rows), len(table.columns)
-    figure = pictures.figure(2.9 * columns, 2.95 * rows)
+    figure = plotting.figure(2.9 * columns, 2.95 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for i in range(rows):
         for j in range(columns):
@@ -83,7 +83,7 @@ def gallery(table: Table, path: str | Path | None = None) -> Figure:
             axes.set_title(above + table.text(i, j), fontsize=8)
             axes.set(xlabel="s⁺" if i == rows - 1 else "", ylabel=f"T = {table.rows[i]}\ns⁻" if j == 0 else "")
     if path is not None:
-        pictures.save(figure, path)
+        plotting.save(figure, path)
     return figure
 
 

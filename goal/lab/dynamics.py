@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal import pictures
+from goal import plotting
 from goal.lab.batch import Loop, Loss, emitted, loop_work, number
 from goal.lab.field import field_of
 from goal.lab.progress import progress
 from goal.mining import Mining
-from goal.terms import Product, Term, unknown
+from goal.names import unknown
+from goal.terms import Product, Term
 from goal.validation import whole_number
 
 if TYPE_CHECKING:
@@ -295,11 +296,11 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
     """
     if not runs:
         raise ValueError("runs is empty: there is nothing to draw.")
-    figure = pictures.figure(9.5, 6.4)
+    figure = plotting.figure(9.5, 6.4)
     recall, norm, vanishing, similarity = figure.subplots(2, 2, sharex=True).ravel()
     for k, run in enumerate(runs):
-        colour, dash, time = pictures.COLOURS[(k + 2) % 6], pictures.DASHES[k // 6 % 6], np.arange(len(run.recall))
-        style = {"color": colour, "linestyle": dash if k >= 6 else pictures.DASHES[k % 6]}
+        colour, dash, time = plotting.COLOURS[(k + 2) % 6], plotting.DASHES[k // 6 % 6], np.arange(len(run.recall))
+        style = {"color": colour, "linestyle": dash if k >= 6 else plotting.DASHES[k % 6]}
         recall.plot(time, run.recall, label=run.label, **style)
         for series, width in ((run.force, 2.2), (run.gradient, 0.9)):
             norm.plot(time, np.where(series == 0, np.nan, series), linewidth=width, **style)  # a log axis has no 0
@@ -323,7 +324,7 @@ def plot_simulations(runs: Sequence[Simulation], path: str | Path | None = None)
     figure.legend(loc="outside upper left", fontsize=9, frameon=False, handlelength=3.2)
     figure.text(0.01, -0.02, "\n".join(dict.fromkeys(run.settings for run in runs)), va="top", fontsize=8)
     if path is not None:
-        pictures.save(figure, path)
+        plotting.save(figure, path)
     return figure
 
 

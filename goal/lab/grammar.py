@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
-from goal.terms import Definition, P, Registry, T, Term, spell
+from goal.names import spell
+from goal.terms import Definition, P, Registry, T, Term
 
 PREFIX = "found-"
 CONSTANT, SINGLE, PRODUCT, MIXTURE, FLOOR = "constant", "single", "product", "mixture", "floor"

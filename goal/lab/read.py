@@ -17,7 +17,7 @@ from sympy.printing.pycode import PythonCodePrinter
 from torch import Tensor
 
 from goal.terms import STATISTICS, Parameter, Product, Term
-from goal.tracing import CannotTrace, Language, trace, translate
+from goal.terms.tracing import CannotTrace, Language, trace, translate
 
 S_POS, S_NEG = sp.symbols("s_pos s_neg", real=True)
 RELATIVE = {name: sp.Symbol(name, real=True) for name in STATISTICS}

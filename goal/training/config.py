@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import goal
-from goal.augment import Augmented
+from goal.candidates import Augmented
 from goal.data.files import readable
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
 from goal.training.systems import SYSTEMS

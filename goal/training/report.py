@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 import numpy as np
 from numpy.typing import NDArray
 
-from goal import pictures
+from goal import plotting
 from goal.data.files import write_atomically
 
 if TYPE_CHECKING:
@@ -627,7 +627,7 @@ def _heatmap(objectives: Sequence[_Objective], title: str, note: str) -> Figure 
         return None
     rows, columns = _axes(objectives)
     size = (2.2 + 3 * (0.95 * len(columns) + 0.5), 1.6 + 0.75 * len(rows))
-    figure = pictures.figure(*size)
+    figure = plotting.figure(*size)
     for axes, metric in zip(figure.subplots(1, 3, squeeze=False)[0], ("rsum", "i2t_r1", "t2i_r1"), strict=True):
         grid = np.array([[cells[T, P].mean(metric) if (T, P) in cells else np.nan for P in columns] for T in rows])
         low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
@@ -678,7 +678,7 @@ def _curves(objectives: Sequence[_Objective], title: str, note: str) -> Figure |
         panels[f"recipes{part}"] = recipes[first : first + 6]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = pictures.figure(0.8 + 4.1 * columns, 0.8 + 3.3 * rows)
+    figure = plotting.figure(0.8 + 4.1 * columns, 0.8 + 3.3 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     highest = max(_mean_curve(o)[1].max() for o in drawn)
     for axes, (name, lines) in zip(grid, panels.items(), strict=False):
@@ -686,7 +686,7 @@ def _curves(objectives: Sequence[_Objective], title: str, note: str) -> Figure |
         for k, o in enumerate(lines):
             k = _index(_P_ORDER, o.P) if o.P != "-" else k
             steps, mean, std = _mean_curve(o)
-            colour, dash = pictures.COLOURS[k % 6], pictures.DASHES[k % 6]
+            colour, dash = plotting.COLOURS[k % 6], plotting.DASHES[k % 6]
             axes.plot(steps, mean, color=colour, linestyle=dash, linewidth=1.8, label=o.T if o.P == "-" else o.P)
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(name, fontsize=11, loc="left")
@@ -718,7 +718,7 @@ def _similarities(objectives: Sequence[_Objective], title: str, note: str) -> Fi
     drawn = [o for o in recorded if all(abs(o.end(key) or 0.0) <= 1 for key in ("s_pos", "s_neg"))]
     if not drawn:
         return None
-    figure = pictures.figure(7.5, 1.4 + 0.27 * len(drawn))
+    figure = plotting.figure(7.5, 1.4 + 0.27 * len(drawn))
     axes = figure.subplots()
     place = range(len(drawn))
     ends = {key: np.array([o.end(key) for o in drawn], np.float64) for key in ("s_neg", "s_pos")}

@@ -234,7 +234,7 @@ class Curriculum(nn.Module):
 
     Example:
         >>> import goal
-        >>> from goal.augment import Augmented
+        >>> from goal.candidates import Augmented
         >>> from goal.training import Curriculum, FewSemiHard
         >>> hinge = {"T": goal.T.con(margin=0.2), "P": "con"}
         >>> objective = Curriculum(

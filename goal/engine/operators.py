@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import reference, terms
 from goal import similarity as similarity_
-from goal.similarity import Dot, Gradients, Mined, Needs
-from goal.statistics import Masks, Pairs, Plan, Request, Statistics
+from goal import terms
+from goal.engine import eager as reference
+from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Gradients, Masks, Mined, Needs, Pairs, Plan
+from goal.similarity import Dot
 from goal.terms import Parameter, Product, Term
 
 WEIGHED = 256  # pairs up to which kernels weigh in one launch

@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine, reference, validation
-from goal.engine import Dense, Outcome, Seen, Settings, Whole
-from goal.gathered import Global, Local, gathered, local
-from goal.similarity import Entries, Gradients, Mined, Needs, total
-from goal.statistics import Limits, Masks, Pairs, Partial, Statistics, finish, merge
-from goal.wire import Agreed, Ranks, Wire, agree, counting, joined, pack, ranks, unpack
-
-__all__ = ["Global", "Result", "counting", "gathered", "joined", "run", "size_of", "traffic"]
+from goal import validation
+from goal.distributed.exchange import Agreed, Ranks, Wire, agree, pack, ranks, unpack
+from goal.distributed.rows import Local, local
+from goal.engine import eager as reference
+from goal.engine import path as engine
+from goal.engine.partials import Partial, finish, merge
+from goal.engine.path import Dense, Outcome, Seen, Whole
+from goal.engine.settings import Settings
+from goal.engine.statistics import Statistics
+from goal.engine.types import Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, total
 
 Emit = Callable[[Tensor | None, Needs], Gradients]  # times the incoming gradient, at the embedded own rows
 

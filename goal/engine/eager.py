@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal.similarity import Dot, Entries, Gradients, Needs, norm
-from goal.statistics import BAND, Limits, Masks, Partial, Plan, Request, Statistics, finish, merge
+from goal.engine.partials import Partial, finish, merge
+from goal.engine.statistics import BAND, Request, Statistics
+from goal.engine.types import Entries, Gradients, Limits, Masks, Needs, Plan
+from goal.similarity import Dot, norm
 from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once

@@ -8,125 +8,22 @@ T, P⁺, P⁻, entries of G weigh  O(N), plain tensor functions
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from goal import mining as mining_
-from goal import ops, reference, terms
-from goal import similarity as similarity_
+from goal.engine import eager as reference
+from goal.engine import operators as ops
+from goal.engine.operators import How
+from goal.engine.settings import Settings
+from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Gradients, Masks, Mined, Needs, Pairs, total
 from goal.mining import Mining
-from goal.ops import How
-from goal.similarity import Dot, Gradients, Mined, Needs, total
-from goal.statistics import Masks, Pairs, Request, Statistics, r_pos_exp, r_pos_lin
-from goal.terms import Parameter, Product, Term
-
-REDUCTIONS = ("mean", "sum")
-IMPLEMENTATIONS = ("auto", "torch", "triton")
-PRECISIONS = ("fast", "tf32", "exact")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """An objective, checked: everything about it but the data."""
-
-    product: Product
-    mining: Mining
-    similarity: Dot
-    reduction: str
-    request: Request  # what the miner has to reduce
-    impl: str
-    precision: str
-
-    @property
-    def mines(self) -> bool:
-        """Whether anything of the mining stage is needed for the gradient."""
-        return self.mining.mined != "none" or bool(self.product.statistics)
-
-    def relative(self, statistics: Statistics) -> dict[str, Tensor]:
-        """The relative similarities that the terms declared, each (2, K)."""
-        found: dict[str, Tensor] = {}
-        for name in self.product.statistics:
-            if name == "r_pos_lin":
-                found[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
-            elif name == "r_pos_exp":
-                found[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.product.read_by(name))
-            else:
-                found[name] = getattr(statistics, name)
-        return found
-
-
-def settings(
-    T: str | Term,
-    P: str | Term,
-    mining: str | Mining,
-    similarity: str | Dot,
-    reduction: str,
-    impl: str = "auto",
-    precision: str = "fast",
-) -> Settings:
-    """The checked objective behind the arguments of `goal.apply`; checked once for the same arguments."""
-    arguments = (T, P, mining, similarity, reduction, impl, precision)
-    known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
-    return (_make_once if known else _make)(*arguments)
-
-
-def _make(
-    T: str | Term,
-    P: str | Term,
-    mining: str | Mining,
-    similarity: str | Dot,
-    reduction: str,
-    impl: str,
-    precision: str,
-) -> Settings:
-    if reduction not in REDUCTIONS:
-        raise terms.unknown("reduction", reduction, REDUCTIONS)
-    if impl not in IMPLEMENTATIONS:
-        raise terms.unknown("impl", impl, IMPLEMENTATIONS)
-    if precision not in PRECISIONS:
-        raise terms.unknown("precision", precision, PRECISIONS)
-    product, chosen = Product(terms.T.bind(T), terms.P.bind(P)), mining_.bind(mining)
-    request = Request(
-        semi_hard=chosen.margin if chosen.mined == "semi-hard" else None,
-        lin="r_neg_lin" in product.statistics,
-        beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
-    )
-    measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
-    return Settings(product, chosen, measure, reduction, request, impl, precision)
-
-
-_make_once = functools.lru_cache(maxsize=256)(_make)
-
-Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None]]  # of T, of P, of the mining
-
-
-def numbers(chosen: Settings) -> Numbers:
-    """Everything in an objective that is a number."""
-    mining = chosen.mining
-    return chosen.product.T.params, chosen.product.P.params, {"margin": mining.margin, "eps": mining.eps}
-
-
-def renumbered(
-    chosen: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
-) -> Settings:
-    """An objective with other numbers."""
-    old = chosen.mining
-    return settings(
-        chosen.product.T.definition(**T),
-        chosen.product.P.definition(**P),
-        Mining(old.name, old.mined, old.dense, old.average, mining["margin"], mining["eps"]),
-        chosen.similarity,
-        chosen.reduction,
-        chosen.impl,
-        chosen.precision,
-    )
+from goal.similarity import Dot
 
 
 class Batch(NamedTuple):

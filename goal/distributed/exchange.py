@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from goal import terms
+from goal.names import unknown
+from goal.validation import check_bool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,9 +38,9 @@ class Ranks(NamedTuple):
 
 def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
     """The arguments `group`, `averaged` and `exchange` of `goal.apply`, checked; None without a group."""
-    averaged = terms.check_bool("averaged", averaged)
+    averaged = check_bool("averaged", averaged)
     if exchange not in EXCHANGES:
-        raise terms.unknown("exchange", exchange, EXCHANGES)
+        raise unknown("exchange", exchange, EXCHANGES)
     if group is None:
         if averaged:
             raise ValueError("averaged=True multiplies the gradient by the number of ranks: it needs group=.")

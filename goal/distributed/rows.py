@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import engine, validation
-from goal.wire import Ranks, Wire, agree, pack, ranks, unpack
+from goal import validation
+from goal.distributed.exchange import Ranks, Wire, agree, pack, ranks, unpack
+from goal.engine import path as engine
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from goal import validation
-from goal.gathered import shared_seed, whole
+from goal.candidates.two_way import TwoWay
+from goal.distributed.rows import shared_seed, whole
+from goal.names import unknown
 from goal.objective import Objective
-from goal.terms import unknown
-from goal.two_way import TwoWay
 
 _SHORT = 1e-3  # a made row shorter than this is not normalised: its direction says nothing, its gradient is huge
 
@@ -50,7 +50,7 @@ def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator |
 
     Example:
         >>> import torch
-        >>> from goal.augment import interpolate
+        >>> from goal.candidates import interpolate
         >>> made = interpolate(torch.eye(3), torch.tensor([5, 8, 5]), n=1)
         >>> made.rows, made.ids
         (tensor([[0.7071, 0.0000, 0.7071]]), tensor([5]))
@@ -91,7 +91,7 @@ def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None 
 
     Example:
         >>> import torch
-        >>> from goal.augment import mixup
+        >>> from goal.candidates import mixup
         >>> made = mixup(torch.eye(3), torch.tensor([5, 8, 5]), n=4)
         >>> made.rows.shape, bool((made.rows[:3].diagonal() > 0.7).all())
         (torch.Size([12, 3]), True)
@@ -151,7 +151,7 @@ class Augmented(TwoWay):
 
     Example:
         >>> import goal, torch
-        >>> from goal.augment import Augmented
+        >>> from goal.candidates import Augmented
         >>> objective = Augmented(goal.Objective(T="con", P="lin"), augment="interpolate", n=2)
         >>> x, y = torch.eye(4, requires_grad=True), torch.ones(4, 4) / 2
         >>> objective(x, y).backward()

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from goal import gathered, validation, wire
+from goal import validation
+from goal.candidates.two_way import TwoWay
+from goal.distributed import exchange as wire
+from goal.distributed import rows as gathered
 from goal.objective import Objective
-from goal.two_way import TwoWay
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,0 +1,7 @@
+"""More negatives than the batch holds: rows of past batches, and rows made of the batch's own."""
+
+from goal.candidates.augment import Augmented, Made, interpolate, mixup
+from goal.candidates.bank import Bank, Banked
+from goal.candidates.two_way import TwoWay
+
+__all__ = ["Augmented", "Bank", "Banked", "Made", "TwoWay", "interpolate", "mixup"]

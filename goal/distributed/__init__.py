@@ -1,0 +1,10 @@
+"""One objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
+
+For the ranks' own use: `joined` begins and ends a process group, `counting` counts what a rank sends, and `gathered`
+gives every rank the global batch, for a loss that has no `group=` of its own.
+"""
+
+from goal.distributed.exchange import counting, joined
+from goal.distributed.rows import Global, gathered
+
+__all__ = ["Global", "counting", "gathered", "joined"]

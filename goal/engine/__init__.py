@@ -1,0 +1,1 @@
+"""pair → mine → weigh → emit: the path that every objective takes."""

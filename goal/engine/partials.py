@@ -1,0 +1,103 @@
+"""Partial reductions of S that merge: what leaves a block of it, and is right for all of S once blocks are merged."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal.engine.statistics import Request, Statistics
+
+
+class Partial(NamedTuple):
+    """One direction's reductions over some of the candidates of A anchors. What was not requested is None.
+
+    The sums are relative to the partial's own hardest negative, which stays outside them, so merging only ever adds.
+    """
+
+    s_neg: Tensor  # (A,) similarity of the hardest negative; −inf where there is none yet
+    negative: Tensor  # (A,) int64, its global index
+    semi: Tensor | None = None  # (A,) similarity of the hardest semi-hard negative; −inf where none
+    semi_negative: Tensor | None = None  # (A,) int64
+    ties: Tensor | None = None  # (A,) negatives equal to the hardest, itself included
+    lin_count: Tensor | None = None  # (A,) valid negatives below the hardest
+    lin_sum: Tensor | None = None  # (A,) Σ (s⁻ − sᵢⱼ) over them
+    exp_count: Tensor | None = None  # (A,) valid negatives other than the hardest
+    exp_sum: Tensor | None = None  # (A,) Σ exp(−β(s⁻ − sᵢⱼ)) over them
+
+
+def merge(a: Partial, b: Partial, request: Request, threshold: float, tie: float) -> Partial:
+    """The partial over both sets of candidates: associative, and commutative but for the order of summing.
+
+    Args:
+        a, b: partials of the same anchors over disjoint candidates.
+        request: what both were asked for.
+        threshold: min s⁺ − 0.1.
+        tie: similarities closer than this are equal (the rounding of one product).
+    """
+    takes_b = _beats(b.s_neg, b.negative, a.s_neg, a.negative)
+    s_neg, index = torch.where(takes_b, b.s_neg, a.s_neg), torch.where(takes_b, b.negative, a.negative)
+    merged = Partial(s_neg, index)
+    if a.semi is not None and b.semi is not None and a.semi_negative is not None and b.semi_negative is not None:
+        takes_semi = _beats(b.semi, b.semi_negative, a.semi, a.semi_negative)
+        merged = merged._replace(
+            semi=torch.where(takes_semi, b.semi, a.semi),
+            semi_negative=torch.where(takes_semi, b.semi_negative, a.semi_negative),
+        )
+    if not request.sums:
+        return merged
+
+    def ordered(name: str) -> tuple[Tensor, Tensor]:  # (winner's, loser's)
+        of_a, of_b = getattr(a, name), getattr(b, name)
+        return torch.where(takes_b, of_b, of_a), torch.where(takes_b, of_a, of_b)
+
+    lost = torch.where(takes_b, a.s_neg, b.s_neg)  # the loser's hardest now joins the sums, if it is valid
+    joins = lost >= threshold
+    gap = torch.where(joins, s_neg - lost, 0)
+    if request.lin:
+        count, lost_count = ordered("lin_count")
+        total, lost_total = ordered("lin_sum")
+        ties, lost_ties = ordered("ties")
+        tied = gap <= tie
+        merged = merged._replace(
+            ties=ties + lost_ties * (joins & tied),
+            lin_count=count + lost_count + lost_ties * (joins & ~tied),
+            lin_sum=total + lost_total + (lost_count + lost_ties * joins) * gap,
+        )
+    if request.beta is not None:
+        count, lost_count = ordered("exp_count")
+        total, lost_total = ordered("exp_sum")
+        merged = merged._replace(
+            exp_count=count + lost_count + joins,
+            exp_sum=total + torch.exp(-request.beta * gap) * (lost_total + joins.to(total.dtype)),
+        )
+    return merged
+
+
+def _beats(s: Tensor, index: Tensor, other: Tensor, other_index: Tensor) -> Tensor:
+    """Where s goes before other: higher, or equal with the lower index; NaN goes before all, so that it shows."""
+    return (s > other) | ((s == other) & (index < other_index)) | s.isnan()
+
+
+def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
+    """The partials over all candidates, x→y and y→x (or one that holds both as its rows) → statistics."""
+    part = directions[0]
+    if len(directions) == 2:
+        columns: list[Any] = [
+            None if a is None or b is None else torch.stack((a, b)) for a, b in zip(*directions, strict=True)
+        ]
+        part = Partial(*columns)
+
+    def mean(total: Tensor | None, count: Tensor | None) -> Tensor | None:
+        return None if total is None or count is None else total / count.clamp(min=1)  # an empty set has total 0
+
+    return Statistics(
+        s_pos=s_pos,
+        s_neg=part.s_neg,
+        negative=part.negative,
+        semi=part.semi,
+        semi_negative=part.semi_negative,
+        r_neg_lin=mean(part.lin_sum, part.lin_count),
+        r_neg_exp=mean(part.exp_sum, part.exp_count),
+    )

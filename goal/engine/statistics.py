@@ -1,0 +1,87 @@
+"""What the weights are functions of: the statistics of each anchor, and what a miner is asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_UNDERFLOW = 745.13  # exp(−z) is exactly 0 in float64 beyond: such entries are left out of the positive sets
+_FEW = 256  # pairs up to which the definition is quicker than sorting
+BAND = 0.1  # the reach of multi-similarity's valid sets: s ≥ min s⁺ − 0.1 and s⁺ ≤ s⁻ + 0.1
+
+
+class Request(NamedTuple):
+    """What the chosen terms and mining need from S; the hardest negative is always found."""
+
+    semi_hard: float | None = None  # the margin of semi-hard mining
+    lin: bool = False  # r_neg_lin
+    beta: float | None = None  # r_neg_exp
+
+    @property
+    def sums(self) -> bool:
+        return self.lin or self.beta is not None
+
+    @property
+    def compares(self) -> bool:
+        """Whether equal similarities have to be told from close ones."""
+        return self.lin or self.semi_hard is not None
+
+
+class Statistics(NamedTuple):
+    """Per anchor and direction, row 0 is x→y and row 1 is y→x: what the weights are functions of."""
+
+    s_pos: Tensor  # (K,) similarity of each pair
+    s_neg: Tensor  # (2, K) of the hardest negative; −inf where an anchor has none
+    negative: Tensor  # (2, K) int64: its row of y (x→y) or of x (y→x)
+    semi: Tensor | None  # (2, K), of the hardest semi-hard negative; −inf where none
+    semi_negative: Tensor | None  # (2, K)
+    r_neg_lin: Tensor | None  # (2, K)
+    r_neg_exp: Tensor | None  # (2, K)
+
+
+def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
+    """R⁺ = mean (s⁺ᵢ − s⁺ₖ) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out: (K,), (2, K) → (2, K).
+
+    By the definition for small K, else from sorted prefix sums: O(K log K).
+    """
+    own, reach = s_pos.double(), s_neg.double() + BAND
+    if own.shape[0] <= _FEW:
+        differences = own[:, None] - own  # (K, K), zero at k = i
+        valid = (own <= reach[..., None]) & (differences != 0)  # (2, K, K)
+        return ((differences * valid).sum(-1) / valid.sum(-1).clamp_(min=1)).to(s_pos.dtype)
+    ordered = own.sort().values
+    prefix = torch.cat((ordered.new_zeros(1), ordered.cumsum(0)))
+    valid = torch.searchsorted(ordered, reach, right=True)  # (2, K), how many k lie below
+    first, last = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
+    equal = (torch.minimum(valid, last) - first).clamp(min=0)  # zeros: s⁺ₖ = s⁺ᵢ, i itself among them
+    total = valid * own - prefix[valid]
+    return (total / (valid - equal).clamp(min=1)).to(s_pos.dtype)
+
+
+def r_pos_exp(s_pos: Tensor, s_neg: Tensor, alpha: float) -> Tensor:
+    """R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ)) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1: (K,), (2, K) → (2, K).
+
+    By the definition for small K. Else in sorted order, where the set is [0, rank) ∪ (rank, valid): a prefix, and the
+    difference of two suffixes whose first entry is their largest, so nothing cancels; in logarithms nothing overflows.
+    O(K log K). Entries that are exactly 0 in float64 are left out.
+    """
+    own, reach = s_pos.double(), s_neg.double() + BAND
+    k = own.shape[0]
+    if k <= _FEW:
+        exponents = (alpha * (own[:, None] - own)).fill_diagonal_(-torch.inf)  # (K, K), never k = i
+        entries = torch.where(own <= reach[..., None], exponents, -torch.inf).exp_()  # (2, K, K)
+        return (entries.sum(-1) / (entries != 0).sum(-1).clamp_(min=1)).to(s_pos.dtype)
+    z = -alpha * own
+    ordered, order = z.sort(descending=True)  # s⁺ ascending
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(k, device=z.device)).expand_as(s_neg)
+    end = z.new_full((1,), -torch.inf)
+    prefix = torch.cat((end, ordered.logcumsumexp(0)))
+    suffix = torch.cat((ordered.flip(0).logcumsumexp(0).flip(0), end))
+    valid = torch.searchsorted(own[order], torch.minimum(reach, own + _UNDERFLOW / alpha), right=True)
+    before = prefix[torch.minimum(rank, valid)]
+    after, rest = suffix[rank + 1], suffix[torch.maximum(valid, rank + 1)]
+    gap = torch.where(after == rest, 0, rest - after)
+    total = torch.exp(before - z) - torch.exp(after - z) * torch.expm1(gap)
+    return (total / (valid - (rank < valid).long()).clamp(min=1)).to(s_pos.dtype)

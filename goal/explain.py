@@ -1,0 +1,132 @@
+"""What `goal.apply` would do with its arguments, and what that costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from goal import validation
+from goal.distributed import spread as distributed
+from goal.engine import operators as ops
+from goal.engine import path as engine
+from goal.engine.settings import Settings, settings
+from goal.mining import Mining
+from goal.terms import Term
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Explanation(NamedTuple):
+    """What `goal.apply` would do with these arguments."""
+
+    impl: str  # who does the quadratic work
+    why: str
+    dtype: str  # of the mathematics
+    products: str  # the arithmetic of S
+    mined: tuple[str, ...]  # what the miner reduces from S
+    tile: tuple[int, int]  # rows and columns of S made at once
+    passes: int  # times that S is computed, forward and backward together
+    flops: int  # of the products, forward and backward together
+    moved: int  # bytes of inputs and gradients that have to pass through the processor, at the least
+    held: int  # bytes beyond the inputs and their gradients, at the peak
+    ranks: int | None = None  # with ranks all of this is one rank's, of whose rows S has all columns
+    gather: int | None = None  # bytes that a rank sends in a step with exchange="gather"
+    ring: int | None = None  # the same with "ring": at most, on average over the ranks
+    rounds: int | None = None  # times that y goes round with "ring"
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:8} {value}" for name, value in self._asdict().items() if value is not None)
+
+
+def explain(
+    x: Tensor,
+    y: Tensor,
+    T: str | Term = "cir",
+    P: str | Term = "sig-ms",
+    *,
+    mining: str | Mining = "hardest",
+    similarity: str = "dot",
+    impl: str = "auto",
+    precision: str = "fast",
+    group: ProcessGroup | str | None = None,
+    exchange: str = "gather",
+    ranks: int | None = None,
+) -> Explanation:
+    """Which implementation takes these arguments, what it mines and what that costs; nothing is computed.
+
+    Args: as for `goal.apply`, and
+        ranks: so many ranks with as many rows each as x and y have here, without a group; by default the group's.
+
+    Ids add 8 bytes · (ranks − 1) a row to what is sent, `y_ids` as much again, `weight` an element or two.
+
+    Example:
+        >>> import goal, torch
+        >>> print(goal.explain(torch.empty(8192, 1024), torch.empty(8192, 1024), P="sig-ms"))
+        impl     torch
+        why      the inputs are on cpu, and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)
+        dtype    float32
+        products float32, no reduced precision anywhere
+        mined    ('hardest', 'r_neg_exp')
+        tile     (512, 8192)
+        passes   1
+        flops    137438953472
+        moved    134217728
+        held     50331648
+        >>> shared = goal.explain(torch.empty(1024, 1024), torch.empty(1024, 1024), P="sig-ms", ranks=8)
+        >>> shared.gather, shared.ring
+        (59122112, 42365376)
+    """
+    chosen = settings(T, P, mining, similarity, "mean", impl, precision)
+    x, y = validation.embeddings(x, y, meta=True)
+    size = distributed.size_of(group, ranks, exchange)
+    if size is None:
+        return _explanation(chosen, x, y)
+    return _explanation_spread(settings(T, P, mining, similarity, "mean", "torch"), x, y, size, exchange)
+
+
+def _explanation(chosen: Settings, x: Tensor, y: Tensor) -> Explanation:
+    n, m, d = x.shape[0], y.shape[0], x.shape[1]
+    how, why = engine.implementation(chosen, x, y)
+    request, dtype, dense = chosen.request, engine.computing_dtype(x, y), chosen.mining.dense
+    names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
+    asked = (chosen.mines, request.semi_hard is not None, request.lin, request.beta is not None)
+    products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[dense]
+    passes = products if dense == "never" else products - 2
+    plan = ops.plan(how, x, y, dtype, request, dense != "never")
+    return Explanation(
+        impl=how.impl,
+        why=why,
+        dtype=str(dtype).removeprefix("torch."),
+        products=plan.arithmetic,
+        mined=tuple(name for name, on in zip(names, asked, strict=True) if on),
+        tile=plan.tile,
+        passes=passes,
+        flops=2 * n * m * d * products,
+        moved=(passes + 1) * d * (n * x.element_size() + m * y.element_size()),
+        held=plan.held,
+    )
+
+
+def _explanation_spread(chosen: Settings, x: Tensor, y: Tensor, size: int, exchange: str) -> Explanation:
+    """One rank's share: its rows of S, block by block or whole, and in backward its columns if they are all here."""
+    n, d = x.shape
+    if len(y) != n:
+        raise ValueError(f"x and y must have the same number of rows on each rank, got {n} and {len(y)}.")
+    gathers, dense, width = exchange == "gather", chosen.mining.dense != "never", y.element_size()
+    here = _explanation(chosen, x, y.new_empty(n * size, d, device="meta") if gathers else y)
+    strips = 2 * n * n * size * d  # the products of one pass
+    again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
+    sent = distributed.traffic(chosen, n, d, x.element_size(), width, engine.computing_dtype(x, y).itemsize, size)
+    return here._replace(
+        why="the kernels take whole batches, and the batch is spread over ranks",
+        passes=here.passes + again,
+        flops=here.flops * (1 if gathers else size) + again * strips,
+        moved=(here.passes + again + 1) * d * n * (x.element_size() + size * width),
+        held=here.held + sent.held[exchange],
+        ranks=size,
+        gather=sent.gather,
+        ring=sent.ring,
+        rounds=sent.rounds,
+    )

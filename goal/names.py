@@ -1,0 +1,16 @@
+"""Names of terms, rules and settings: one spelling, and one error for a name that nobody registered."""
+
+import difflib
+from collections.abc import Sequence
+
+
+def spell(name: str) -> str:
+    """The registered spelling of a name: hyphens, whatever was typed."""
+    return name.replace("_", "-")
+
+
+def unknown(argument: str, came: object, known: Sequence[str]) -> ValueError:
+    """The error for an unknown name: what came, the nearest known name, and all of them."""
+    near = difflib.get_close_matches(spell(str(came)), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"{argument}={came!r} is not known.{hint} Known: {', '.join(known)}.")

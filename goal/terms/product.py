@@ -1,0 +1,58 @@
+"""T × P: what a gradient is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from goal.terms.term import STATISTICS, Term
+
+
+@dataclass(frozen=True)
+class Product:
+    """T × P: what the gradient is made of."""
+
+    T: Term
+    P: Term
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The relative similarities that either term declares."""
+        return tuple(dict.fromkeys((*self.T.statistics, *self.P.statistics)))
+
+    def read_by(self, statistic: str) -> Any:
+        """The parameter that a declared statistic reads from the term that declares it."""
+        term = self.P if statistic in self.P.statistics else self.T
+        return term.params[str(STATISTICS[statistic])]
+
+    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
+        """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
+
+        P is kept below √finfo.max, the largest similarity whose square is representable: far-off similarities would
+        carry its exponentials and products out of the dtype's range.
+        """
+        t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
+        p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
+        return t, _saturate(p_pos), _saturate(p_neg)
+
+    def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
+        """l(s⁺, s⁻): the loss whose gradient T × P is where the terms carry it, else the violation s⁻ − s⁺."""
+        found = self.P.definition.potentials.get(self.T.name) or self.T.definition.potentials.get(self.P.name)
+        if found is not None:
+            function, names = found
+            params = {**self.P.params, **self.T.params}
+            loss = function(s_pos, s_neg, **{name: params[name] for name in names})
+            if loss is not None:
+                return loss
+        return s_neg - s_pos
+
+
+def _saturate(weight: Any) -> Any:
+    if not isinstance(weight, Tensor):
+        return weight
+    limit = torch.finfo(weight.dtype).max ** 0.5
+    return weight.clamp(-limit, limit)

@@ -1,0 +1,99 @@
+"""Terms: a registered weight is a `Definition`, and with its parameters bound a `Term`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from goal.validation import check_bool, check_number
+
+Parameter = float | bool | None
+Potential = Callable[..., Tensor | None]
+# The relative similarities a term may declare, with the parameter each one reads from its term.
+# All are means over a batch-dependent set, 0 where the set is empty, constants for the gradient; shape of the anchors.
+STATISTICS: Mapping[str, str | None] = {
+    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)  over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out
+    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)  over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, zeros out
+    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))  over the same k, self left out
+    "r_neg_exp": "beta",  # R⁻ = mean exp(−β(s⁻ᵢ − sᵢⱼ))  over the same j
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A registered weight with its parameters bound: what `goal.T.cir(tau=5.0)` returns.
+
+    Call it with the similarities (any broadcastable shapes) and the statistics that it declares.
+    """
+
+    definition: Definition
+    values: tuple[tuple[str, Parameter], ...]  # the parameters, in the order of the function's signature
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def params(self) -> dict[str, Parameter]:
+        return dict(self.values)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        return self.definition.statistics
+
+    def __call__(self, s_pos: Tensor, s_neg: Tensor, **statistics: Tensor) -> Any:
+        return self.definition.function(s_pos, s_neg, **self.params, **statistics)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
+        return f"{self.definition.registry}.{self.name.replace('-', '_')}({shown})"
+
+
+@dataclass(frozen=True, eq=False)
+class Definition:
+    """A registered term: its function, the defaults of its parameters, its statistics and its potentials."""
+
+    registry: str  # "T" or "P"
+    name: str
+    function: Callable[..., Any]
+    defaults: Mapping[str, Parameter]
+    statistics: tuple[str, ...] = ()
+    potentials: Mapping[str, tuple[Potential, tuple[str, ...]]] = field(default_factory=dict)  # and what it asks for
+
+    def __call__(self, **params: object) -> Term:
+        owner = f"goal.{self.registry}.{self.name.replace('-', '_')}"
+        if stray := [name for name in params if name not in self.defaults]:
+            raise TypeError(f"{owner} has no parameter {stray[0]!r}. Known: {', '.join(self.defaults) or 'none'}.")
+        return Term(self, tuple((n, self._checked(owner, n, params.get(n, d), d)) for n, d in self.defaults.items()))
+
+    def __reduce__(self) -> tuple[Callable[..., Definition], tuple[object, ...]]:
+        """What is registered is stored by its name, so that a copy is the same term; what is not, by its parts."""
+        if self.name in (registry := REGISTRIES[self.registry]) and registry[self.name] is self:
+            return _registered, (self.registry, self.name)
+        parts = self.function, dict(self.defaults), self.statistics, dict(self.potentials)
+        return Definition, (self.registry, self.name, *parts)
+
+    @staticmethod
+    def _checked(owner: str, name: str, value: object, default: Parameter) -> Parameter:
+        if isinstance(default, bool):
+            return check_bool(f"{owner}: parameter {name!r}", value)
+        if value is None and default is None:
+            return None
+        return check_number(owner, name, value)
+
+
+REGISTRIES: dict[str, Any] = {}  # `Registry` by kind, which registry.py puts here
+
+
+def _registered(registry: str, name: str) -> Definition:
+    """The term that was stored under this name."""
+    if name not in REGISTRIES[registry]:
+        raise ValueError(
+            f"goal.{registry} has no {name!r} in this process, and what is loaded uses it: import the module that "
+            "registers it before loading."
+        )
+    found: Definition = REGISTRIES[registry][name]
+    return found

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from goal.settings import settings
+from goal.engine.settings import settings
 from oracle import Result, oracle
 from table import MINING, TERMS_P, TERMS_T, Case, _families
 from test_contract import MININGS, arguments, close_calls, embeddings, gap, negatives_of, question, similarities

@@ -45,6 +45,14 @@ def test_a_positive_at_the_reach_of_the_hardest_negative_is_valid(P: str, size: 
     np.testing.assert_allclose(found, oracle_similarity(S, **question(P=P)).G, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [4, 300])
+def test_a_positive_so_far_above_that_it_counts_for_nothing(size: int) -> None:
+    """exp(2 · (0 − 500)) is 0 in float64, and is left out of the mean."""
+    S = matrix(([0.0, 500.0] * size)[:size], negatives=600.0)
+    _, found = emitted(torch.from_numpy(S), T="con", P="sig-ms")
+    np.testing.assert_allclose(found, oracle_similarity(S, **question(P="sig-ms")).G, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("P", ["lin-ms", "sig-ms"])
 @pytest.mark.parametrize("extra", [0, WIDE])
 def test_a_negative_at_the_threshold_is_valid(P: str, extra: int) -> None:

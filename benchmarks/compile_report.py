@@ -133,11 +133,11 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         x, y = _inputs(dtype, n, d)
         each = torch.empty(n, dtype=torch.int64, device="meta") if ids else None
         pairs = stage.pair(x, y, n, apart=True)
-        stage.statistics(x, y, pairs, request, Masks(each, each, 0, 0, n), precision)
+        stage.statistics(x, y, pairs, request, Masks(n, n, (n, n), ids=each, y_ids=each), precision)
 
     def dense(dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D) -> None:
         x, y = _inputs(dtype, d=d)
-        pairs, masks = stage.pair(x, y, N), Masks(None, None, 0, 0, N)
+        pairs, masks = stage.pair(x, y, N), Masks(N, N, (N, N))
         share = x.new_empty(2, N, dtype=torch.float32)
         relative = {name: torch.empty_like(share) for name in product.statistics}
         stage.dense_value(x, y, pairs, share, masks, product, precision, every)

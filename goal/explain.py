@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from goal import validation
-from goal.distributed import spread as distributed
-from goal.engine import operators as ops
-from goal.engine import path as engine
+from goal.distributed.traffic import size_of, traffic
+from goal.engine.backend import backend, computing_dtype
 from goal.engine.settings import Settings, settings
 from goal.mining import Mining
 from goal.terms import Term
@@ -80,7 +79,7 @@ def explain(
     """
     chosen = settings(T, P, mining, similarity, "mean", impl, precision)
     x, y = validation.embeddings(x, y, meta=True)
-    size = distributed.size_of(group, ranks, exchange)
+    size = size_of(group, ranks, exchange)
     if size is None:
         return _explanation(chosen, x, y)
     return _explanation_spread(settings(T, P, mining, similarity, "mean", "torch"), x, y, size, exchange)
@@ -88,15 +87,15 @@ def explain(
 
 def _explanation(chosen: Settings, x: Tensor, y: Tensor) -> Explanation:
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    how, why = engine.implementation(chosen, x, y)
-    request, dtype, dense = chosen.request, engine.computing_dtype(x, y), chosen.mining.dense
+    does, why = backend(chosen, x, y)
+    request, dtype, dense = chosen.request, computing_dtype(x, y), chosen.mining.dense
     names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
     asked = (chosen.mines, request.semi_hard is not None, request.lin, request.beta is not None)
     products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[dense]
     passes = products if dense == "never" else products - 2
-    plan = ops.plan(how, x, y, dtype, request, dense != "never")
+    plan = does.plan(x, y, request, dense != "never")
     return Explanation(
-        impl=how.impl,
+        impl=does.impl,
         why=why,
         dtype=str(dtype).removeprefix("torch."),
         products=plan.arithmetic,
@@ -118,7 +117,7 @@ def _explanation_spread(chosen: Settings, x: Tensor, y: Tensor, size: int, excha
     here = _explanation(chosen, x, y.new_empty(n * size, d, device="meta") if gathers else y)
     strips = 2 * n * n * size * d  # the products of one pass
     again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
-    sent = distributed.traffic(chosen, n, d, x.element_size(), width, engine.computing_dtype(x, y).itemsize, size)
+    sent = traffic(chosen, n, d, x.element_size(), width, computing_dtype(x, y).itemsize, size)
     return here._replace(
         why="the kernels take whole batches, and the batch is spread over ranks",
         passes=here.passes + again,

@@ -1,26 +1,20 @@
-"""The public face over the engine: `apply`, `apply_similarity`, `gradients`, `explain`."""
+"""The public face over the engine: `apply`, `apply_similarity`, `gradients`, and the gradient's way into autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 
-from goal import validation
-from goal.distributed import exchange as wire
-from goal.distributed import spread as distributed
-from goal.distributed.exchange import Ranks
-from goal.engine import path as engine
-from goal.engine.operators import How
-from goal.engine.path import Batch, Dense, Outcome
+from goal.distributed import forward as over_ranks
+from goal.distributed.exchange import Ranks, ranks
+from goal.engine import path
+from goal.engine.call import Arguments, Call
+from goal.engine.functorch import batched, inside, no_autocast, outside, plain
+from goal.engine.path import Emits, Outcome, Seen
 from goal.engine.settings import Settings, settings
-from goal.engine.types import Gradients, Masks, Mined, Needs
+from goal.engine.types import Gradients
 from goal.mining import Mining
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
@@ -109,9 +103,8 @@ def apply(
 
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
-    chosen = settings(T, P, mining, similarity, reduction, impl, precision)
-    ranks = wire.ranks(group, averaged, exchange)
-    return _run(x, y, chosen, ids, y_ids, weight, check_finite, ranks).loss
+    objective = settings(T, P, mining, similarity, reduction, impl, precision)
+    return run(Arguments(x, y, ids, y_ids, weight, check_finite), objective, ranks(group, averaged, exchange)).loss
 
 
 def apply_similarity(
@@ -140,8 +133,8 @@ def apply_similarity(
         tensor([[-2.,  2.],
                 [ 2., -2.]])
     """
-    chosen = settings(T, P, mining, GIVEN, reduction, impl)
-    return _run(S, None, chosen, ids, y_ids, weight, check_finite).loss
+    objective = settings(T, P, mining, GIVEN, reduction, impl)
+    return run(Arguments(S, None, ids, y_ids, weight, check_finite), objective).loss
 
 
 def gradients(
@@ -171,257 +164,111 @@ def gradients(
         >>> stats.recall_at_1
         tensor([1., 1.])
     """
-    chosen = settings(T, P, mining, similarity, reduction, impl, precision)
-    ranks, both = wire.ranks(group, averaged, exchange), (True, True)
+    objective = settings(T, P, mining, similarity, reduction, impl, precision)
+    arguments = Arguments(x, y, ids, y_ids, weight, check_finite, needs=(True, True))
     with torch.no_grad():
-        if ranks is not None:
-            found = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, both, shown=True)
-            gx, gy = found.emit(x, y, None, both)
-            seen, batch = found.seen, None
-        else:
-            batch, (_, mined, dense, seen), _ = _run(x, y, chosen, ids, y_ids, weight, check_finite)
-            assert batch is not None
-            gx, gy = _emit(x, y, chosen, batch, mined, dense, None, both)
+        outcome = _outcome(arguments, objective, ranks(group, averaged, exchange), shown=True)
+        gx, gy = outcome.emission.emit(x, y, None, (True, True))
         assert gx is not None
         assert gy is not None
-        return gx, gy, stats(batch, chosen, seen)
+        return gx, gy, stats(objective, outcome.seen)
 
 
-def _no_autocast(device: str) -> AbstractContextManager[None]:
-    """Products in the computing dtype; entered only where autocast is on, as it costs more than a small product."""
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+# ── a call ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Run(NamedTuple):
     """One call of an objective."""
 
-    batch: Batch | None  # None where it is spread over ranks
-    outcome: Outcome
     loss: Tensor  # 0-d, with the emitted gradient behind it
+    seen: Seen
 
 
-def _run(
-    x: object,
-    y: object | None,
-    chosen: Settings,
-    ids: object = None,
-    y_ids: object = None,
-    weight: object = None,
-    check_finite: bool | None = None,
-    ranks: Ranks | None = None,
-) -> Run:
-    """Validate, go forward, attach the gradient. `y` is None where x is a similarity matrix."""
-    if ranks is not None:
-        call = torch.compiler.disable(_run_spread) if torch.compiler.is_compiling() else _run_spread  # a graph ends
-        return call(x, y, chosen, ids, y_ids, weight, check_finite, ranks)
-    inputs: tuple[Any, Any] = x, y
-    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
-    with _outside():
-        if y is None:
-            x = validation.similarity_matrix(x)
-            y = x.new_empty(x.shape[1], 0)
-            checked = {"S": x}
-        else:
-            x, y = validation.embeddings(x, y)
-            checked = {"x": x, "y": y}
-        check_finite = validation.checks_finite(check_finite, x)
-        how, _ = engine.implementation(chosen, x, y)
-        rows, cols = validation.identities(ids, y_ids, x.shape[0], y.shape[0], x.device)
-        scale = validation.anchor_weight(weight, min(x.shape[0], y.shape[0]), x.device, check_finite)
-        if check_finite:
-            validation.finite(**checked)
-        with torch.no_grad(), _no_autocast(x.device.type):
-            masks = engine.masks(x, y, rows, cols, how)
-            batch = engine.prepare(x, y, chosen.similarity, masks, how)
-            outcome = engine.forward(batch, chosen, scale)
-    loss = outcome.value
-    of_x, of_y = inputs[0], y if inputs[1] is None else inputs[1]
-    if torch.is_grad_enabled() and (of_x.requires_grad or of_y.requires_grad):
-        rest = chosen, batch.masks, how, outcome.mined, outcome.dense
-        if _inside():
-            inside: Any = _EmitBy.apply
-            loss = inside(of_x, of_y, (loss,), _emitter(*rest))
-        else:
-            attach: Any = _Emit.apply
-            loss = attach(of_x, of_y, (loss,), *rest)
-    return Run(batch, outcome, loss)
+def run(arguments: Arguments, objective: Settings, over: Ranks | None = None) -> Run:
+    """Check the arguments, go forward, attach the gradient."""
+    if over is None:
+        return emitted(arguments.checked(), objective)
+    arguments = arguments._replace(needs=arguments.needed())
+    return _attached((arguments.x, arguments.y), _outcome(arguments, objective, over), any(arguments.needed()))
 
 
-def _run_spread(
-    x: Any,
-    y: Any,
-    chosen: Settings,
-    ids: object,
-    y_ids: object,
-    weight: object,
-    check_finite: bool | None,
-    ranks: Ranks,
-) -> Run:
-    """`_run` over the ranks of a group."""
-    tracked = torch.is_grad_enabled()
-    of_x, of_y = (tracked and getattr(side, "requires_grad", False) for side in (x, y))
-    value, emit, seen = _spread(x, y, chosen, ids, y_ids, weight, check_finite, ranks, (of_x, of_y), shown=False)
-    loss = value
-    if of_x or of_y:
-        attach: Any = _EmitBy.apply
-        loss = attach(x, y, (value,), emit)
-    return Run(None, Outcome(value, None, None, seen), loss)
+def emitted(call: Call, objective: Settings) -> Run:
+    """`run` of a call that is checked."""
+    return _attached(call.inputs, _forward(call, objective), any(call.needs))
 
 
-def _spread(
-    x: Any,
-    y: Any,
-    chosen: Settings,
-    ids: object,
-    y_ids: object,
-    weight: object,
-    check_finite: bool | None,
-    ranks: Ranks,
-    needs: Needs,
-    shown: bool,
-) -> distributed.Result:
-    x, y, ids, y_ids, weight = _plain(x, y, ids, y_ids, weight)
-    with torch.no_grad(), _outside(), _no_autocast(x.device.type if isinstance(x, Tensor) else "cpu"):
-        return distributed.run(x, y, chosen, ids, y_ids, weight, check_finite, ranks, needs, shown)
+def _outcome(arguments: Arguments, objective: Settings, over: Ranks | None, shown: bool = False) -> Outcome:
+    """`shown`: statistics are wanted in any case."""
+    if over is None:
+        return _forward(arguments.checked(), objective)
+    forward = torch.compiler.disable(over_ranks.forward) if torch.compiler.is_compiling() else over_ranks.forward
+    device = arguments.x.device.type if isinstance(arguments.x, Tensor) else "cpu"
+    with torch.no_grad(), outside(), no_autocast(device):
+        found: Outcome = forward(arguments, objective, over, shown)
+        return found
 
 
-def _emit(
-    x: Tensor,
-    y: Tensor,
-    chosen: Settings,
-    batch: Batch,
-    mined: Mined | None,
-    dense: Dense | None,
-    incoming: Tensor | None,
-    needs: Needs,
-) -> Gradients:
-    """∂l/∂x and ∂l/∂y in the inputs' dtypes."""
-    gx, gy = engine.emit(batch, chosen, mined, dense, incoming, needs)
-    back = chosen.similarity.pull_back
-    return (
-        None if gx is None else back(x.detach().to(gx.dtype), batch.x, gx).to(x.dtype),
-        None if gy is None else back(y.detach().to(gy.dtype), batch.y, gy).to(y.dtype),
-    )
+def _forward(call: Call, objective: Settings) -> Outcome:
+    with torch.no_grad(), outside(), no_autocast(call.x.device.type):
+        return path.forward(call, objective)
 
 
-def _plain(*arguments: Any) -> tuple[Any, ...]:
-    """The arguments without what torch.func.grad and vjp wrap tensors in: they are differentiated by `_Emit` alone.
-
-    Raises:
-        RuntimeError: one of them is batched by vmap, or has a forward-mode tangent.
-    """
-    if torch.compiler.is_compiling() or not (_inside() or forward_ad._current_level >= 0):
-        return arguments
-    kinds = {each.level(): each.key().name for each in functorch.get_interpreter_stack()} if _inside() else {}
-    found = []
-    for argument in arguments:
-        while isinstance(argument, Tensor) and functorch.is_functorch_wrapped_tensor(argument):
-            kind = kinds.get(functorch.maybe_get_level(argument))
-            if kind in _REFUSED:
-                raise RuntimeError(_NO_TRANSFORM.format(_REFUSED[kind]))
-            argument = functorch.get_unwrapped(argument)
-        if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-            raise RuntimeError(_NO_TRANSFORM.format(_REFUSED["Jvp"]))
-        found.append(argument)
-    return tuple(found)
+# ── the gradient's way into autograd ────────────────────────────────────────────────────────────────────────────────
 
 
-_REFUSED = {"Vmap": "vmap", "Jvp": "forward-mode differentiation", "Functionalize": "functionalize"}
-_NO_TRANSFORM = (
-    "goal emits a gradient in backward, which does not go through {} (torch.func.vmap, jvp, jacfwd, hessian and "
-    "functionalize; torch.autograd.forward_ad). torch.func.grad, vjp, jacrev and functional_call work: use those, in a "
-    "loop where there are several batches."
-)
-
-
-def _outside() -> AbstractContextManager[Any]:
-    """Without the transforms of torch.func, for tensors that are plain."""
-    return temporarily_clear_interpreter_stack() if _inside() else nullcontext()
-
-
-def _inside() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
+def _attached(inputs: tuple[Any, Any], outcome: Outcome, needed: bool) -> Run:
+    """The value, with what emits its gradient behind it."""
+    if not needed:
+        return Run(outcome.value, outcome.seen)
+    attach: Any = _EmitApart.apply if inside() else _Emit.apply
+    return Run(attach(*inputs, (outcome.value,), outcome.emission), outcome.seen)
 
 
 class _Emit(torch.autograd.Function):
     """The value forward; backward hands out the emitted gradient times the incoming one."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        value: tuple[Tensor],  # in a tuple it is no input, and may be handed out without a copy
-        chosen: Settings,
-        masks: Masks,
-        how: How,
-        mined: Mined | None,
-        dense: Dense | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emission: Emits) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.rest = chosen, masks, how, mined, dense
+        ctx.emission = emission  # the value comes in a tuple: so it is no input, and is handed out without a copy
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        return *_handed_out(_emitter(*ctx.rest), ctx, incoming), *[None] * 6
+        return *_handed_out(ctx, incoming), None, None
 
 
-def _emitter(chosen: Settings, masks: Masks, how: How, mined: Mined | None, dense: Dense | None) -> Emit:
-    """What emits the gradient of a call, in backward."""
-
-    def emit(x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
-        batch = engine.prepare(x, y, chosen.similarity, masks, how)
-        return _emit(x, y, chosen, batch, mined, dense, incoming, needs)
-
-    return emit
-
-
-class _EmitBy(torch.autograd.Function):
-    """As `_Emit`, by what emits: the own rows of a batch that is spread over ranks (nothing is sent in backward), and
-    under torch.func, which wants the two parts of forward apart, at ten times the cost of a call.
-    """
+class _EmitApart(torch.autograd.Function):
+    """The same for torch.func, which wants the two parts of forward apart, at ten times the cost of a call."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emit: Emit) -> Tensor:
+    def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emission: Emits) -> Tensor:
         return value[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, y, _, ctx.emit = inputs
+        x, y, _, ctx.emission = inputs
         ctx.save_for_backward(x, y)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        return *_handed_out(ctx.emit, ctx, incoming), None, None
+        return *_handed_out(ctx, incoming), None, None
 
 
-Emit = Callable[[Tensor, Tensor, Tensor | None, Needs], Gradients]  # (x, y, incoming, needs)
-
-
-def _handed_out(emit: Emit, ctx: Any, incoming: Tensor) -> Gradients:
+def _handed_out(ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
     saved = ctx.saved_tensors
-    x, y = _plain(*saved)
-    many = not torch.compiler.is_compiling() and _batched(incoming)  # of jacrev: as many of them as it likes
-    (times,) = (None,) if many else _plain(incoming)
-    with torch.no_grad(), _outside(), _no_autocast(x.device.type):
-        gx, gy = emit(x, y, times, ctx.needs_input_grad[:2])
+    x, y = plain(*saved)
+    many = not torch.compiler.is_compiling() and batched(incoming)  # of jacrev: as many of them as it likes
+    (times,) = (None,) if many else plain(incoming)
+    with torch.no_grad(), outside(), no_autocast(x.device.type):
+        gx, gy = ctx.emission.emit(x, y, times, ctx.needs_input_grad[:2])
     if many:
         gx, gy = (None if g is None else g * incoming.to(g.dtype) for g in (gx, gy))
     if torch.is_grad_enabled():
         refuse: Any = _NoSecondDerivative.apply
         gx, gy = (None if g is None else refuse(g, *saved, incoming) for g in (gx, gy))
     return gx, gy
-
-
-def _batched(tensor: Tensor) -> bool:
-    """Whether it stands for several, by vmap."""
-    while functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_batchedtensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from goal import mining, terms
-from goal.distributed import exchange as wire
+from goal.distributed.exchange import Ranks, ranks
 from goal.engine import settings as engine
-from goal.engine.path import Batch, Seen
+from goal.engine.call import Arguments, Call
+from goal.engine.path import Seen
 from goal.engine.settings import Settings
-from goal.functional import _run
+from goal.functional import emitted, run
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -57,8 +58,8 @@ class Objective(nn.Module):
         super().__init__()
         self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
         self.check_finite = check_finite
-        self._ranks = wire.ranks(group, averaged, exchange)
-        self._seen: tuple[Settings, Batch | None, Seen] | None = None
+        self._ranks = ranks(group, averaged, exchange)
+        self._seen: tuple[Settings, Seen] | None = None
 
     def _bind(self, settings: Settings) -> None:
         self.settings = settings
@@ -73,23 +74,15 @@ class Objective(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
-        return self._of(x, y, ids, y_ids, weight, self._ranks)
+        return self._run(Arguments(x, y, ids, y_ids, weight, self.check_finite), self._ranks)
 
-    def _of(
-        self,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor | None,
-        y_ids: Tensor | None,
-        weight: Tensor | None,
-        ranks: wire.Ranks | None,
-    ) -> Tensor:
-        """`forward` over these ranks."""
+    def _run(self, call: Arguments | Call, over: Ranks | None = None) -> Tensor:
+        """The scalar of a call, which may be checked already."""
         settings = self.settings
         if torch.compiler.is_compiling():  # a graph takes single numbers as its inputs, and settings as constants
             settings = engine.renumbered(settings, *self._numbers)
-        batch, outcome, loss = _run(x, y, settings, ids, y_ids, weight, self.check_finite, ranks)
-        self._seen = self.settings, batch, outcome.seen
+        loss, seen = emitted(call, settings) if isinstance(call, Call) else run(call, settings, over)
+        self._seen = self.settings, seen
         return loss
 
     def apply_similarity(
@@ -100,8 +93,8 @@ class Objective(nn.Module):
         The objective's own similarity is not asked.
         """
         given = dataclasses.replace(self.settings, similarity=GIVEN)
-        batch, outcome, loss = _run(S, None, given, ids, y_ids, weight, self.check_finite)
-        self._seen = given, batch, outcome.seen
+        loss, seen = run(Arguments(S, None, ids, y_ids, weight, self.check_finite), given)
+        self._seen = given, seen
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,8 +111,7 @@ class Objective(nn.Module):
         if self._seen is None:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
         with torch.no_grad():
-            settings, batch, seen = self._seen
-            return stats(batch, settings, seen)
+            return stats(*self._seen)
 
     def extra_repr(self) -> str:
         s = self.settings

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from goal import mining, terms, validation
-from goal.distributed import rows as gathered
 from goal.distributed.exchange import ranks
-from goal.engine.path import computing_dtype
-from goal.functional import _no_autocast
+from goal.distributed.rows import batch_of
+from goal.engine.backend import computing_dtype
+from goal.engine.call import Arguments
+from goal.engine.functorch import no_autocast
 from goal.names import unknown
 from goal.objective import Objective
 
@@ -36,13 +37,11 @@ class Yardstick(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
         """The loss of (N, D) and (M, D) embeddings; 0-d."""
-        every = gathered.whole(self._ranks, self._ranks and self._agreed(), x, y, ids, y_ids, None, self.check_finite)
-        x, y = validation.embeddings(every.x, every.y)
-        if validation.checks_finite(self.check_finite, x):
-            validation.finite(x=x, y=y)
-        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
+        arguments = Arguments(x, y, ids, y_ids, None, self.check_finite, ordinary=True)
+        call = batch_of(arguments, self._ranks, self._ranks and self._agreed())
+        (x, y), rows, cols = call.inputs, call.ids, call.y_ids
         dtype = computing_dtype(x, y)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             s = x.to(dtype) @ y.to(dtype).T
             same = torch.zeros_like(s, dtype=torch.bool)
             if rows is not None and cols is not None:

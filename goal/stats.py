@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal.engine import path as engine
-from goal.engine.path import Batch, Seen
+from goal.engine.path import Seen
 from goal.engine.settings import Settings
 
 
@@ -39,26 +38,21 @@ class Stats(NamedTuple):
         )
 
 
-def stats(batch: Batch | None, chosen: Settings, seen: Seen) -> Stats:
-    """The statistics of a batch that `engine.forward` has seen; mines only what forward did not need.
-
-    `batch` may be None where `seen` knows how to mine: the batch is spread over ranks, and these are the own anchors.
-    """
-    found = seen.statistics
-    if found is None:
-        found = seen.later() if batch is None else engine.mine(batch, chosen, chosen.request)
-    s_neg, index = found.s_neg, found.negative
-    if found.semi is not None and found.semi_negative is not None:
-        s_neg, index = found.semi, found.semi_negative
+def stats(settings: Settings, seen: Seen) -> Stats:
+    """The statistics of a batch as an objective has seen it; mines only what forward did not need."""
+    statistics = seen.statistics
+    if statistics is None:
+        statistics = seen.miner.mine(settings)
+    s_pos, (s_neg, index) = statistics.s_pos, statistics.selected
     has = s_neg != -torch.inf
     weights = seen.weights
     if weights is None:
-        stand_in = torch.where(has, s_neg, found.s_pos)
-        weights = chosen.product.weights(found.s_pos, stand_in, chosen.relative(found))
+        stand_in = torch.where(has, s_neg, s_pos)
+        weights = settings.product.weights(s_pos, stand_in, settings.relative(statistics))
     t, p_pos, p_neg = (torch.where(has, _full(weight, s_neg), 0) for weight in weights)
     on_fallback = torch.zeros_like(has) if seen.fallback is None else seen.fallback
     return Stats(
-        s_pos=found.s_pos,
+        s_pos=s_pos,
         s_neg=s_neg,
         index=torch.where(has, index, -1),
         T=t,
@@ -66,7 +60,7 @@ def stats(batch: Batch | None, chosen: Settings, seen: Seen) -> Stats:
         P_neg=p_neg,
         active=(t != 0).to(t.dtype).mean(),
         fallback=on_fallback.to(t.dtype).mean(),
-        recall_at_1=(found.s_pos > found.s_neg).to(t.dtype).mean(1),
+        recall_at_1=(s_pos > statistics.s_neg).to(t.dtype).mean(1),
     )
 
 

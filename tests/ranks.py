@@ -27,7 +27,7 @@ from goal.candidates import Augmented
 from goal.candidates.two_way import TwoWay
 from goal.distributed.exchange import Coming, Ranks, Wire
 from goal.distributed.rows import shared_seed
-from goal.engine import eager as reference
+from goal.engine import eager
 from goal.similarity import Dot
 
 WORLD = 4
@@ -140,7 +140,7 @@ def objective(
 
 def in_small_tiles(group: Any, **arguments: Any) -> list[str]:
     """The same where every block is several tiles."""
-    with mock.patch.object(reference, "TILE", 1), mock.patch.object(reference, "SMALL", 0):
+    with mock.patch.object(eager, "TILE", 1), mock.patch.object(eager, "SMALL", 0):
         return objective(group, **arguments)
 
 
@@ -157,7 +157,7 @@ def watched() -> Iterator[list[str]]:
         return said
 
     with (
-        mock.patch.object(reference, "mine", saying("mine", reference.mine)),
+        mock.patch.object(eager, "mine", saying("mine", eager.mine)),
         mock.patch.object(Wire, "gather", saying("gather", Wire.gather)),
         mock.patch.object(Wire, "swap", saying("swap", Wire.swap)),
         mock.patch.object(Wire, "shift", saying("shift", Wire.shift)),

@@ -7,9 +7,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
 import goal
-from goal.engine import path
-from goal.engine.operators import How
+from goal.engine.backend import Backend
+from goal.engine.operators import Work, pack
 from goal.engine.settings import settings
+from goal.engine.types import Block, Dense, Masks, Pairs
 
 
 def inputs(n: int = 24, m: int = 24) -> tuple[Tensor, Tensor]:
@@ -71,21 +72,13 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     x, y = (side.detach() for side in inputs(9, 12))
     chosen = settings("nca", P, mining, "dot", "mean", "auto")
     ids = (torch.arange(9) // 2, torch.arange(12) // 2) if with_ids else (None, None)
-    masks = path.masks(x, y, *ids, How("torch", "fast"))
-    s_pos = (x * y[:9]).sum(1)
-    share = torch.full((2, 9), 0.1)
-    numbers = torch.tensor([0.2, 10.0], dtype=torch.float64)
-    relative = [torch.full((2, 9), 0.3)] * len(chosen.product.P.statistics)
-    terms = (torch.tensor([10.0], dtype=torch.float64), torch.tensor([2.0, 10.0, 0.5, 0.0], dtype=torch.float64))
-    terms = terms if P == "sig-ms" else (terms[0], terms[1][:0])
-    request = chosen.request
-    reduced = request.semi_hard is not None, request.lin, request.beta is not None
-    how, pairs, ids = ("torch", "fast"), (s_pos, torch.empty(0, dtype=torch.int32)), (masks.ids, masks.y_ids)
-    torch.library.opcheck(torch.ops.goal.pair, (x, y, "dot", 9, *how))
-    torch.library.opcheck(torch.ops.goal.mine, (x, y, *pairs, *ids, "dot", numbers, *reduced, *how))
-    torch.library.opcheck(torch.ops.goal.dense_value, (x, y, *pairs, share, *ids, "dot", "nca", P, *terms, True, *how))
-    names = ",".join(chosen.product.P.statistics)
-    flags = (True, False, True)  # need_x, need_y, every
-    torch.library.opcheck(
-        torch.ops.goal.dense_emit, (x, y, *pairs, share, relative, names, *ids, "dot", "nca", P, *terms, *flags, *how)
-    )
+    block = Block(x, y, Masks(9, 12, (9, 12), ids=ids[0], y_ids=ids[1]))
+    pairs = Pairs((x * y[:9]).sum(1), torch.empty(0, dtype=torch.float64))
+    relative = {name: torch.full((2, 9), 0.3) for name in chosen.product.statistics}
+    dense = Dense(chosen.product, *pairs, torch.full((2, 9), 0.1), relative, every=True)
+    work = Work(Backend("torch", "fast", chosen.similarity), block, pairs, chosen.request, needs=(True, False))
+    operators = torch.ops.goal
+    torch.library.opcheck(operators.pair, pack(work._replace(pairs=None, request=None)))
+    torch.library.opcheck(operators.mine, pack(work))
+    for operator in (operators.dense_value, operators.dense_block):
+        torch.library.opcheck(operator, pack(work._replace(pairs=None, request=None, dense=dense)))

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import goal
-from goal.engine import eager as reference
-from goal.engine import statistics
+from goal.engine import eager, statistics
 from goal.engine.partials import Partial, merge
 from goal.engine.statistics import Request
+from goal.engine.types import Block, Masks, Pairs
 from goal.similarity import Dot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,8 +135,8 @@ def test_every_case_is_in_a_group() -> None:
 
 def in_tiles(monkeypatch: pytest.MonkeyPatch, height: int) -> None:
     """Every batch walks over tiles of `height` rows, however small it is."""
-    monkeypatch.setattr(reference, "SMALL", 0)
-    monkeypatch.setattr(reference, "tiles", lambda n, m: (slice(i, min(i + height, n)) for i in range(0, n, height)))
+    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(eager, "tiles", lambda n, m: (slice(i, min(i + height, n)) for i in range(0, n, height)))
 
 
 @every_group
@@ -197,21 +197,20 @@ class Blocks:
         self.y[: self.k : 2] = self.x[: self.k : 2]  # some pairs are equal, and some rows are ties
         self.s_pos = (self.x[: self.k] * self.y[: self.k]).sum(1)
         ids, y_ids = (torch.from_numpy(rng.integers(0, 9, size)) for size in (n, m))
-        self.ids = reference.id_codes(ids, y_ids, torch.float64) if with_ids else (None, None)
+        pair_ids = {"ids": ids, "y_ids": y_ids} if with_ids else {}
+        self.masks = Masks(n, m, (n, m), **pair_ids)
+
+    @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.s_pos, torch.tensor(eager.bounds(Dot(), self.x, self.y, self.s_pos, EVERYTHING)))
 
     def mine(self, rows: slice, cols: slice) -> tuple[Partial, Partial]:
-        ids, y_ids = self.ids
-        masks = reference.Masks(
-            None if ids is None else ids[rows],
-            None if y_ids is None else y_ids[cols],
-            row_offset=rows.start,
-            col_offset=cols.start,
-            pairs=self.k,
-        )
-        return reference.mine(Dot(), self.x[rows], self.y[cols], self.s_pos, EVERYTHING, masks)
+        block = Block(self.x[rows], self.y[cols], self.masks.block(rows, cols))
+        return eager.mine(Dot(), block, self.pairs, EVERYTHING)
 
     def merge(self, a: Partial, b: Partial) -> Partial:
-        return merge(a, b, EVERYTHING, self.s_pos.min() - 0.1, reference.rounding(Dot(), self.x, self.y))
+        limits = eager.limits(Dot(), Block(self.x, self.y, self.masks), self.pairs, EVERYTHING)
+        return merge(a, b, EVERYTHING, limits)
 
 
 def cut(size: int, *at: int) -> list[slice]:
@@ -542,7 +541,7 @@ def test_each_gradient_has_the_dtype_of_its_input(other: torch.dtype) -> None:
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("P", ["con", "lin-ms", "sig-ms"])
 def test_large_batches_in_large_tiles(P: str, mining: str, n: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "TILE", 512 * m)  # the tiles down which a maximum is taken by groups of rows
+    monkeypatch.setattr(eager, "TILE", 512 * m)  # the tiles down which a maximum is taken by groups of rows
     case = Case("nca", {}, P, {}, mining, {}, "dot", "sum", "-", (n, m, 3))
     rng = np.random.default_rng(n)
     x, y = on_a_grid(rng, n, m)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import goal
 from goal import lab
-from goal.engine import eager as reference
+from goal.engine import eager
 from goal.lab.batch import batch_integrability
 from goal.lab.dynamics import simulate, triplet_trajectory
 from goal.similarity import Dot
@@ -732,13 +732,13 @@ def test_stats_want_a_call_first() -> None:
 
 def test_stats_are_computed_on_access(monkeypatch: pytest.MonkeyPatch) -> None:
     mined = []
-    kept = reference.statistics
+    kept = eager.statistics
 
     def spy(*args: Any) -> Any:
         mined.append(args)
         return kept(*args)
 
-    monkeypatch.setattr(reference, "statistics", spy)
+    monkeypatch.setattr(eager, "statistics", spy)
     objective = goal.Objective(T="con", P="con", mining="all")  # needs no hardest negative
     x, y = leaves()
     objective(x, y).backward()
@@ -796,7 +796,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("P", ["con", "sig-ms", "lin-ms"])
 def test_a_large_batch_is_never_a_matrix(mining: str, P: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n, tile = 1500, 1 << 17
-    monkeypatch.setattr(reference, "TILE", tile)
+    monkeypatch.setattr(eager, "TILE", tile)
     x, y = leaves(n, n, 4, dtype=torch.float32)
     with Largest() as largest:
         goal.apply(x, y, P=P, mining=mining).backward()

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from goal.engine.settings import settings
 from oracle import Result, oracle
 from table import MINING, TERMS_P, TERMS_T, Case, _families
 from test_contract import MININGS, arguments, close_calls, embeddings, gap, negatives_of, question, similarities
@@ -25,12 +24,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import goal
-from goal.engine import eager as reference
-from goal.engine import operators as ops
-from goal.engine import path as engine
-from goal.engine.operators import How
+from goal.engine import backend as ops
+from goal.engine.backend import WEIGHED, Backend
+from goal.engine.operators import Work, pack
+from goal.engine.settings import settings
 from goal.engine.statistics import Request, Statistics
-from goal.engine.types import Masks
+from goal.engine.types import Block, Dense, Masks, Mined
 from goal.kernels import stage
 from goal.similarity import Dot
 
@@ -216,7 +215,7 @@ def every_objective() -> Iterator[Spread]:
         sizes = SIZES if exact else [size for size in SIZES if min(size) > 1]
         similarity = "dot" if exact else choose(("dot", "cosine"))
         case = Case(*terms, similarity, choose(("mean", "sum")), choose(IDS), sizes[number % len(sizes)])
-        yield Spread(case, number, exact, choose(TILES), (choose(LAYOUTS), choose(LAYOUTS)), choose((ops.WEIGHED, 0)))
+        yield Spread(case, number, exact, choose(TILES), (choose(LAYOUTS), choose(LAYOUTS)), choose((WEIGHED, 0)))
 
 
 OBJECTIVES = {of.case.id: of for of in every_objective()}
@@ -287,7 +286,7 @@ def test_every_name_is_met_in_every_way() -> None:
             assert {of.case.reduction for of in some} == {"mean", "sum"}, name
             assert {of.case.ids_case for of in some} == set(IDS), name
             assert {of.tiles for of in some} == set(TILES), name
-            assert {of.weighed for of in some} == {ops.WEIGHED, 0}, name
+            assert {of.weighed for of in some} == {WEIGHED, 0}, name
             assert {layout for of in some for layout in of.layouts} == set(LAYOUTS), name
     assert {of.case.shape for of in every} == set(SIZES)
     assert {of.case.similarity for of in every} == {"dot", "cosine"}
@@ -311,15 +310,21 @@ def test_tiles_and_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 
 def mined(inputs: Inputs, request: Request, precision: str = "exact") -> Statistics:
     pairs = stage.pair(inputs.x, inputs.y, min(len(inputs.x), len(inputs.y)))
-    masks = Masks(inputs.ids, inputs.y_ids, 0, 0, len(pairs.s_pos))
+    n, m = len(inputs.x), len(inputs.y)
+    masks = Masks(n, m, (n, m), ids=inputs.ids, y_ids=inputs.y_ids)
     return stage.statistics(inputs.x, inputs.y, pairs, request, masks, precision)
 
 
 def true_statistics(inputs: Inputs, request: Request) -> Statistics:
-    """The reference's, in float64."""
-    x, y = inputs.x.double(), inputs.y.double()
-    masks = engine.masks(x, y, inputs.ids, inputs.y_ids, How("torch", "exact"))
-    return reference.statistics(Dot(), x, y, reference.s_pos(Dot(), x, y, masks.pairs), request, masks)
+    """The eager path's, in float64."""
+    return eager_statistics(inputs.x.double(), inputs.y.double(), request, inputs.ids, inputs.y_ids)
+
+
+def eager_statistics(x: Tensor, y: Tensor, request: Request, ids: Any = None, y_ids: Any = None) -> Statistics:
+    n, m = len(x), len(y)
+    backend = Backend("torch", "exact", Dot())
+    block = Block(x, y, Masks(n, m, (n, m), ids=ids, y_ids=y_ids))
+    return backend.statistics(block, backend.pair(x, y, min(n, m)), request)
 
 
 SPLITS = {  # one tile, across tiles (more of them than candidates that are kept), across chunks
@@ -419,7 +424,7 @@ def test_relative_similarities_are_as_exact_as_eager(
     found, true = mined(inputs, request, precision), true_statistics(inputs, request)
     if fast:
         x, y = x.half().float(), y.half().float()
-    eager = reference.statistics(Dot(), x, y, reference.s_pos(Dot(), x, y, k), request, Masks(None, None, 0, 0, k))
+    eager = eager_statistics(x, y, request)
     for name in ("r_neg_lin", "r_neg_exp"):
         of = getattr(true, name)[:, clear]
         error, yardstick = (gap(getattr(one, name)[:, clear], of) for one in (found, eager))
@@ -995,26 +1000,18 @@ def test_a_second_derivative_is_refused(mining: str) -> None:
 def test_operators_keep_the_rules(P: str, mining: str, with_ids: bool) -> None:
     x, y = embeddings(np.random.default_rng(0), 7, 10, 6, torch.float32)
     chosen = settings("nca", P, mining, "dot", "mean", "triton", "exact")
-    how, k = How("triton", "exact"), 7
-    ids, y_ids = (torch.arange(7) // 2, torch.arange(10) // 2) if with_ids else (None, None)
-    request = chosen.request
-    pairs = stage.pair(x, y, k)
-    numbers = torch.tensor([request.semi_hard or torch.nan, request.beta or torch.nan], dtype=torch.float64)
-    asked = request.semi_hard is not None, request.lin, request.beta is not None
-    share = torch.full((2, k), 0.1)
-    relative = [torch.full((2, k), 0.3)] * len(chosen.product.P.statistics)
-    names = ",".join(chosen.product.P.statistics)
-    own = [2.0, 10.0, 0.5, 0.0] if P == "sig-ms" else []
-    terms = "nca", P, torch.tensor([10.0], dtype=torch.float64), torch.tensor(own, dtype=torch.float64)
-    masks = ids, y_ids, "dot"
-    index = torch.randint(0, k, (2, k))
+    ids = {"ids": torch.arange(7) // 2, "y_ids": torch.arange(10) // 2} if with_ids else {}
+    block, pairs = Block(x, y, Masks(7, 10, (7, 10), **ids)), stage.pair(x, y, 7)
+    share, relative = torch.full((2, 7), 0.1), {name: torch.full((2, 7), 0.3) for name in chosen.product.statistics}
+    dense = Dense(chosen.product, *pairs, share, relative, every=not with_ids)
+    work = Work(Backend("triton", "exact", chosen.similarity), block, needs=(True, with_ids))
+    mined = Mined(torch.randint(0, 7, (2, 7)), share, share)
     of = torch.ops.goal
-    torch.library.opcheck(of.pair, (x, y, "dot", k, *how))
-    torch.library.opcheck(of.mine, (x, y, *pairs, *masks, numbers, *asked, *how))
-    torch.library.opcheck(of.dense_value, (x, y, *pairs, share, *masks, *terms, True, *how))
-    flags = (True, with_ids, not with_ids)  # need_x, need_y, every
-    torch.library.opcheck(of.dense_emit, (x, y, *pairs, share, relative, names, *masks, *terms, *flags, *how))
-    torch.library.opcheck(of.mined_emit, (x, y, index, share, share, torch.ones(()), with_ids, True))
+    torch.library.opcheck(of.pair, pack(work))
+    torch.library.opcheck(of.mine, pack(work._replace(pairs=pairs, request=chosen.request)))
+    torch.library.opcheck(of.dense_value, pack(work._replace(dense=dense)))
+    torch.library.opcheck(of.dense_block, pack(work._replace(dense=dense)))
+    torch.library.opcheck(of.mined_emit, pack(work._replace(mined=mined, incoming=torch.ones(()))))
 
 
 @pytest.mark.parametrize(

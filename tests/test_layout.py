@@ -89,8 +89,9 @@ def test_what_terms_rules_and_similarities_know() -> None:
             assert all(each in ("names", "validation") or each.startswith("terms.") for each in of(name[5:])), name
     assert of("mining") == {"names", "validation"}
     assert of("similarity") == {"engine.types", "names"}
-    assert of("engine.types") == of("engine.statistics") == set()
-    assert of("engine.partials") == {"engine.statistics"}
+    assert of("engine.statistics") == set()
+    assert of("engine.types") == {"terms.product"}
+    assert of("engine.partials") == {"engine.statistics", "engine.types"}
 
 
 def test_the_engine_knows_nothing_of_what_stands_on_it() -> None:
@@ -106,7 +107,7 @@ def test_caching_knows_no_objective() -> None:
 
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
-    below = {"distributed.exchange", "distributed.rows", "names", "objective", "stats", "validation"}
+    below = {"distributed.exchange", "distributed.rows", "engine.call", "names", "objective", "stats", "validation"}
     for name in ("augment", "bank", "two_way"):
         assert of(f"candidates.{name}") <= below | {"candidates.two_way"}
 
@@ -131,7 +132,7 @@ def test_only_the_operators_know_both() -> None:
         for name, path in MODULES.items()
         if "goal.engine.eager" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
     }
-    assert both == {"goal.engine.operators"}
+    assert both == {"goal.engine.backend"}
 
 
 def test_kernels_are_imported_where_they_are_used() -> None:

@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 
 from goal import validation
 from goal.candidates.two_way import TwoWay
-from goal.distributed.rows import shared_seed, whole
+from goal.distributed.rows import batch_of, shared_seed
+from goal.engine.call import Arguments
 from goal.names import unknown
 from goal.objective import Objective
 
@@ -188,25 +189,23 @@ class Augmented(TwoWay):
             ValueError, TypeError: as `goal.apply`; x and y of different lengths; for `mixup`, one id for all. Where no
                 id has two items `interpolate` makes no rows.
         """
-        ranks = self.objective._ranks
-        check = self.objective.check_finite
-        x, y, ids, y_ids, weight = whole(ranks, self, x, y, ids, y_ids, weight, check)
-        x, y = validation.embeddings(x, y)
-        k = len(x)
+        over = self.objective._ranks
+        call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, self)
+        (x, y), k = call.inputs, len(call.x)
         if len(y) != k:
             raise ValueError(f"x and y must have the same number of rows to be augmented, got {k} and {len(y)}.")
-        ids = torch.arange(k, device=x.device) if ids is None else ids
-        rows, cols = validation.identities(ids, y_ids, k, k, x.device)
-        assert rows is not None
-        assert cols is not None
-        self._check(x=x, y=y)
+        rows, cols = call.ids, call.y_ids
+        if rows is None or cols is None:
+            rows = cols = torch.arange(k, device=x.device)
         if self.objective.settings.similarity.name == "cosine":
             x, y = normalize(x, dim=1), normalize(y, dim=1)
         generator = None
-        if ranks is not None:
-            generator = torch.Generator(x.device).manual_seed(shared_seed(ranks, x.device))
+        if over is not None:
+            generator = torch.Generator(x.device).manual_seed(shared_seed(over, x.device))
         made = _BY_NAME[self.augment](torch.cat([x, y]), torch.cat([rows, cols]), self.n, generator)
-        return self._emit(x, y, rows, cols, weight, made, made)
+        if call.finite:
+            validation.finite(**{"the made rows": made.rows})
+        return self._emit(call._replace(ids=rows, y_ids=cols, inputs=(x, y)), made, made)
 
     def extra_repr(self) -> str:
         return f"{self.augment}, n={self.n}"

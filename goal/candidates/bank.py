@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from goal import validation
 from goal.candidates.two_way import TwoWay
-from goal.distributed import exchange as wire
-from goal.distributed import rows as gathered
+from goal.distributed.exchange import ranks
+from goal.distributed.rows import batch_of
+from goal.engine.call import Arguments, Call
 from goal.objective import Objective
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Bank(nn.Module):
         self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, group: ProcessGroup | str | None = None
     ) -> None:
         super().__init__()
-        self._ranks = wire.ranks(group, False, "gather")
+        self._ranks = ranks(group, False, "gather")
         size, dim = validation.whole_number("size", size), validation.whole_number("dim", dim)
         if dtype not in validation.DTYPES:
             known = ", ".join(map(str, validation.DTYPES))
@@ -131,12 +132,9 @@ class Bank(nn.Module):
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit.
         """
-        every = gathered.whole(self._ranks, self, x, y, ids, y_ids)
-        x, y = self._fitting(every.x, every.y)
-        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
-        if rows is None or cols is None:
-            raise TypeError("ids must be integers, one for each row of x, got None.")
-        x, y = x.detach().to(self.x.rows.dtype), y.detach().to(self.y.rows.dtype)
+        call = batch_of(Arguments(x, y, ids, y_ids, check_finite=False), self._ranks, self)
+        rows, cols = self._fitting(call)
+        x, y = call.x.to(self.x.rows.dtype), call.y.to(self.y.rows.dtype)
         fine_x, fine_y = x.isfinite().all(1), y.isfinite().all(1)
         whole = bool(torch.cat((fine_x, fine_y)).all())  # the one read-out from a GPU
         if not whole:
@@ -166,14 +164,17 @@ class Bank(nn.Module):
                 stacklevel=2,
             )
 
-    def _fitting(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = validation.embeddings(x, y)
+    def _fitting(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The ids of a call, whose rows fit this bank."""
+        if call.ids is None or call.y_ids is None:
+            raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
         dim, device = self.x.rows.shape[1], self.x.rows.device
-        if x.shape[1] != dim:
-            raise ValueError(f"x and y must have the bank's {dim} columns, got {x.shape[1]}.")
-        if x.device != device:
-            raise ValueError(f"x and y are on {x.device} and the bank is on {device}: bank.to({str(x.device)!r}).")
-        return x, y
+        if call.x.shape[1] != dim:
+            raise ValueError(f"x and y must have the bank's {dim} columns, got {call.x.shape[1]}.")
+        if call.x.device != device:
+            here = call.x.device
+            raise ValueError(f"x and y are on {here} and the bank is on {device}: bank.to({str(here)!r}).")
+        return call.ids, call.y_ids
 
     def __len__(self) -> int:
         """Rows held of x."""
@@ -240,14 +241,13 @@ class Banked(TwoWay):
             ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device; where
                 finiteness is checked, a row of the bank that is not finite in the batch's dtype.
         """
-        ranks, check = self.objective._ranks, self.objective.check_finite
-        what = ranks and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
-        every = gathered.whole(ranks, what, x, y, ids, y_ids, weight, check)
-        x, y = self.bank._fitting(every.x, every.y)
-        rows, cols = validation.identities(every.ids, every.y_ids, len(x), len(y), x.device)
-        if rows is None or cols is None:
-            raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
+        over = self.objective._ranks
+        what = over and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
+        call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, what)
+        self.bank._fitting(call)
         past_x, past_y = self.bank.x.held, self.bank.y.held
-        beside_x, beside_y = (past_x.rows.to(x.dtype), past_x.ids), (past_y.rows.to(y.dtype), past_y.ids)
-        self._check(x=x, y=y, **{"the bank's x": beside_x[0], "the bank's y": beside_y[0]})
-        return self._emit(x, y, rows, cols, every.weight, beside_x, beside_y)
+        beside_x = past_x._replace(rows=past_x.rows.to(call.x.dtype))
+        beside_y = past_y._replace(rows=past_y.rows.to(call.y.dtype))
+        if call.finite:
+            validation.finite(**{"the bank's x": beside_x.rows, "the bank's y": beside_y.rows})
+        return self._emit(call, beside_x, beside_y)

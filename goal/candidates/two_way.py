@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from goal import validation
+from goal.engine.call import Call
 from goal.objective import Objective
 from goal.stats import Stats, stats
 
@@ -40,34 +40,28 @@ class TwoWay(nn.Module):
         self.objective = objective
         self._seen: list[Any] = []  # what each of the two calls saw
 
-    def _check(self, **rows: Tensor) -> None:
-        """Raise for NaN or inf where the objective would, which counts rows beside the batch as x's or y's."""
-        if validation.checks_finite(self.objective.check_finite, rows["x"]):
-            validation.finite(**rows)
+    def _emit(self, call: Call, beside_x: Candidates, beside_y: Candidates) -> Tensor:
+        """The scalar of a checked call, whose first K = min(N, M) rows are anchors, with candidates beside both sides.
 
-    def _emit(
-        self,
-        x: Tensor,
-        y: Tensor,
-        ids: Tensor,
-        y_ids: Tensor,
-        weight: Tensor | None,
-        beside_x: Candidates,
-        beside_y: Candidates,
-    ) -> Tensor:
-        """The scalar of x (N, D) and y (M, D), whose first K = min(N, M) rows are anchors."""
+        Rows beside the batch count as x's or y's where the objective looks for NaN and inf.
+        """
+        assert call.ids is not None
+        assert call.y_ids is not None
+        (x, y), (b, b_ids), (a, a_ids) = call.inputs, beside_x, beside_y
         k = min(len(x), len(y))
-        check = validation.checks_finite(self.objective.check_finite, x)
-        scale = x.new_ones(k) if weight is None else validation.anchor_weight(weight, k, x.device, check)
-        assert scale is not None
+        scale = x.new_ones(k) if call.weight is None else call.weight
         one_way = torch.eye(2, dtype=scale.dtype, device=scale.device)[:, :, None] * scale  # (2, 2, K)
-        (b, b_ids), (a, a_ids) = beside_x, beside_y
-        forth = self.objective._of(x[:k], torch.cat([y, a]), ids[:k], torch.cat([y_ids, a_ids]), one_way[0], None)
-        seen_forth = self.objective._seen
-        back = self.objective._of(torch.cat([x, b]), y[:k], torch.cat([ids, b_ids]), y_ids[:k], one_way[1], None)
-        self._seen = [seen_forth, self.objective._seen]
-        loss: Tensor = forth + back
-        return loss
+        sides = (
+            (x[:k], torch.cat([y, a]), call.ids[:k], torch.cat([call.y_ids, a_ids])),
+            (torch.cat([x, b]), y[:k], torch.cat([call.ids, b_ids]), call.y_ids[:k]),
+        )
+        losses, self._seen = [], []
+        for (rows, cols, ids, y_ids), weight in zip(sides, one_way, strict=True):
+            needs, detached = (rows.requires_grad, cols.requires_grad), (rows.detach(), cols.detach())
+            one = Call(*detached, ids, y_ids, weight, needs, call.finite, (rows, cols))
+            losses.append(self.objective._run(one))
+            self._seen.append(self.objective._seen)
+        return losses[0] + losses[1]
 
     @property
     def settings(self) -> Any:
@@ -80,10 +74,8 @@ class TwoWay(nn.Module):
         if not self._seen:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
         with torch.no_grad():
-            forth, back = (stats(batch, settings, seen) for settings, batch, seen in self._seen)
-            fallback = [
-                seen.fallback[side] for side, (_, _, seen) in enumerate(self._seen) if seen.fallback is not None
-            ]
+            forth, back = (stats(settings, seen) for settings, seen in self._seen)
+            fallback = [seen.fallback[side] for side, (_, seen) in enumerate(self._seen) if seen.fallback is not None]
         both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in _OF_EACH_DIRECTION}
         return Stats(
             s_pos=forth.s_pos,

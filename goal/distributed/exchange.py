@@ -1,16 +1,14 @@
 """What ranks say to each other: every exchange between the processes of a group, and the count of what it sends.
 
 `joined` makes this process one of the ranks. `Wire` has the three exchanges that an objective needs, of rows of bytes,
-whatever is in them: `pack` makes such rows of columns and `unpack` takes them apart. `agree` is the first exchange of
-every call. This is the only file that calls torch.distributed; it knows nothing of objectives.
+whatever is in them: `pack` makes such rows of columns and `unpack` takes them apart. This is the only file that calls
+torch.distributed; it knows nothing of objectives.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -200,71 +198,3 @@ def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         found.append(part[:, 0] if one.dim() == 1 else part)
         start += width
     return found
-
-
-# ── agree ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Agreed(NamedTuple):
-    """What one line from each rank tells."""
-
-    counts: list[int]  # rows of each rank
-    needs: tuple[bool, bool]  # whether any rank needs a gradient of its x, of its y
-    longest: tuple[float, float]  # max‖x‖ and max‖y‖ over all rows; 0 where nobody asks
-
-
-def agree(
-    wire: Wire,
-    rows: int,
-    arguments: dict[str, object],
-    error: Exception | None,
-    needs: tuple[bool, bool],
-    longest: tuple[float, float],
-    device: torch.device,
-) -> Agreed:
-    """One line from each rank. Where arguments differ, or one rank has refused its own, all ranks raise.
-
-    The digest of the arguments travels with every call, in 8 bytes: a rank cannot know that another's have changed. The
-    texts are exchanged only where digests differ.
-
-    Args:
-        arguments: what has to be the same on all ranks.
-        error: why this rank refuses its arguments, or None.
-
-    Raises:
-        ValueError: on every rank, naming the ranks that differ and what differs, or that refuse and why.
-        TypeError: on a rank that refuses its own for that.
-    """
-    text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in arguments.items())
-    message = text if error is None else f"{type(error).__name__}: {error}"
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-    spoken = list(message.encode())
-    line = torch.tensor([[rows, digest, *needs, error is not None, len(spoken)]], device=device)
-    norms = torch.tensor([longest], dtype=torch.float64, device=device)
-    lines, norms = unpack(wire.gather(pack(line, norms), [1] * wire.size).wait(), (line, norms))
-    counts, digests, of_x, of_y, refused, lengths = lines.T.tolist()
-    if any(refused) or len(set(digests)) > 1:
-        said = torch.tensor(spoken, dtype=torch.uint8, device=device)[:, None]
-        heard = bytes(wire.gather(said, lengths).wait().flatten().tolist())
-        ends = list(itertools.accumulate(lengths, initial=0))
-        texts = [heard[a:b].decode() for a, b in itertools.pairwise(ends)]
-        raise _difference(texts, [bool(one) for one in refused], error) from error
-    largest: list[float] = norms.amax(0).tolist()
-    return Agreed(counts, (any(of_x), any(of_y)), (largest[0], largest[1]))
-
-
-def _difference(texts: list[str], refused: list[bool], error: Exception | None) -> Exception:
-    """What is said on all ranks when they do not agree."""
-    if any(refused):
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
-        return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(found))
-    tables = [dict(line.split("=", 1) for line in text.splitlines()) for text in texts]
-    found = []
-    for name in tables[0]:
-        values: dict[str, list[str]] = {}
-        for rank, table in enumerate(tables):
-            values.setdefault(table.get(name, "unknown"), []).append(str(rank))
-        if len(values) > 1:
-            each = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in values.items())
-            found.append(f"{name} is {each}")
-    return ValueError("the ranks of group do not agree: " + ". ".join(found) + ".")

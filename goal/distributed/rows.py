@@ -1,6 +1,7 @@
-"""What each rank brings to a call, checked, and the global batch that it makes with all others'.
+"""The global batch that the ranks make together, with all of its rows on every rank.
 
-`gathered` is for losses of the whole matrix S, which every rank then computes; `goal.distributed` shares the work.
+`gathered` is for losses of the whole matrix S, which every rank then computes; `goal.distributed.spread` shares the
+work of an objective out.
 """
 
 from __future__ import annotations
@@ -10,64 +11,44 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from goal import validation
-from goal.distributed.exchange import Ranks, Wire, agree, pack, ranks, unpack
-from goal.engine import path as engine
+from goal.distributed.agree import Line, agree
+from goal.distributed.exchange import Ranks, Wire, pack, ranks, unpack
+from goal.engine.backend import computing_dtype
+from goal.engine.call import Arguments, Call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# ── own arguments ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a rank brings ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Local(NamedTuple):
-    """This rank's arguments, checked."""
-
-    x: Tensor  # (n, D), as they came
-    y: Tensor  # (n, D)
-    ids: Tensor | None  # (n,) int64
-    y_ids: Tensor | None  # (n,); `ids` itself where none were given
-    weight: Tensor | None  # (n,) or (2, n)
-    finite: bool
-
-    def described(self) -> dict[str, object]:
-        """What of it has to be the same on all ranks."""
-        return {
-            "D": self.x.shape[1],
-            "x.dtype": self.x.dtype,
-            "y.dtype": self.y.dtype,
-            "ids": "none" if self.ids is None else "given",
-            "y_ids": "none" if self.y_ids is self.ids else "given",
-            "weight": None if self.weight is None else "(K,)" if self.weight.dim() == 1 else "(2, K)",
-            "check_finite": self.finite,
-        }
-
-    def columns(self) -> list[Tensor]:
-        """Ids and weights, a row for each pair, as they are sent."""
-        dtype = engine.computing_dtype(self.x, self.y)
-        weight = None if self.weight is None else self.weight.to(dtype).movedim(-1, 0)
-        y_ids = None if self.y_ids is self.ids else self.y_ids
-        return [one for one in (self.ids, y_ids, weight) if one is not None]
-
-    def of_all(self, columns: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """ids, y_ids and weight of all pairs, from all ranks' columns."""
-        *ids, weight = columns if self.weight is not None else [*columns, None]
-        rows, cols = (ids[0], ids[-1]) if ids else (None, None)
-        return rows, cols, None if weight is None else weight.movedim(0, -1)
+def described(call: Call) -> dict[str, object]:
+    """What of a call has to be the same on all ranks."""
+    return {
+        "D": call.x.shape[1],
+        "x.dtype": call.x.dtype,
+        "y.dtype": call.y.dtype,
+        "ids": "none" if call.ids is None else "given",
+        "y_ids": "none" if call.y_ids is call.ids else "given",
+        "weight": None if call.weight is None else "(K,)" if call.weight.dim() == 1 else "(2, K)",
+        "check_finite": call.finite,
+    }
 
 
-def local(x: object, y: object, ids: object, y_ids: object, weight: object, check_finite: bool | None) -> Local:
-    x, y = validation.embeddings(x, y)
-    n, m = len(x), len(y)
-    if n != m:
-        raise ValueError(f"x and y must have the same number of rows on each rank with group=, got {n} and {m}.")
-    finite = validation.checks_finite(check_finite, x)
-    rows, cols = validation.identities(ids, y_ids, n, m, x.device)
-    scale = validation.anchor_weight(weight, n, x.device, finite)
-    if finite:
-        validation.finite(x=x, y=y)
-    return Local(x.detach(), y.detach(), rows, cols, scale, finite)
+def columns_of(call: Call) -> list[Tensor]:
+    """Ids and weights, a row for each pair, as they are sent."""
+    dtype = computing_dtype(call.x, call.y)
+    weight = None if call.weight is None else call.weight.to(dtype).movedim(-1, 0)
+    y_ids = None if call.y_ids is call.ids else call.y_ids
+    return [one for one in (call.ids, y_ids, weight) if one is not None]
+
+
+def of_all(call: Call, columns: list[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """ids, y_ids and weight of all pairs, from all ranks' columns."""
+    *ids, weight = columns if call.weight is not None else [*columns, None]
+    rows, cols = (ids[0], ids[-1]) if ids else (None, None)
+    return rows, cols, None if weight is None else weight.movedim(0, -1)
 
 
 # ── all rows on every rank ──────────────────────────────────────────────────────────────────────────────────────────
@@ -125,45 +106,41 @@ def gathered(
         >>> loss.backward()
         >>> torch.distributed.destroy_process_group()
     """
-    checked = ranks(group, averaged, "gather")
-    if checked is None:
+    over = ranks(group, averaged, "gather")
+    if over is None:
         raise TypeError("group must be a torch.distributed.ProcessGroup or 'world', got None.")
-    return whole(checked, what, x, y, ids, y_ids, weight)
+    call = batch_of(Arguments(x, y, ids, y_ids, weight, check_finite=False), over, what)
+    return Global(*call.inputs, call.ids, call.y_ids, call.weight)
 
 
-def whole(
-    ranks: Ranks | None,
-    what: object,  # its text has to be the same on all ranks; made only where there are any
-    x: Tensor,
-    y: Tensor,
-    ids: Tensor | None,
-    y_ids: Tensor | None,
-    weight: Tensor | None = None,
-    check_finite: bool | None = False,
-) -> Global:
-    """The batch: that of all ranks, as `gathered` says, or where there are none, what came."""
-    if ranks is None:
-        return Global(x, y, ids, y_ids, weight)
+def batch_of(arguments: Arguments, over: Ranks | None, what: object) -> Call:
+    """The checked call: that of all ranks, as `gathered` says, or without ranks that of the arguments.
+
+    Args:
+        what: its text has to be the same on all ranks; it is made only where there are any.
+    """
+    if over is None:
+        return arguments.checked()
     if torch.compiler.is_compiling():  # a graph ends here, and another begins
-        inner: Any = torch.compiler.disable(whole)
-        found: Global = inner(ranks, what, x, y, ids, y_ids, weight, check_finite)
+        inner: Any = torch.compiler.disable(batch_of)
+        found: Call = inner(arguments, over, what)
         return found
-    wire, own, error = Wire(ranks.group), None, None
-    arguments: dict[str, object] = {}
+    wire, own, line = Wire(over.group), None, Line(0, {})
     try:
-        own = local(x, y, ids, y_ids, weight, check_finite)
-        arguments = {"what": what, "averaged": ranks.averaged, **own.described()}
+        own = arguments.checked(even=True)
+        line = Line(len(own.x), {"what": what, "averaged": over.averaged, **described(own)})
     except (TypeError, ValueError) as refused:
-        error = refused
-    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
-    counts = agree(wire, 0 if own is None else len(own.x), arguments, error, (False, False), (0.0, 0.0), device).counts
+        line = Line(0, {}, refused)
+    device = arguments.x.device if isinstance(arguments.x, Tensor) else torch.device("cpu")
+    counts = agree(wire, line, device).counts
     assert own is not None
-    columns = [own.x, own.y, *own.columns()]
+    columns = [own.x, own.y, *columns_of(own)]
     all_x, all_y, *rest = unpack(wire.gather(pack(*columns), counts).wait(), columns)
     start = sum(counts[: wire.rank])
-    here, by = slice(start, start + len(own.x)), wire.size if ranks.averaged else 1
-    rows, cols, scale = own.of_all(rest)
-    return Global(_live(all_x, x, here, by), _live(all_y, y, here, by), rows, cols, scale)
+    here, by = slice(start, start + len(own.x)), wire.size if over.averaged else 1
+    inputs = _live(all_x, own.inputs[0], here, by), _live(all_y, own.inputs[1], here, by)
+    ids, y_ids, weight = of_all(own, rest)
+    return Call(all_x, all_y, ids, y_ids, weight, own.needs, own.finite, inputs)
 
 
 def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:
@@ -174,7 +151,7 @@ def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:
     return torch.cat([every[: here.start], own, every[here.stop :]])
 
 
-def shared_seed(ranks: Ranks, device: torch.device) -> int:
+def shared_seed(over: Ranks, device: torch.device) -> int:
     """A random number of rank 0, the same on all ranks, which all draw one."""
-    wire, drawn = Wire(ranks.group), torch.randint(2**62, (1, 1), device=device)
+    wire, drawn = Wire(over.group), torch.randint(2**62, (1, 1), device=device)
     return int(wire.gather(drawn.view(torch.uint8), [1] * wire.size).wait().view(torch.int64)[0])

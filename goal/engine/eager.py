@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from goal.engine.partials import Partial, finish, merge
+from goal.engine.range import bounded, lost
 from goal.engine.statistics import BAND, Request, Statistics
-from goal.engine.types import Entries, Gradients, Limits, Masks, Needs, Plan
+from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan
 from goal.similarity import Dot, norm
-from goal.terms import Product
 
 TILE = 1 << 22  # elements of S held at once
 SMALL = 1 << 18  # elements of S up to which the calls cost more than the arithmetic
@@ -30,58 +30,38 @@ def tiles(n: int, m: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, n))
 
 
-def id_codes(ids: Tensor, y_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both sides' ids as small floats that are equal where the ids are (exact below 2²⁴ distinct ids)."""
-    _, codes = torch.unique(torch.cat((ids, y_ids)), return_inverse=True)
-    return codes[: len(ids)].to(dtype), codes[len(ids) :].to(dtype)
+def _coded(masks: Masks, dtype: torch.dtype) -> Masks:
+    """The masks with ids as small floats, which tiles are compared with many times faster."""
+    if masks.ids is None or masks.y_ids is None:
+        return masks
+    _, codes = torch.unique(torch.cat((masks.ids, masks.y_ids)), return_inverse=True)
+    if len(codes) < 1 << 24:  # float32 holds all whole numbers up to there
+        codes = codes.to(dtype)
+    return masks._replace(ids=codes[: masks.n], y_ids=codes[masks.n :])
 
 
-def rounding(similarity: Dot, x: Tensor, y: Tensor) -> float:
-    """Similarities closer than this are equal for the arithmetic of one product: 2√D · eps · max‖x‖ · max‖y‖."""
-    if similarity.name == "given":
-        return 0.0
-    return rounding_of(similarity, x.shape[1], x.dtype, longest(x), longest(y))
+def bounds(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request) -> list[float]:
+    """−min s⁺, max ‖x‖ and max ‖y‖ of some rows; 0 where nothing that is requested asks for them.
 
-
-def rounding_of(similarity: Dot, d: int, dtype: torch.dtype, longest_x: float, longest_y: float) -> float:
-    """The same from max‖x‖ and max‖y‖; order embeddings are no product: the longer of the two."""
-    size = max(longest_x, longest_y) if similarity.name == "order" else longest_x * longest_y
-    return 2 * math.sqrt(d) * torch.finfo(dtype).eps * size
-
-
-def longest(x: Tensor) -> float:
-    """max‖x‖ over the rows."""
-    found: float = norm(x).max().item()
-    return found
-
-
-def bounded(*similarities: Tensor) -> bool:
-    """Whether these are known to be far inside the dtype's range; only on the CPU, where asking waits for nobody."""
-    if torch.compiler.is_compiling() or similarities[0].device.type != "cpu":
-        return False
-    far = torch.finfo(similarities[0].dtype).max ** 0.75
-    return all(torch.dot(s, s).item() < far for s in map(torch.flatten, similarities))
-
-
-def lost(s_pos: Tensor, s_neg: Tensor, p_pos: Any, p_neg: Any, loss: Tensor) -> Tensor:
-    """Where the weights of triplets are not to be had in this dtype, so that a NaN has to show; bool.
-
-    A similarity is not finite; or its square is not, and the weights or the loss are beyond their range with it.
+    The largest of several blocks' bounds are those of all of them.
     """
-    limit = torch.finfo(s_neg.dtype).max ** 0.5
-    size = torch.maximum(s_pos.abs(), s_neg.abs())
-    cut = ~loss.isfinite()
-    for weight in (p_pos, p_neg):
-        if isinstance(weight, Tensor):
-            cut = cut | ~(weight.abs() < limit)
-    found: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
-    return found
+    least = -s_pos.min().item() if request.sums and s_pos.shape[0] else 0.0
+    if not request.compares or similarity.name == "given":
+        return [least, 0.0, 0.0]
+    return [least, norm(x).max().item(), norm(y).max().item()]
 
 
-def limits(s_pos: Tensor, request: Request, tie: float) -> Limits:
-    """The limits of a batch; 0 where nothing that is requested asks for them."""
-    threshold = s_pos.min().item() - BAND if request.sums and s_pos.shape[0] else 0.0
-    return Limits(threshold, tie if request.compares else 0.0)
+def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Limits:
+    """What the reductions of a block compare with, from the bounds of the batch, or where none are given, its own.
+
+    Similarities closer than 2√D · eps · max ‖x‖ · max ‖y‖ are equal for the arithmetic of one product; order embeddings
+    are no product: the longer of the two.
+    """
+    x, y, _ = block
+    known = pairs.bounds.tolist() if pairs.bounds.numel() else bounds(similarity, x, y, pairs.s_pos, request)
+    least, x_norm, y_norm = known
+    size = max(x_norm, y_norm) if similarity.name == "order" else x_norm * y_norm
+    return Limits(-least - BAND, 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * size)
 
 
 def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
@@ -89,77 +69,65 @@ def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
     return similarity.pairs(x[:pairs], y[:pairs], None, None)
 
 
-def statistics(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, masks: Masks) -> Statistics:
+def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Statistics:
     """The mining stage over a whole batch: what `finish` makes of `mine`.
 
     A square batch that fits one tile is reduced in both directions at once, S beside its transpose: half the calls,
     which is what a small batch costs.
     """
-    n, m = x.shape[0], y.shape[0]
+    x, y, masks = block
+    n, m = masks.n, masks.m
     if n != m or n * m > SMALL:
-        return finish(s_pos, *mine(similarity, x, y, s_pos, request, masks))
-    tile = masks.hide(similarity.tile(x, y))
+        return finish(pairs.s_pos, *mine(similarity, block, pairs, request))
+    tile = _coded(masks, x.dtype).hide(similarity.tile(x, y))
     both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
-    part, _ = _Reduction(similarity, x, y, s_pos, request)(both, -1, 0, s_pos)
+    part, _ = _Reduction(request, limits(similarity, block, pairs, request))(both, -1, 0, pairs.s_pos)
 
-    def pairs(negative: Tensor) -> Tensor:
+    def scores(negative: Tensor) -> Tensor:
         return torch.stack((similarity.pairs(x, y, None, negative[0]), similarity.pairs(x, y, negative[1], None)))
 
     def count() -> Tensor:
-        return torch.stack([masks.negatives(side, n, m, x.device) for side in (0, 1)])
+        return torch.stack([masks.negatives(side, x.device) for side in (0, 1)])
 
-    return finish(s_pos, _rescore(part, count if masks.may_lack(n, m) else None, pairs))
+    return finish(pairs.s_pos, _rescore(part, count if masks.may_lack else None, scores))
 
 
-def mine(
-    similarity: Dot,
-    x: Tensor,
-    y: Tensor,
-    s_pos: Tensor,
-    request: Request,
-    masks: Masks,
-    whole: Limits | None = None,
-) -> tuple[Partial, Partial]:
-    """Both directions' partials of one block of S, from one pass over its tiles.
+def mine(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
+    """Both directions' partials of a block of S, from one pass over its tiles.
 
     Args:
-        x: (n, D) embedded rows of the block, the global rows from `masks.row_offset` on.
-        y: (m, D) embedded columns.
-        s_pos: (K,) of the whole batch.
-        request: what is to be reduced.
-        whole: the limits of the whole batch; by default those of the block, which are right where it is all there is.
+        pairs: of the batch; without bounds, those of the block stand for them, which is right for all of S.
 
     Returns:
-        The partials of the block's anchors x→y (rows) and y→x (columns), with global indices.
+        The partials of the block's anchors x→y (rows) and y→x (columns), with indices in the batch.
         The mined similarities are those of `similarity.pairs`, not of the tile's product.
     """
-    size = x.shape[0], y.shape[0]
-    n_rows, n_cols = masks.anchors(0, size[0]), masks.anchors(1, size[1])
-    reduce = _Reduction(similarity, x, y, s_pos, request, whole)
+    x, y, masks = block
+    coded, (rows, cols) = _coded(masks, x.dtype), (masks.anchors(0), masks.anchors(1))
+    n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
+    reduce = _Reduction(request, limits(similarity, block, pairs, request))
     of_rows: Partial | None = None
     of_cols: Partial | None = None
-    for rows in tiles(x.shape[0], y.shape[0]):
-        inside = masks.rows(rows)
-        out = reduce.memory("tile", (rows.stop - rows.start, y.shape[0]), x)
-        tile = inside.hide(similarity.tile(x[rows], y, out=out))
+    for at in tiles(masks.n, masks.m):
+        inside = coded.tile(at)
+        out = reduce.memory("tile", (inside.n, inside.m), x)
+        tile = inside.hide(similarity.tile(x[at], y, out=out))
         shared = None
-        anchors = max(0, min(n_rows - rows.start, tile.shape[0]))
-        here = inside.row_offset
+        here = inside.anchors(0)
+        anchors = here.stop - here.start
         if anchors:
-            own = s_pos[here : here + anchors]
-            part, shared = reduce(tile[:anchors], -1, masks.col_offset, own)
-            of_rows = _filled(of_rows, part, rows.start, n_rows)
+            part, shared = reduce(tile[:anchors], -1, masks.col_offset, pairs.s_pos[here])
+            of_rows = _filled(of_rows, part, at.start, n_rows)
         if n_cols:
-            own = s_pos[masks.col_offset : masks.col_offset + n_cols]
             if shared is not None and (anchors, n_cols) != tile.shape:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
-            part, _ = reduce(tile[:, :n_cols], 0, here, own, shared)
-            of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.threshold, reduce.tie)
-    x_to_y = of_rows if of_rows is not None else _nothing(s_pos, request)
-    y_to_x = of_cols if of_cols is not None else _nothing(s_pos, request)
+            part, _ = reduce(tile[:, :n_cols], 0, inside.row_offset, pairs.s_pos[cols], shared)
+            of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.limits)
+    x_to_y = of_rows if of_rows is not None else _nothing(pairs.s_pos, request)
+    y_to_x = of_cols if of_cols is not None else _nothing(pairs.s_pos, request)
     counts: list[Callable[[], Tensor] | None] = [None, None]
-    if masks.may_lack(*size):
-        counts = [lambda: masks.negatives(0, *size, x.device), lambda: masks.negatives(1, *size, x.device)]
+    if masks.may_lack:
+        counts = [lambda: masks.negatives(0, x.device), lambda: masks.negatives(1, x.device)]
 
     def of_x(negative: Tensor) -> Tensor:
         return similarity.pairs(x[:n_rows], y, None, negative - masks.col_offset)
@@ -193,13 +161,8 @@ class _Reduction:
     It keeps the memory of tile-sized intermediates from one tile to the next: fresh pages cost more than the sums.
     """
 
-    def __init__(
-        self, similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request, whole: Limits | None = None
-    ) -> None:
-        self.request = request
-        if whole is None:
-            whole = limits(s_pos, request, rounding(similarity, x, y) if request.compares else 0.0)
-        self.threshold, self.tie = whole
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self.request, self.limits = request, limits
         self._memory: dict[str, Tensor] = {}
 
     def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -225,10 +188,10 @@ class _Reduction:
         s_neg, index = _max(tile, dim)
         part = Partial(s_neg, index + offset if offset else index)
         if self.request.semi_hard is not None:
-            above, below = (s_pos - self.request.semi_hard).unsqueeze(dim), (s_pos - self.tie).unsqueeze(dim)
+            above, below = (s_pos - self.request.semi_hard).unsqueeze(dim), (s_pos - self.limits.tie).unsqueeze(dim)
             semi, semi_index = _max(torch.where((tile > above) & (tile < below), tile, -torch.inf), dim)
             info = torch.finfo(tile.dtype)
-            if self.tie > info.eps * info.max**0.5:  # where squares are out of range, ties hide what is no tie
+            if self.limits.tie > info.eps * info.max**0.5:  # where squares are out of range, ties hide what is no tie
                 hidden = (tile > above) & (tile >= below) & (tile < s_pos.unsqueeze(dim))
                 semi = torch.where(hidden.any(dim), torch.nan, semi)
             part = part._replace(semi=semi, semi_negative=semi_index + offset)
@@ -236,11 +199,11 @@ class _Reduction:
             return part, None
         shared = self._share(tile, s_neg) if shared is None else shared
         valid = shared.valid.sum(dim)  # the hardest included, where it is valid
-        has = (s_neg >= self.threshold).to(tile.dtype)
+        has = (s_neg >= self.limits.threshold).to(tile.dtype)
         if shared.excess is not None:
-            cut, out = (s_neg - self.tie).unsqueeze(dim), self.memory("ties", tile.shape, tile)
+            cut, out = (s_neg - self.limits.tie).unsqueeze(dim), self.memory("ties", tile.shape, tile)
             ties = torch.ge(tile, cut, out=out).sum(dim)
-            reach = (s_neg - self.threshold).clamp_(min=0)
+            reach = (s_neg - self.limits.threshold).clamp_(min=0)
             part = part._replace(
                 ties=ties,
                 lin_count=(valid - ties).clamp_(min=0) * has,
@@ -252,20 +215,20 @@ class _Reduction:
         return part, shared
 
     def _share(self, tile: Tensor, s_neg: Tensor) -> _Shared:
-        valid = torch.ge(tile, self.threshold, out=self.memory("valid", tile.shape, tile))
+        valid = torch.ge(tile, self.limits.threshold, out=self.memory("valid", tile.shape, tile))
         excess, exps, shift, beta = None, None, 0.0, self.request.beta
         if self.request.lin:
-            excess = torch.sub(tile, self.threshold, out=self.memory("excess", tile.shape, tile)).clamp_(min=0)
+            excess = torch.sub(tile, self.limits.threshold, out=self.memory("excess", tile.shape, tile)).clamp_(min=0)
         if beta is not None:
-            shift = max(s_neg.max().item(), self.threshold)
-            if beta * (shift - self.threshold) < _reach(tile.dtype):
+            shift = max(s_neg.max().item(), self.limits.threshold)
+            if beta * (shift - self.limits.threshold) < _reach(tile.dtype):
                 origin, out = tile.new_tensor(-beta * shift), self.memory("exps", tile.shape, tile)
                 exps = torch.add(origin, tile, alpha=beta, out=out).exp_().mul_(valid)
         return _Shared(valid, excess, exps, shift)
 
     def _exp_sum(self, tile: Tensor, dim: int, s_neg: Tensor, hardest: Tensor, shared: _Shared, beta: float) -> Tensor:
         """Σ exp(−β(s⁻ − sᵢⱼ)) over the valid negatives but the hardest, which is left out, not subtracted."""
-        top = s_neg.clamp(min=self.threshold)  # below the threshold the sum is empty
+        top = s_neg.clamp(min=self.limits.threshold)  # below the threshold the sum is empty
         if shared.exps is not None:
             outside = shared.exps.gather(dim, hardest)
             total = shared.exps.scatter_(dim, hardest, 0).sum(dim) * torch.exp(beta * (shared.shift - top))
@@ -341,17 +304,17 @@ def _rescore(part: Partial, count: Callable[[], Tensor] | None, pairs: Callable[
     return part
 
 
-def dense_value(
-    similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, share: Tensor, masks: Masks, product: Product
-) -> Tensor:
-    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over all negatives of both directions in a block of S, 0-d; `share` is (2, K)."""
+def dense_value(similarity: Dot, block: Block, dense: Dense) -> Tensor:
+    """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over the negatives of both directions in a block of S, 0-d."""
+    x, y, masks = block
+    s_pos, coded = dense.s_pos, _coded(masks, x.dtype)
     total = s_pos.new_zeros(())
-    for rows in tiles(x.shape[0], y.shape[0]):
-        tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
+    for rows in tiles(masks.n, masks.m):
+        tile, inside = similarity.tile(x[rows], y), coded.tile(rows)
         live, fits = inside.live(tile), bounded(tile, s_pos)
-        for dim, part, at in _directions(tile, inside):
-            own, s, met = s_pos[at].unsqueeze(dim), tile[part], share[1 - dim, at].unsqueeze(dim)
-            loss = product.value(own, s)
+        for dim, part, at in _directions(inside):
+            own, s, met = s_pos[at].unsqueeze(dim), tile[part], dense.share[1 - dim, at].unsqueeze(dim)
+            loss = dense.product.value(own, s)
             if not fits:
                 loss = torch.where(own.isfinite() & s.isfinite(), loss, torch.nan)
                 loss = torch.where(live[part] * met != 0, loss, 0.0)  # 0 · inf is no 0
@@ -359,84 +322,64 @@ def dense_value(
     return total
 
 
-def dense_emit(
-    similarity: Dot,
-    x: Tensor,
-    y: Tensor,
-    s_pos: Tensor,
-    share: Tensor,
-    relative: dict[str, Tensor],
-    masks: Masks,
-    product: Product,
-    needs: Needs,
-) -> Gradients:
-    """∂l/∂x and ∂l/∂y of anchors that meet all their negatives, over the whole batch.
-
-    Args:
-        share: (2, K), what each of an anchor's negatives weighs; 0 for anchors that do not meet all of them.
-        relative: the statistics that the terms declared, each (2, K).
-        product: T × P.
-        needs: whether x and y need a gradient.
-    """
-    pull = torch.zeros_like(s_pos)  # both directions' in one
-    gx, gy = dense_block(similarity, x, y, s_pos, share, relative, masks, product, needs, (pull, pull))
-    pairs = torch.arange(s_pos.shape[0], device=x.device)
-    _accumulate(gx, gy, slice(None), similarity.vjp(x, y, Entries(pairs, pairs, -pull), needs))
-    return gx, gy
-
-
 def dense_block(
-    similarity: Dot,
-    x: Tensor,
-    y: Tensor,
-    s_pos: Tensor,
-    share: Tensor,
-    relative: dict[str, Tensor],
-    masks: Masks,
-    product: Product,
-    needs: Needs,
-    pull: tuple[Tensor, Tensor],
-) -> Gradients:
-    """What the negatives in one block of S give its rows and columns: G is made tile by tile, S a second time.
-
-    The arguments as for `dense_emit`; x and y are those of the block, and the masks know where it lies.
+    similarity: Dot, block: Block, dense: Dense, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """What the negatives in a block of S give its rows and columns: G is made tile by tile, S a second time.
 
     Args:
-        pull: (K,) each, of x→y and of y→x: the block's share of −G at the pairs is added there.
+        needs: whether x and y need a gradient.
+
+    Returns:
+        ∂l/∂x (n, D) and ∂l/∂y (m, D) without what the pairs give, and (2, K) what the block pulls at the pairs of
+        x→y and of y→x: its share of −G there.
     """
+    x, y, masks = block
+    product, s_pos, coded = dense.product, dense.s_pos, _coded(masks, x.dtype)
     gx = torch.zeros_like(x) if needs[0] else None
     gy = torch.zeros_like(y) if needs[1] else None
-    for rows in tiles(x.shape[0], y.shape[0]):
-        tile, inside = similarity.tile(x[rows], y), masks.rows(rows)
+    pull = torch.zeros_like(dense.share)
+    for rows in tiles(masks.n, masks.m):
+        tile, inside = similarity.tile(x[rows], y), coded.tile(rows)
         live, g, fits = inside.live(tile), torch.zeros_like(tile), bounded(tile, s_pos)
-        for dim, part, at in _directions(tile, inside):
-            own = {name: value[1 - dim, at].unsqueeze(dim) for name, value in relative.items()}
-            t, p_pos, p_neg = product.weights(s_pos[at].unsqueeze(dim), tile[part], own)
-            met = live[part] * share[1 - dim, at].unsqueeze(dim)
+        for dim, part, at in _directions(inside):
+            own, s = s_pos[at].unsqueeze(dim), tile[part]
+            relative = {name: value[1 - dim, at].unsqueeze(dim) for name, value in dense.relative.items()}
+            weights = product.weights(own, s, relative)
+            met = live[part] * dense.share[1 - dim, at].unsqueeze(dim)
             if not fits:
-                loss = product.value(s_pos[at].unsqueeze(dim), tile[part])
-                gone = (met != 0) & lost(s_pos[at].unsqueeze(dim), tile[part], p_pos, p_neg, loss)
+                gone = (met != 0) & lost(own, s, weights, product.value(own, s))
                 met = torch.where(gone, torch.nan, met)
-            selected = met * t
-            g[part] += selected * p_neg
-            pull[1 - dim][at] += (selected * p_pos).sum(dim)
+            of_pairs, of_negatives = weights.coefficients(met)
+            g[part] += of_negatives
+            pull[1 - dim, at] += of_pairs.sum(dim)
         if any(needs):
-            _accumulate(gx, gy, rows, similarity.tile_vjp(x[rows], y, g, needs))
-    return gx, gy
+            at_x, at_y = similarity.tile_vjp(x[rows], y, g, needs)
+            if gx is not None and at_x is not None:
+                gx[rows] += at_x
+            if gy is not None and at_y is not None:
+                gy += at_y
+    return gx, gy, pull
 
 
-def _accumulate(gx: Tensor | None, gy: Tensor | None, rows: slice, found: Gradients) -> None:
-    if gx is not None and found[0] is not None:
-        gx[rows] += found[0]
-    if gy is not None and found[1] is not None:
-        gy += found[1]
+def mined_emit(similarity: Dot, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
+    """∂l/∂x (n, D) and ∂l/∂y (m, D) of the mined entries in a block of S, times the incoming gradient (0-d)."""
+    x, y, masks = block
+    entries = mined.entries()
+    if not masks.whole:
+        row, col = entries.row - masks.row_offset, entries.col - masks.col_offset
+        inside = (row >= 0) & (row < masks.n) & (col >= 0) & (col < masks.m)
+        entries = Entries(row[inside], col[inside], entries.value[inside])
+    if incoming is not None:
+        entries = entries._replace(value=entries.value * incoming)
+    return similarity.vjp(x, y, entries, needs)
 
 
 Index = tuple[slice, slice]
 
 
-def _directions(tile: Tensor, masks: Masks) -> Iterator[tuple[int, Index, slice]]:
+def _directions(masks: Masks) -> Iterator[tuple[int, Index, slice]]:
     """For x→y and y→x: the candidates' dimension, a tile's part with anchors, and which anchors those are."""
-    n, m = masks.anchors(0, tile.shape[0]), masks.anchors(1, tile.shape[1])
-    yield 1, (slice(0, n), slice(None)), slice(masks.row_offset, masks.row_offset + n)
-    yield 0, (slice(None), slice(0, m)), slice(masks.col_offset, masks.col_offset + m)
+    rows, cols = masks.anchors(0), masks.anchors(1)
+    yield 1, (slice(0, rows.stop - rows.start), slice(None)), rows
+    yield 0, (slice(None), slice(0, cols.stop - cols.start)), cols

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Limits
 
 
 class Partial(NamedTuple):
@@ -27,14 +28,13 @@ class Partial(NamedTuple):
     exp_sum: Tensor | None = None  # (A,) Σ exp(−β(s⁻ − sᵢⱼ)) over them
 
 
-def merge(a: Partial, b: Partial, request: Request, threshold: float, tie: float) -> Partial:
+def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
     """The partial over both sets of candidates: associative, and commutative but for the order of summing.
 
     Args:
         a, b: partials of the same anchors over disjoint candidates.
         request: what both were asked for.
-        threshold: min s⁺ − 0.1.
-        tie: similarities closer than this are equal (the rounding of one product).
+        limits: the threshold of the sums, and what counts as equal, of the batch.
     """
     takes_b = _beats(b.s_neg, b.negative, a.s_neg, a.negative)
     s_neg, index = torch.where(takes_b, b.s_neg, a.s_neg), torch.where(takes_b, b.negative, a.negative)
@@ -53,13 +53,13 @@ def merge(a: Partial, b: Partial, request: Request, threshold: float, tie: float
         return torch.where(takes_b, of_b, of_a), torch.where(takes_b, of_a, of_b)
 
     lost = torch.where(takes_b, a.s_neg, b.s_neg)  # the loser's hardest now joins the sums, if it is valid
-    joins = lost >= threshold
+    joins = lost >= limits.threshold
     gap = torch.where(joins, s_neg - lost, 0)
     if request.lin:
         count, lost_count = ordered("lin_count")
         total, lost_total = ordered("lin_sum")
         ties, lost_ties = ordered("ties")
-        tied = gap <= tie
+        tied = gap <= limits.tie
         merged = merged._replace(
             ties=ties + lost_ties * (joins & tied),
             lin_count=count + lost_count + lost_ties * (joins & ~tied),

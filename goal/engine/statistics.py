@@ -40,6 +40,13 @@ class Statistics(NamedTuple):
     r_neg_lin: Tensor | None  # (2, K)
     r_neg_exp: Tensor | None  # (2, K)
 
+    @property
+    def selected(self) -> tuple[Tensor, Tensor]:
+        """Similarity and index of the negative that mining selects, (2, K) each; −inf where an anchor has none."""
+        if self.semi is not None and self.semi_negative is not None:
+            return self.semi, self.semi_negative
+        return self.s_neg, self.negative
+
 
 def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
     """R⁺ = mean (s⁺ᵢ − s⁺ₖ) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out: (K,), (2, K) → (2, K).

@@ -1,4 +1,4 @@
-"""What crosses the seams of the engine: pairs, masks, entries of G, gradients."""
+"""What crosses the seams of the engine: pairs, blocks of S, entries of G, gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from goal.terms.product import Product
 
 Gradients = tuple[Tensor | None, Tensor | None]  # at x and at y; None where `needs` says so
 Needs = tuple[bool, bool]
@@ -48,47 +50,69 @@ class Pairs(NamedTuple):
     """What leaves the pair stage."""
 
     s_pos: Tensor  # (K,) similarity of each pair
-    bounds: Tensor  # (3,) for kernels: min s⁺, max ‖x‖ and max ‖y‖, as they write them; (0,) for the reference
+    bounds: Tensor  # (3,) −min s⁺, max ‖x‖, max ‖y‖, as a backend writes them; (0,) where it needs none beforehand
 
 
 class Masks(NamedTuple):
-    """What makes S[i, j] not a negative: the pair itself, and equal ids."""
+    """What makes S[i, j] not a negative, in a block of S: the pair itself, and equal ids."""
 
-    ids: Tensor | None  # (n,) ids of the rows of this block: codes in the tiles' dtype, or int64 for kernels
-    y_ids: Tensor | None  # (m,) of its columns
-    row_offset: int  # global index of the block's first row
-    col_offset: int
-    pairs: int  # K: rows and columns below it are anchors
+    n: int  # rows of the block
+    m: int  # its columns
+    size: tuple[int, int]  # (N, M) of the batch
+    row_offset: int = 0  # index in the batch of the block's first row
+    col_offset: int = 0
+    ids: Tensor | None = None  # (n,) int64 ids of the block's rows
+    y_ids: Tensor | None = None  # (m,) of its columns
 
-    def may_lack(self, n: int, m: int) -> bool:
-        """Whether an anchor of an (n, m) block could be left without a negative."""
-        return self.ids is not None or min(n, m) < 2
+    @property
+    def pairs(self) -> int:
+        """K: rows and columns of the batch below it are anchors."""
+        return min(self.size)
 
-    def anchors(self, side: int, size: int) -> int:
-        """How many of the block's first rows (side 0) or columns (side 1), of which there are `size`, are anchors."""
-        return max(0, min(self.pairs - (self.col_offset if side else self.row_offset), size))
+    @property
+    def whole(self) -> bool:
+        """Whether the block is all of S."""
+        return (self.n, self.m) == self.size
 
-    def negatives(self, side: int, n: int, m: int, device: torch.device) -> Tensor:
-        """(A,) how many negatives the anchors of one side of an (n, m) block have in it."""
-        own, others, first, offset = self.ids, self.y_ids, self.row_offset, self.col_offset
+    @property
+    def may_lack(self) -> bool:
+        """Whether an anchor could be left without a negative here."""
+        return self.ids is not None or min(self.n, self.m) < 2
+
+    def block(self, rows: slice, cols: slice) -> Masks:
+        """Those of some rows and columns of a whole batch."""
+        ids, y_ids = (None if one is None else one[at] for one, at in ((self.ids, rows), (self.y_ids, cols)))
+        n, m = rows.stop - rows.start, cols.stop - cols.start
+        return Masks(n, m, self.size, rows.start, cols.start, ids, y_ids)
+
+    def tile(self, rows: slice) -> Masks:
+        """Those of some rows of the block, with all of its columns."""
+        ids = None if self.ids is None else self.ids[rows]
+        return self._replace(n=rows.stop - rows.start, ids=ids, row_offset=self.row_offset + rows.start)
+
+    def anchors(self, side: int) -> slice:
+        """Which anchors of the batch the block begins with: its rows (side 0) or its columns (side 1)."""
+        offset, size = (self.col_offset, self.m) if side else (self.row_offset, self.n)
+        return slice(offset, offset + max(0, min(self.pairs - offset, size)))
+
+    def negatives(self, side: int, device: torch.device) -> Tensor:
+        """(A,) how many negatives the anchors of one side have in the block."""
+        at = self.anchors(side)
+        own, others, offset, m = self.ids, self.y_ids, self.col_offset, self.m
         if side:
-            own, others, first, offset, n, m = others, own, offset, first, m, n
-        anchors = self.anchors(side, n)
-        place = torch.arange(first - offset, first - offset + anchors, device=device)
+            own, others, offset, m = others, own, self.row_offset, self.n
+        place = torch.arange(at.start - offset, at.stop - offset, device=device)
         pair = (place >= 0) & (place < m)
         if own is None or others is None:
             return m - pair.long()
-        pair &= own[:anchors] != others[place.clamp(0, m - 1)]  # ids remove it already where they are equal
-        return m - _occurrences(own[:anchors], others) - pair.long()
-
-    def rows(self, rows: slice) -> Masks:
-        ids = None if self.ids is None else self.ids[rows]
-        return self._replace(ids=ids, row_offset=self.row_offset + rows.start)
+        own = own[: at.stop - at.start]
+        pair &= own != others[place.clamp(0, m - 1)]  # ids remove it already where they are equal
+        return m - _occurrences(own, others) - pair.long()
 
     def diagonal(self, tile: Tensor) -> Tensor:
         """View of the entries of a tile that are pairs."""
         first = max(self.row_offset, self.col_offset)
-        last = min(self.row_offset + tile.shape[0], self.col_offset + tile.shape[1], self.pairs)
+        last = min(self.row_offset + self.n, self.col_offset + self.m, self.pairs)
         i, j = first - self.row_offset, first - self.col_offset
         size = max(0, last - first)
         return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
@@ -119,8 +143,27 @@ def _occurrences(of: Tensor, among: Tensor) -> Tensor:
     return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 
+class Block(NamedTuple):
+    """A block of S, which may be all of it: rows of x and of y, embedded, in the dtype that a backend takes."""
+
+    x: Tensor  # (n, D)
+    y: Tensor  # (m, D)
+    masks: Masks
+
+
+class Dense(NamedTuple):
+    """Anchors that meet all their negatives, weighed: what makes the entries of G tile by tile."""
+
+    product: Product
+    s_pos: Tensor  # (K,)
+    bounds: Tensor  # of the batch, as `Pairs` has them
+    share: Tensor  # (2, K) what an anchor's negatives weigh; 0 for anchors that do not meet all of them
+    relative: dict[str, Tensor]  # the statistics that the terms declared, each (2, K)
+    every: bool  # all anchors meet all their negatives, not only some
+
+
 class Limits(NamedTuple):
-    """What the reductions of any block compare with: numbers of the whole batch."""
+    """What the reductions of any block compare with: numbers of the batch."""
 
     threshold: float  # min s⁺ − 0.1: the similarity from which a negative is valid for the sums
     tie: float  # similarities closer than this are equal (the rounding of one product)

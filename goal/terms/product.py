@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal.terms.term import STATISTICS, Term
+
+
+class Weights(NamedTuple):
+    """T, P⁺ and P⁻ of triplets: tensors that broadcast with their similarities, or plain numbers."""
+
+    T: Any
+    P_pos: Any
+    P_neg: Any
+
+    def coefficients(self, share: Any) -> tuple[Any, Any]:
+        """What the triplets pull at s⁺ and push at s⁻: m·T·P⁺ and m·T·P⁻, the equation of every objective.
+
+        Args:
+            share: m, what each triplet weighs.
+        """
+        selected = share * self.T
+        return selected * self.P_pos, selected * self.P_neg
 
 
 @dataclass(frozen=True)
@@ -29,15 +46,15 @@ class Product:
         term = self.P if statistic in self.P.statistics else self.T
         return term.params[str(STATISTICS[statistic])]
 
-    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> tuple[Any, Any, Any]:
-        """T, P⁺, P⁻ at these similarities; tensors that broadcast with them, or plain numbers.
+    def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> Weights:
+        """T, P⁺, P⁻ at these similarities.
 
         P is kept below √finfo.max, the largest similarity whose square is representable: far-off similarities would
         carry its exponentials and products out of the dtype's range.
         """
         t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
         p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
-        return t, _saturate(p_pos), _saturate(p_neg)
+        return Weights(t, _saturate(p_pos), _saturate(p_neg))
 
     def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
         """l(s⁺, s⁻): the loss whose gradient T × P is where the terms carry it, else the violation s⁻ − s⁺."""

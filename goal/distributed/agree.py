@@ -1,0 +1,75 @@
+"""The first exchange of every call over ranks: one line from each, whether they agree and what they bring."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal.distributed.exchange import Wire, pack, unpack
+
+
+class Line(NamedTuple):
+    """What a rank says of its call."""
+
+    rows: int
+    arguments: dict[str, object]  # what has to be the same on all ranks
+    error: Exception | None = None  # why it refuses its arguments
+    needs: tuple[bool, bool] = (False, False)  # whether it needs a gradient of its x, of its y
+    bounds: tuple[float, ...] = (0.0, 0.0, 0.0)  # numbers of which the largest over all ranks is wanted
+
+
+class Agreed(NamedTuple):
+    """What all lines say together."""
+
+    counts: list[int]  # rows of each rank
+    needs: tuple[bool, bool]  # whether any rank needs a gradient of its x, of its y
+    bounds: Tensor  # (3,) float64 the largest of each
+
+
+def agree(wire: Wire, line: Line, device: torch.device) -> Agreed:
+    """One line from each rank. Where arguments differ, or one rank has refused its own, all ranks raise.
+
+    The digest of the arguments travels with every call, in 8 bytes: a rank cannot know that another's have changed. The
+    texts are exchanged only where digests differ.
+
+    Raises:
+        ValueError: on every rank, naming the ranks that differ and what differs, or that refuse and why.
+        TypeError: on a rank that refuses its own for that.
+    """
+    error = line.error
+    text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in line.arguments.items())
+    message = text if error is None else f"{type(error).__name__}: {error}"
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    spoken = list(message.encode())
+    numbers = torch.tensor([[line.rows, digest, *line.needs, error is not None, len(spoken)]], device=device)
+    bounds = torch.tensor([line.bounds], dtype=torch.float64, device=device)
+    lines, bounds = unpack(wire.gather(pack(numbers, bounds), [1] * wire.size).wait(), (numbers, bounds))
+    counts, digests, of_x, of_y, refused, lengths = lines.T.tolist()
+    if any(refused) or len(set(digests)) > 1:
+        said = torch.tensor(spoken, dtype=torch.uint8, device=device)[:, None]
+        heard = bytes(wire.gather(said, lengths).wait().flatten().tolist())
+        ends = list(itertools.accumulate(lengths, initial=0))
+        texts = [heard[a:b].decode() for a, b in itertools.pairwise(ends)]
+        raise _difference(texts, [bool(one) for one in refused], error) from error
+    return Agreed(counts, (any(of_x), any(of_y)), bounds.amax(0))
+
+
+def _difference(texts: list[str], refused: list[bool], error: Exception | None) -> Exception:
+    """What is said on all ranks when they do not agree."""
+    if any(refused):
+        found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
+        return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(found))
+    tables = [dict(line.split("=", 1) for line in text.splitlines()) for text in texts]
+    found = []
+    for name in tables[0]:
+        values: dict[str, list[str]] = {}
+        for rank, table in enumerate(tables):
+            values.setdefault(table.get(name, "unknown"), []).append(str(rank))
+        if len(values) > 1:
+            each = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in values.items())
+            found.append(f"{name} is {each}")
+    return ValueError("the ranks of group do not agree: " + ". ".join(found) + ".")

@@ -1,0 +1,146 @@
+"""One objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
+
+The global batch is the ranks' rows in rank order. A call goes
+
+    agree    one line from each rank: how many rows, which arguments, is anything wrong     O(1)
+    share    s⁺, ids and weights of all pairs                                                O(N)
+    mine     each rank its own rows of x against all of y, so that a tile is made once; rows of y come in one
+             all-gather (`gather.py`) or block by block round a ring (`ring.py`), while others are being mined
+    home     what was reduced for a column goes to its owner, is merged and finished; all statistics are shared: O(N)
+    weigh    every rank weighs all anchors: it knows all entries of G
+    emit     ∂l/∂x and ∂l/∂y of its own rows; nothing is sent in backward
+
+What is sent goes through `goal.distributed.exchange`, as rows of bytes, and is counted there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal.distributed.agree import Agreed, Line, agree
+from goal.distributed.exchange import Ranks, Wire, pack, unpack
+from goal.distributed.gather import Gathered
+from goal.distributed.ring import Ring
+from goal.distributed.rows import columns_of, described, of_all
+from goal.distributed.spread import Spread
+from goal.engine.backend import Backend, backend
+from goal.engine.call import Arguments, Call
+from goal.engine.path import Outcome, Seen, pulled_back, weighed_by
+from goal.engine.settings import Settings
+from goal.engine.statistics import Statistics
+from goal.engine.types import Block, Gradients, Masks, Needs, Pairs
+from goal.engine.weigh import Weighed, share_of
+
+
+def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) -> Outcome:
+    """The objective of the global batch; `shown`: statistics are wanted in any case. All ranks call it together."""
+    wire, mines = Wire(over.group), settings.mines or (shown and over.exchange == "ring")
+    ready: Ready | None = None
+    try:
+        call = arguments.checked(even=True)
+        if settings.impl == "triton":
+            raise ValueError("impl='triton' cannot be used with group=: the kernels take whole batches, no blocks.")
+        does, _ = backend(dataclasses.replace(settings, impl="torch"), call.x, call.y)
+        n = len(call.x)
+        block = does.block(call.x, call.y, Masks(n, n, (n, n)))
+        pairs = does.pair(block.x, block.y, n)
+        bounds = does.bounds(block, pairs, settings.request)
+        same = {**described(call), **_described(settings, does), "averaged": over.averaged}
+        line = Line(n, {**same, "exchange": over.exchange, "mines": mines}, None, call.needs, tuple(bounds))
+        ready = Ready(call, does, block, pairs)
+    except (TypeError, ValueError) as refused:
+        line = Line(0, {}, refused)
+    device = arguments.x.device if isinstance(arguments.x, Tensor) else torch.device("cpu")
+    agreed = agree(wire, line, device)
+    assert ready is not None
+    spread = _share(wire, settings, ready, agreed)
+    blocks = Ring(spread) if over.exchange == "ring" else Gathered(spread)
+    own = blocks.mine(settings) if mines else None
+    statistics = None if own is None else _shared(spread, own)
+    weighed = weighed_by(spread.backend, settings, spread.masks, spread.pairs, statistics, spread.share)
+    part, emit = blocks.finish(weighed.mined, weighed.dense)
+    value = weighed.value
+    if part is not None:
+        value = value + wire.gather(part.view(1, 1).view(torch.uint8), [1] * wire.size).wait().view(part.dtype).sum()
+    emission = Emission(spread, emit, wire.size if over.averaged else 1)
+    return Outcome(value, emission, _seen(spread, weighed, own, statistics, blocks))
+
+
+class Ready(NamedTuple):
+    """What a rank has before the first exchange."""
+
+    call: Call
+    backend: Backend
+    block: Block  # the own rows, embedded
+    pairs: Pairs  # the own ones
+
+
+def _share(wire: Wire, settings: Settings, ready: Ready, agreed: Agreed) -> Spread:
+    """s⁺, ids and weights of all pairs in one exchange."""
+    call, does, block, pairs = ready
+    columns = [pairs.s_pos, *columns_of(call)]
+    s_pos, *rest = unpack(wire.gather(pack(*columns), agreed.counts).wait(), columns)
+    ids, y_ids, weight = of_all(call, rest)
+    k, start = len(s_pos), sum(agreed.counts[: wire.rank])
+    masks, here = Masks(k, k, (k, k), ids=ids, y_ids=y_ids), slice(start, start + len(block.x))
+    own = block._replace(masks=masks.block(here, here))
+    pairs = Pairs(s_pos, agreed.bounds.to(pairs.bounds.dtype))
+    share = share_of(pairs, weight, settings.reduction)
+    return Spread(wire, agreed.counts, settings, does, (call.x, call.y), own, masks, pairs, share, agreed.needs)
+
+
+def _described(settings: Settings, does: Backend) -> dict[str, object]:
+    """What of an objective has to be the same on all ranks."""
+    return {
+        "T": settings.product.T,
+        "P": settings.product.P,
+        "mining": settings.mining,
+        "similarity": settings.similarity.name,
+        "reduction": settings.reduction,
+        "impl": does.impl,
+        "precision": does.precision,
+    }
+
+
+def _seen(spread: Spread, weighed: Weighed, own: Statistics | None, statistics: Statistics | None, blocks: Any) -> Seen:
+    """What `Stats` shows of the own anchors."""
+    here, s_pos, weights, settings = spread.here, spread.pairs.s_pos, weighed.weights, spread.settings
+    if weights is None and statistics is not None:  # R⁺ is over all pairs: not to be made again from the own ones
+        stand_in = torch.where(statistics.s_neg == -torch.inf, s_pos, statistics.s_neg)
+        weights = settings.product.weights(s_pos, stand_in, settings.relative(statistics))
+    if weights is not None:
+        own_ones = (one[..., here] if isinstance(one, Tensor) and one.dim() else one for one in weights)
+        weights = type(weights)(*own_ones)
+    fallback = None if weighed.fallback is None else weighed.fallback[:, here]
+    return Seen(s_pos[here], own, weights, fallback, blocks)  # the last keeps all rows alive
+
+
+def _shared(spread: Spread, own: Statistics) -> Statistics:
+    """All ranks' statistics from the own anchors'."""
+    columns = [one.T for one in own[1:] if one is not None]
+    rows = spread.wire.gather(pack(*columns), spread.counts).wait()
+    every = iter(unpack(rows, columns))
+    shared: list[Any] = [None if one is None else next(every).T.contiguous() for one in own[1:]]
+    return Statistics(spread.pairs.s_pos, *shared)
+
+
+# ── the call ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Emission(NamedTuple):
+    """What emits the own rows' gradient."""
+
+    spread: Spread
+    own: Callable[[Tensor | None, Needs], Gradients]  # (incoming, needs) → at the embedded own rows
+    by: int  # what the gradient is multiplied by
+
+    def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
+        if self.by != 1:
+            incoming = self.spread.pairs.s_pos.new_tensor(self.by) if incoming is None else incoming * self.by
+        gradients = self.own(incoming, needs)
+        return pulled_back(self.spread.backend.similarity, (x, y), self.spread.own, gradients)

@@ -1,0 +1,98 @@
+"""All rows at once: everybody's rows come in the background while the own block is mined."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from goal.distributed.exchange import pack, unpack
+from goal.distributed.spread import Columns, Join, Meet, Spread, mine
+from goal.engine.partials import finish
+from goal.engine.path import emit_blocks
+from goal.engine.settings import Settings
+from goal.engine.statistics import Statistics
+from goal.engine.types import Block, Dense, Gradients, Mined, Needs
+
+
+class Gathered:
+    """The blocks of S with all rows here: own x with all of y, and for gradients all of x with own y."""
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+        needs, wire, (x, y) = spread.needs, spread.wire, spread.rows
+        self._y = wire.gather(y.contiguous().view(torch.uint8), spread.counts)
+        dense = spread.settings.mining.dense != "never"  # its entries at the pairs want both
+        self._x = None
+        if needs[1] or (dense and needs[0]) or not spread.settings.mines:  # for stats, which may be asked for later
+            self._x = wire.gather(x.contiguous().view(torch.uint8), spread.counts)
+
+    @functools.cached_property
+    def y(self) -> Tensor:
+        """(N, D) all rows of y, embedded."""
+        return self.spread.embed(self._y.wait(), self.spread.rows[1])
+
+    @functools.cached_property
+    def x(self) -> Tensor:
+        """(N, D) all rows of x; where no rank needs a gradient they have not been sent."""
+        if self._x is None:
+            raise RuntimeError("no rank needs a gradient of y, so the rows of x were not exchanged.")
+        return self.spread.embed(self._x.wait(), self.spread.rows[0])
+
+    @property
+    def rows(self) -> Block:
+        """Own rows of S, with all columns."""
+        spread = self.spread
+        return spread.block(spread.own.x, spread.here, self.y, spread.everything)
+
+    @property
+    def cols(self) -> Block:
+        """Own columns of S, with all rows."""
+        spread = self.spread
+        return spread.block(self.x, spread.everything, spread.own.y, spread.here)
+
+    def walk(self, meet: Meet, join: Join) -> Columns:
+        """The own block while the others' rows arrive, then those before it and after it; columns go home in a swap."""
+        spread = self.spread
+        own, end = spread.here, spread.everything.stop
+        here = meet(spread.own)
+        parts = [here]
+        for cols in (slice(0, own.start), slice(own.stop, end)):
+            if cols.start < cols.stop:
+                parts.append(meet(spread.block(spread.own.x, own, self.y[cols], cols)))
+        in_order = [parts[1], here, *parts[2:]] if own.start else parts
+        columns = [torch.cat(column) for column in zip(*in_order, strict=True)]
+        height = own.stop - own.start
+        came = spread.wire.swap(pack(*columns), spread.counts, [height] * spread.wire.size)
+        return functools.reduce(join, (unpack(rows, columns) for rows in came.split(height)))
+
+    def mine(self, settings: Settings) -> Statistics:
+        """The own anchors' statistics; where objectives mine nothing, for `Stats`, from what is here."""
+        spread = self.spread
+        if settings.mines:
+            return mine(spread, self.walk)
+        rows, _ = spread.backend.mine(self.rows, spread.pairs, settings.request)
+        _, cols = spread.backend.mine(self.cols, spread.pairs, settings.request)
+        return finish(spread.pairs.s_pos[spread.here], rows, cols)
+
+    def finish(
+        self, mined: Mined | None, dense: Dense | None
+    ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
+        """The own rows' part of the dense value, and what emits; backward waits for nothing."""
+        spread = self.spread
+        value = None if dense is None else spread.backend.dense_value(self.rows, dense)
+        if self._x is not None:
+            _ = self.x
+
+        def blocks(needs: Needs) -> Iterator[tuple[Block, tuple[bool, bool]]]:
+            if needs[0] or dense is not None:
+                yield self.rows, (True, False)
+            if needs[1] or dense is not None:
+                yield self.cols, (False, True)
+
+        def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
+            return emit_blocks(spread.backend, blocks(needs), spread.own, (mined, dense), incoming, needs)
+
+        return value, emit

@@ -1,0 +1,147 @@
+"""Block by block round a ring: at most two blocks of other ranks are here at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from goal.distributed.exchange import pack, unpack
+from goal.distributed.spread import Columns, Join, Meet, Spread, mine
+from goal.engine.partials import Partial
+from goal.engine.path import at_pairs
+from goal.engine.settings import Settings
+from goal.engine.statistics import Statistics
+from goal.engine.types import Block, Dense, Entries, Gradients, Mined, Needs, total
+
+
+class Ring:
+    """Blocks of y go round, with what was reduced for their rows behind them; two of others' are here at once.
+
+    The next block arrives while this one is worked on. Emission is in forward, since rows of others are no longer there
+    in backward; that has only to multiply.
+    """
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+        keeps = any(spread.needs) and spread.settings.mining.mined != "none"
+        self._won = torch.empty_like(spread.own.x) if keeps else None  # (n, D) the negatives of the own x
+
+    def walk(self, meet: Meet, join: Join) -> Columns:
+        """Meets each block of y with the own x; what all ranks reduced for the own block comes home."""
+        spread, wire = self.spread, self.spread.wire
+        like: Columns = []
+        block, behind = spread.rows[1].contiguous().view(torch.uint8), None
+        for step in range(wire.size):
+            owner, following = (wire.rank - step) % wire.size, (wire.rank - step - 1) % wire.size
+            coming = wire.shift(block, spread.counts[following]) if step < wire.size - 1 else None
+            y = spread.embed(block, spread.rows[1])
+            like = meet(spread.block(spread.own.x, spread.here, y, spread.of(owner)))
+            joined = like if behind is None else join(unpack(behind.wait(), like), like)
+            behind = wire.shift(pack(*joined) if joined else block[:, :0], spread.counts[following])
+            if coming is not None:
+                block = coming.wait()
+        assert behind is not None
+        return unpack(behind.wait(), like)
+
+    def mine(self, settings: Settings) -> Statistics:
+        """The own anchors' statistics."""
+        return mine(self.spread, self.walk, self._keep)
+
+    def _keep(self, block: Block, before: Partial | None, merged: Partial) -> None:
+        """The rows of the negatives so far."""
+        if self._won is None:
+            return
+        index = _negative(merged)
+        new = torch.ones_like(index, dtype=torch.bool) if before is None else index != _negative(before)
+        self._won[new] = block.y[index[new] - block.masks.col_offset]
+
+    def finish(
+        self, mined: Mined | None, dense: Dense | None
+    ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
+        """The own rows' part of the dense value, and what emits."""
+        value, gx, gy = None, None, None
+        if mined is not None and any(self.spread.needs):
+            gx, gy = self._mined(mined)
+        if dense is not None:
+            value, (dense_x, dense_y) = self._dense(dense)
+            gx, gy = total(gx, dense_x), total(gy, dense_y)
+
+        def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
+            wanted = [one if needed else None for one, needed in zip((gx, gy), needs, strict=True)]
+            times = [None if one is None else one.clone() if incoming is None else one * incoming for one in wanted]
+            return times[0], times[1]
+
+        return value, emit
+
+    def _mined(self, mined: Mined) -> Gradients:
+        """An anchor's owner has its negative's row, and sends that row's gradient to its owner."""
+        spread, (negative, pull, push) = self.spread, mined
+        vjp, here, needs = spread.backend.similarity.vjp, spread.here, spread.needs
+        x, y = spread.own.x.to(push.dtype), spread.own.y.to(push.dtype)
+        k = torch.arange(len(x), device=x.device)
+        forth, back = _Routes(spread, negative[0]), _Routes(spread, negative[1])
+        won = spread.embed(back.fetch(spread.rows[0].contiguous().view(torch.uint8)), spread.rows[0]).to(push.dtype)
+        assert self._won is not None
+        gx, to_y = vjp(x, self._won.to(push.dtype), Entries(k, k, push[0, here]), needs)
+        to_x, gy = vjp(won, y, Entries(k, k, push[1, here]), needs)
+        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, pull.sum(0), needs)
+        from_y = None if to_x is None else back.deliver(to_x)
+        from_x = None if to_y is None else forth.deliver(to_y)
+        return total(gx, pair_x, from_y), total(gy, pair_y, from_x)
+
+    def _dense(self, dense: Dense) -> tuple[Tensor, Gradients]:
+        """A round of its own: the value, and with it the gradients if anybody needs them."""
+        spread, needs, here = self.spread, self.spread.needs, self.spread.here
+        value, taken = dense.s_pos.new_zeros(()), torch.zeros_like(dense.share)
+        gradients: list[Tensor | None] = [None]
+
+        def meet(block: Block) -> Columns:
+            value.add_(spread.backend.dense_value(block, dense))
+            if not any(needs):
+                return []
+            at_x, at_y, pull = spread.backend.dense_block(block, dense, needs)
+            gradients[0] = total(gradients[0], at_x)
+            taken.add_(pull)
+            return [pull[1, block.masks.anchors(1)], *([] if at_y is None else [at_y])]
+
+        def join(a: Columns, b: Columns) -> Columns:
+            return [one + other for one, other in zip(a, b, strict=True)]
+
+        home = self.walk(meet, join)
+        if not any(needs):
+            return value, (None, None)
+        pull = taken[0].clone()
+        pull[here] += home[0]
+        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, -pull, needs)
+        return value, (total(gradients[0], pair_x), total(home[1] if needs[1] else None, pair_y))
+
+
+def _negative(part: Partial) -> Tensor:
+    return part.negative if part.semi_negative is None else part.semi_negative
+
+
+class _Routes:
+    """Between anchors and their negatives' owners: a row goes once between two ranks, however many anchors it has."""
+
+    def __init__(self, spread: Spread, negative: Tensor) -> None:
+        own = spread.here
+        self.spread = spread
+        self.rows, self.inverse = torch.unique(negative[own], return_inverse=True)  # ascending: by owner
+        ends = torch.tensor(list(itertools.accumulate(spread.counts)), device=negative.device)
+        self.theirs = torch.bincount(torch.bucketize(self.rows, ends, right=True), minlength=len(ends)).tolist()
+        mine = [one[(one >= own.start) & (one < own.stop)].unique() for one in negative.split(spread.counts)]
+        self.ours = [len(one) for one in mine]
+        self.at = torch.cat(mine) - own.start  # own rows that others' anchors have, by rank
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """The negatives' rows for each own anchor, from what each rank has of its own."""
+        return self.spread.wire.swap(rows[self.at], self.ours, self.theirs)[self.inverse]
+
+    def deliver(self, gradient: Tensor) -> Tensor:
+        """The own rows' sum of the gradients (n, D) that all ranks' anchors have for their negatives' rows."""
+        total = gradient.new_zeros(len(self.rows), gradient.shape[1]).index_add_(0, self.inverse, gradient)
+        came = self.spread.wire.swap(total.view(torch.uint8), self.theirs, self.ours).view(gradient.dtype)
+        return torch.zeros_like(gradient).index_add_(0, self.at, came)

@@ -1,0 +1,52 @@
+"""What an objective over ranks sends and holds, for `goal.explain`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from goal import validation
+from goal.distributed.exchange import Wire, ranks
+from goal.engine.settings import Settings
+
+
+def size_of(group: object, ranks_: int | None, exchange: str) -> int | None:
+    """How many ranks `goal.explain` is asked about; None without any."""
+    checked = ranks(group, False, exchange)
+    if ranks_ is None:
+        return None if checked is None else Wire(checked.group).size
+    if checked is not None:
+        raise ValueError("ranks and group are both given: ranks is for a plan without a group.")
+    return validation.whole_number("ranks", ranks_)
+
+
+class Traffic(NamedTuple):
+    """What a rank sends in a step, forward and backward together."""
+
+    gather: int  # bytes; exact
+    ring: int  # bytes, at most, on average over the ranks: a negative that is near, or shared, costs less
+    rounds: int  # times that y goes round the ring
+    held: dict[str, int]  # bytes of others' rows, and of gradients on their way, by exchange
+
+
+def traffic(chosen: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> Traffic:
+    """The same for ranks of n rows each whose x and y need gradients; ids, y_ids and weights come on top.
+
+    Args:
+        x_size, y_size: bytes of an element of x and y as they come.
+        size: the same in the computing dtype.
+    """
+    request, others, mined = chosen.request, ranks - 1, chosen.mining.mined != "none"
+    dense = chosen.mining.dense != "never"
+    rounds = chosen.mines + dense
+    blocks = 2 * y_size + dense * 2 * size
+    held = {"gather": ranks * n * d * (x_size + y_size), "ring": n * d * (blocks + mined * 3 * size)}
+    if not others:
+        return Traffic(0, 0, rounds, held)
+    extrema, sums = 1 + (request.semi_hard is not None), request.lin + (request.beta is not None)
+    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None))
+    finished = 2 * (extrema * (size + 8) + sums * size)
+    always = others * (64 + n * size + chosen.mines * n * finished + dense * size)  # 64: the line
+    gather = others * n * d * (x_size + y_size) + chosen.mines * others * n * partial
+    ring = rounds * others * n * d * y_size + chosen.mines * ranks * n * partial
+    ring += mined * n * d * (x_size + 2 * size) + dense * ranks * n * (d + 1) * size
+    return Traffic(always + gather, always + ring, rounds, held)

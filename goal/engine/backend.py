@@ -1,0 +1,216 @@
+"""Who computes the quadratic stages: the eager path or the kernels, with one face.
+
+    pair            s⁺                                                               O(N·D)
+    statistics      what the miner reduces from all of S                             O(N·M·D)
+    mine            the same of a block of S, as partials that merge
+    dense_value     the value of anchors that meet all their negatives
+    dense_block     ∂l/∂x and ∂l/∂y of a block of S, for such anchors
+    mined_emit      ∂l/∂x and ∂l/∂y of mined entries                                 O(N·D)
+    weigh           small mined objectives in one launch, which kernels alone offer
+
+This is the only file that knows both, and it imports Triton when a kernel is first asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal import terms
+from goal.engine import eager
+from goal.engine.partials import Partial
+from goal.engine.settings import Settings
+from goal.engine.statistics import Request, Statistics
+from goal.engine.types import Block, Dense, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan
+from goal.similarity import Dot
+from goal.terms import Parameter, Product, Term
+
+WEIGHED = 256  # pairs up to which kernels weigh in one launch
+
+
+class Backend(NamedTuple):
+    """Who computes, in which arithmetic, and the similarity of what."""
+
+    impl: str  # "torch" or "triton"
+    precision: str  # "fast", "tf32" or "exact": of Triton's scans of float32 inputs
+    similarity: Dot
+
+    @property
+    def kernels(self) -> bool:
+        return self.impl == "triton"
+
+    def dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        """Of the rows that the stages take: the computing dtype; kernels take products of 16-bit rows as they are."""
+        as_they_are = self.kernels and self.similarity.name == "dot" and x.dtype == y.dtype
+        return x.dtype if as_they_are else computing_dtype(x, y)
+
+    def block(self, x: Tensor, y: Tensor, masks: Masks) -> Block:
+        """The embedded rows of a block of S."""
+        dtype, embed = self.dtype(x, y), self.similarity.embed
+        return Block(embed(x.detach().to(dtype)), embed(y.detach().to(dtype)), masks)
+
+    def plan(self, x: Tensor, y: Tensor, request: Request, dense: bool) -> Plan:
+        """How the quadratic stages would go about a batch."""
+        if self.kernels:
+            found: Plan = _kernels().plan(x, y, request, dense, self.precision)
+            return found
+        return eager.plan(x.shape[0], y.shape[0], computing_dtype(x, y), request, dense)
+
+    def pair(self, x: Tensor, y: Tensor, pairs: int, mined: bool = False) -> Pairs:
+        """s⁺ (K,) of the first K = `pairs` rows, and what kernels want to know of the batch.
+
+        `mined`: nobody will meet all negatives, and the bounds may be left in parts.
+        """
+        if self.kernels:
+            found: Pairs = _kernels().pair(x, y, pairs, mined)
+            return found
+        s_pos = self.similarity.pairs(x[:pairs], y[:pairs], None, None)
+        return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.float64))
+
+    def bounds(self, block: Block, pairs: Pairs, request: Request) -> list[float]:
+        """Of some rows of a batch, numbers whose largest over all rows are `Pairs.bounds`."""
+        if self.kernels:
+            return [float(word) for word in pairs.bounds.tolist()]
+        return eager.bounds(self.similarity, block.x, block.y, pairs.s_pos, request)
+
+    def limits(self, block: Block, pairs: Pairs, request: Request) -> Limits:
+        """What partials of blocks are merged by."""
+        return eager.limits(self.similarity, block, pairs, request)
+
+    def statistics(self, block: Block, pairs: Pairs, request: Request) -> Statistics:
+        """What the request asks for of a whole batch."""
+        if self.kernels:
+            x, y, masks = block
+            found: Statistics = _kernels().statistics(x, y, pairs, request, masks, self.precision)
+            return found
+        return eager.statistics(self.similarity, block, pairs, request)
+
+    def mine(self, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
+        """Both directions' partials of a block of S."""
+        return eager.mine(self.similarity, block, pairs, request)
+
+    def dense_value(self, block: Block, dense: Dense) -> Tensor:
+        """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over the negatives in a block of S, 0-d."""
+        if self.kernels:
+            (x, y, masks), pairs = block, Pairs(dense.s_pos, dense.bounds)
+            value: Tensor = _kernels().dense_value(
+                x, y, pairs, dense.share, masks, dense.product, self.precision, dense.every
+            )
+            return value
+        return eager.dense_value(self.similarity, block, dense)
+
+    def dense_block(self, block: Block, dense: Dense, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """What the negatives in a block of S give its rows and columns, and the pairs (2, K); see `eager`."""
+        if self.kernels:
+            (x, y, masks), pairs = block, Pairs(dense.s_pos, dense.bounds)
+            gx, gy = _kernels().dense_emit(
+                x, y, pairs, dense.share, dense.relative, masks, dense.product, needs, self.precision, dense.every
+            )
+            return gx, gy, torch.zeros_like(dense.share)
+        return eager.dense_block(self.similarity, block, dense, needs)
+
+    def mined_emit(self, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
+        """What the mined entries in a block of S give its rows and columns, times the incoming gradient (0-d)."""
+        if self.kernels:
+            incoming = mined.pull.new_ones(()) if incoming is None else incoming
+            found: Gradients = _kernels().mined_emit(block.x, block.y, mined, incoming, needs)
+            return found
+        return eager.mined_emit(self.similarity, block, mined, incoming, needs)
+
+    def weighs(self, product: Product, pairs: int) -> bool:
+        """Whether `weigh` takes a mined objective: a small one whose terms lower, on kernels, outside a graph."""
+        if not self.kernels or pairs > WEIGHED or torch.compiler.is_compiling():
+            return False
+        return cannot_lower(product) is None
+
+    def weigh(self, statistics: Statistics, product: Product, share: Any) -> tuple[Mined, Tensor]:
+        """The entries of G and the value of a mined objective in one launch; `share`: (K,) or a number."""
+        found: tuple[Mined, Tensor] = _kernels().weighed(statistics, product, share)
+        return found
+
+
+def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """float64 where either side has it, else float32."""
+    return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+
+
+def _kernels() -> ModuleType:
+    from goal.kernels import stage
+
+    return stage
+
+
+# ── the choice ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def backend(settings: Settings, x: Tensor, y: Tensor) -> tuple[Backend, str]:
+    """Who computes, and why; impl="triton" raises where it cannot, impl="auto" takes PyTorch there."""
+    eager_one = Backend("torch", settings.precision, settings.similarity)
+    if settings.impl == "torch":
+        return eager_one, "asked for"
+    obstacle = _obstacle(settings, x, y)
+    if obstacle is None:
+        asked = "asked for" if settings.impl == "triton" else f"the inputs are on {x.device.type}"
+        return eager_one._replace(impl="triton"), asked
+    if settings.impl == "triton":
+        raise ValueError(f"impl='triton' cannot be used here: {obstacle}. Use impl='torch' or 'auto'.")
+    return eager_one, obstacle
+
+
+def _obstacle(settings: Settings, x: Tensor, y: Tensor) -> str | None:
+    """What stands in the way of kernels, or None."""
+    if settings.similarity.name not in ("dot", "cosine"):
+        return f"similarity={settings.similarity.name!r} is no matrix product"
+    if torch.float64 in (x.dtype, y.dtype):
+        return "float64 is computed by PyTorch"
+    interpreted = _interpreted() if settings.impl == "triton" else False
+    if x.device.type != "cuda" and not interpreted:
+        return f"the inputs are on {x.device.type}, and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if settings.mining.dense == "never":
+        return None
+    return cannot_lower(settings.product)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def cannot_lower(product: Product) -> str | None:
+    """What keeps T × P from the dense kernels, or None. Numbers do not matter; in a graph the answer is a constant."""
+    T, P = product.T, product.P
+    return _cannot_lower(T.name, _structure(T), P.name, _structure(P))
+
+
+def _structure(term: Term) -> tuple[Parameter, ...]:
+    """A term's parameters, any number in place of its numbers."""
+    return tuple(value if value is None or isinstance(value, bool) else 0.5 for _, value in term.values)
+
+
+def _cannot_lower(t: str, t_values: tuple[Parameter, ...], p: str, p_values: tuple[Parameter, ...]) -> str | None:
+    def term(definition: terms.Definition, values: tuple[Parameter, ...]) -> Term:
+        return Term(definition, tuple(zip(definition.defaults, values, strict=True)))
+
+    return _refusal(Product(term(terms.T[t], t_values), term(terms.P[p], p_values)))
+
+
+# what torch.compiler.assume_constant_result does; but calling that here would import Dynamo, and Triton with it
+_cannot_lower._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _refusal(product: Product) -> str | None:
+    from goal.kernels import lower
+
+    try:
+        lower.lower(product)
+    except lower.CannotLower as error:
+        return str(error)
+    return None

@@ -1,0 +1,77 @@
+"""One checked call: the data that an objective is given, and what every path takes of it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from goal import validation
+from goal.engine.functorch import outside, plain
+from goal.engine.types import Needs
+
+
+class Call(NamedTuple):
+    """The data of a call, checked; plain tensors, detached."""
+
+    x: Tensor  # (N, D) in its own dtype; or the similarity matrix S (N, M)
+    y: Tensor  # (M, D); (M, 0) beside a similarity matrix
+    ids: Tensor | None  # (N,) int64
+    y_ids: Tensor | None  # (M,) int64; `ids` itself where none were given
+    weight: Tensor | None  # (K,) or (2, K), >= 0
+    needs: Needs  # whether x and y need a gradient
+    finite: bool  # whether the entries were looked at
+    inputs: tuple[Tensor, Tensor]  # x and y as they came: where the gradient goes
+
+
+class Arguments(NamedTuple):
+    """The data of a call as they came; `goal.apply` says what each is."""
+
+    x: object
+    y: object = None  # None: x is a similarity matrix
+    ids: object = None
+    y_ids: object = None
+    weight: object = None
+    check_finite: bool | None = None
+    needs: Needs | None = None  # by default, whether x and y require grad
+    ordinary: bool = False  # for a loss with autograd, which torch.func's transforms go through by themselves
+
+    def checked(self, even: bool = False) -> Call:
+        """The call; `even`: x and y must have as many rows, as they do over ranks.
+
+        Raises:
+            ValueError, TypeError: as `goal.apply`.
+            RuntimeError: for tensors of torch.func.vmap or with a forward-mode tangent.
+        """
+        given: tuple[Any, ...] = self[:5]
+        x, y, ids, y_ids, weight = given if self.ordinary else plain(*given)
+        needs = self.needed()
+        with nullcontext() if self.ordinary else outside():
+            if y is None:
+                x = validation.similarity_matrix(x)
+                y, named = x.new_empty(x.shape[1], 0), {"S": x}
+            else:
+                x, y = validation.embeddings(x, y)
+                named = {"x": x, "y": y}
+            n, m = x.shape[0], y.shape[0]
+            if even and n != m:
+                raise ValueError(
+                    f"x and y must have the same number of rows on each rank with group=, got {n} and {m}."
+                )
+            finite = validation.checks_finite(self.check_finite, x)
+            ids, y_ids = validation.identities(ids, y_ids, n, m, x.device)
+            weight = validation.anchor_weight(weight, min(n, m), x.device, finite)
+            if finite:
+                validation.finite(**named)
+            inputs = (self.x, y if self.y is None else self.y)
+            return Call(x.detach(), y.detach(), ids, y_ids, weight, needs, finite, inputs)  # type: ignore[arg-type]
+
+    def needed(self) -> Needs:
+        """Whether x and y need a gradient, whatever they are."""
+        if self.needs is not None:
+            return self.needs
+        tracked = torch.is_grad_enabled()
+        of_x, of_y = (tracked and isinstance(side, Tensor) and side.requires_grad for side in self[:2])
+        return of_x, of_y

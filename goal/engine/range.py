@@ -1,0 +1,31 @@
+"""Similarities beyond what a dtype holds: where they are, a NaN has to show."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from goal.terms.product import Weights
+
+
+def bounded(*similarities: Tensor) -> bool:
+    """Whether these are known to be far inside the dtype's range; only on the CPU, where asking waits for nobody."""
+    if torch.compiler.is_compiling() or similarities[0].device.type != "cpu":
+        return False
+    far = torch.finfo(similarities[0].dtype).max ** 0.75
+    return all(torch.dot(s, s).item() < far for s in map(torch.flatten, similarities))
+
+
+def lost(s_pos: Tensor, s_neg: Tensor, weights: Weights, loss: Tensor) -> Tensor:
+    """Where the weights of triplets are not to be had in this dtype, so that a NaN has to show; bool.
+
+    A similarity is not finite; or its square is not, and the weights or the loss are beyond their range with it.
+    """
+    limit = torch.finfo(s_neg.dtype).max ** 0.5
+    size = torch.maximum(s_pos.abs(), s_neg.abs())
+    cut = ~loss.isfinite()
+    for weight in (weights.P_pos, weights.P_neg):
+        if isinstance(weight, Tensor):
+            cut = cut | ~(weight.abs() < limit)
+    found: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
+    return found

@@ -77,21 +77,21 @@ def explain(
         >>> shared.gather, shared.ring
         (59122112, 42365376)
     """
-    chosen = settings(T, P, mining, similarity, "mean", impl, precision)
+    objective = settings(T, P, mining, similarity, "mean", impl, precision)
     x, y = validation.embeddings(x, y, meta=True)
     size = size_of(group, ranks, exchange)
     if size is None:
-        return _explanation(chosen, x, y)
+        return _explanation(objective, x, y)
     return _explanation_spread(settings(T, P, mining, similarity, "mean", "torch"), x, y, size, exchange)
 
 
-def _explanation(chosen: Settings, x: Tensor, y: Tensor) -> Explanation:
+def _explanation(objective: Settings, x: Tensor, y: Tensor) -> Explanation:
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    does, why = backend(chosen, x, y)
-    request, dtype, dense = chosen.request, computing_dtype(x, y), chosen.mining.dense
+    does, why = backend(objective, x, y)
+    request, dtype, dense = objective.request, computing_dtype(x, y), objective.mining.dense
     names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
-    asked = (chosen.mines, request.semi_hard is not None, request.lin, request.beta is not None)
-    products = {"never": 1, "always": 4 + chosen.mines, "fallback": 5}[dense]
+    asked = (objective.mines, request.semi_hard is not None, request.lin, request.beta is not None)
+    products = {"never": 1, "always": 4 + objective.mines, "fallback": 5}[dense]
     passes = products if dense == "never" else products - 2
     plan = does.plan(x, y, request, dense != "never")
     return Explanation(
@@ -108,16 +108,16 @@ def _explanation(chosen: Settings, x: Tensor, y: Tensor) -> Explanation:
     )
 
 
-def _explanation_spread(chosen: Settings, x: Tensor, y: Tensor, size: int, exchange: str) -> Explanation:
+def _explanation_spread(objective: Settings, x: Tensor, y: Tensor, size: int, exchange: str) -> Explanation:
     """One rank's share: its rows of S, block by block or whole, and in backward its columns if they are all here."""
     n, d = x.shape
     if len(y) != n:
         raise ValueError(f"x and y must have the same number of rows on each rank, got {n} and {len(y)}.")
-    gathers, dense, width = exchange == "gather", chosen.mining.dense != "never", y.element_size()
-    here = _explanation(chosen, x, y.new_empty(n * size, d, device="meta") if gathers else y)
+    gathers, dense, width = exchange == "gather", objective.mining.dense != "never", y.element_size()
+    here = _explanation(objective, x, y.new_empty(n * size, d, device="meta") if gathers else y)
     strips = 2 * n * n * size * d  # the products of one pass
     again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
-    sent = traffic(chosen, n, d, x.element_size(), width, computing_dtype(x, y).itemsize, size)
+    sent = traffic(objective, n, d, x.element_size(), width, computing_dtype(x, y).itemsize, size)
     return here._replace(
         why="the kernels take whole batches, and the batch is spread over ranks",
         passes=here.passes + again,

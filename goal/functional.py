@@ -204,8 +204,8 @@ def _outcome(arguments: Arguments, objective: Settings, over: Ranks | None, show
     forward = torch.compiler.disable(over_ranks.forward) if torch.compiler.is_compiling() else over_ranks.forward
     device = arguments.x.device.type if isinstance(arguments.x, Tensor) else "cpu"
     with torch.no_grad(), outside(), no_autocast(device):
-        found: Outcome = forward(arguments, objective, over, shown)
-        return found
+        outcome: Outcome = forward(arguments, objective, over, shown)
+        return outcome
 
 
 def _forward(call: Call, objective: Settings) -> Outcome:

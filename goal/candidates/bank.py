@@ -26,7 +26,7 @@ class Past(NamedTuple):
     ids: Tensor  # (A,) int64
 
 
-class Ring(nn.Module):
+class Buffer(nn.Module):
     """The last `size` rows of all that were pushed, with their ids: one side of a `Bank`."""
 
     rows: Tensor
@@ -47,7 +47,7 @@ class Ring(nn.Module):
         return Past(self.rows[:count], self.ids[:count])
 
     def push(self, rows: Tensor, ids: Tensor) -> None:
-        """Put rows (n, D), in the ring's dtype, in the place of the oldest."""
+        """Put rows (n, D), in the buffer's dtype, in the place of the oldest."""
         size = len(self.rows)
         first = max(0, len(rows) - size)  # the last ones stay where there are more than it holds
         at = (self.pushed + torch.arange(first, len(rows), device=self.rows.device)) % size
@@ -111,7 +111,7 @@ class Bank(nn.Module):
         if dtype not in validation.DTYPES:
             known = ", ".join(map(str, validation.DTYPES))
             raise TypeError(f"dtype must be a floating-point torch.dtype, one of {known}, got {dtype!r}.")
-        self.x, self.y = Ring(size, dim, dtype), Ring(size, dim, dtype)
+        self.x, self.y = Buffer(size, dim, dtype), Buffer(size, dim, dtype)
         self._warned = False
         self.register_load_state_dict_post_hook(_keep_finite)  # type: ignore[no-untyped-call]
 
@@ -136,12 +136,12 @@ class Bank(nn.Module):
         rows, cols = self._fitting(call)
         x, y = call.x.to(self.x.rows.dtype), call.y.to(self.y.rows.dtype)
         fine_x, fine_y = x.isfinite().all(1), y.isfinite().all(1)
-        whole = bool(torch.cat((fine_x, fine_y)).all())  # the one read-out from a GPU
-        if not whole:
+        all_fine = bool(torch.cat((fine_x, fine_y)).all())  # the one read-out from a GPU
+        if not all_fine:
             x, rows, y, cols = x[fine_x], rows[fine_x], y[fine_y], cols[fine_y]
         self.x.push(x, rows)
         self.y.push(y, cols)
-        if not whole and not self._warned:
+        if not all_fine and not self._warned:
             self._warned = True
             bad = " and ".join(
                 f"{int((~fine).sum())} of {len(fine)} rows of {side}, the first row {int((~fine).nonzero()[0])}"

@@ -45,31 +45,33 @@ def agree(wire: Wire, line: Line, device: torch.device) -> Agreed:
     message = text if error is None else f"{type(error).__name__}: {error}"
     digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
     spoken = list(message.encode())
-    numbers = torch.tensor([[line.rows, digest, *line.needs, error is not None, len(spoken)]], device=device)
+    needs = line.needs[0] + 2 * line.needs[1]
+    numbers = torch.tensor([[line.rows, digest, needs, error is not None, len(spoken)]], device=device)
     bounds = torch.tensor([line.bounds], dtype=torch.float64, device=device)
     lines, bounds = unpack(wire.gather(pack(numbers, bounds), [1] * wire.size).wait(), (numbers, bounds))
-    counts, digests, of_x, of_y, refused, lengths = lines.T.tolist()
+    counts, digests, wanted, refused, lengths = lines.T.tolist()
     if any(refused) or len(set(digests)) > 1:
         said = torch.tensor(spoken, dtype=torch.uint8, device=device)[:, None]
         heard = bytes(wire.gather(said, lengths).wait().flatten().tolist())
         ends = list(itertools.accumulate(lengths, initial=0))
         texts = [heard[a:b].decode() for a, b in itertools.pairwise(ends)]
         raise _difference(texts, [bool(one) for one in refused], error) from error
-    return Agreed(counts, (any(of_x), any(of_y)), bounds.amax(0))
+    of_x, of_y = (any(each & bit for each in wanted) for bit in (1, 2))
+    return Agreed(counts, (of_x, of_y), bounds.amax(0))
 
 
 def _difference(texts: list[str], refused: list[bool], error: Exception | None) -> Exception:
     """What is said on all ranks when they do not agree."""
     if any(refused):
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
-        return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(found))
+        said = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
+        return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(said))
     tables = [dict(line.split("=", 1) for line in text.splitlines()) for text in texts]
-    found = []
+    said = []
     for name in tables[0]:
         values: dict[str, list[str]] = {}
         for rank, table in enumerate(tables):
             values.setdefault(table.get(name, "unknown"), []).append(str(rank))
         if len(values) > 1:
             each = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in values.items())
-            found.append(f"{name} is {each}")
-    return ValueError("the ranks of group do not agree: " + ". ".join(found) + ".")
+            said.append(f"{name} is {each}")
+    return ValueError("the ranks of group do not agree: " + ". ".join(said) + ".")

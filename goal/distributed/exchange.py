@@ -51,7 +51,7 @@ def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
 
 
 @contextmanager
-def joined(backend: str = "gloo", **how: Any) -> Iterator[None]:
+def joined(backend: str = "gloo", **options: Any) -> Iterator[None]:
     """This process is a rank of the default group within the block, and after it nothing is left of that group.
 
     To destroy a group is not enough: as long as anything holds it, it has threads, and one that frees a tensor while
@@ -59,7 +59,7 @@ def joined(backend: str = "gloo", **how: Any) -> Iterator[None]:
 
     Args:
         backend: "gloo", or "nccl" on GPUs.
-        how: the other arguments of `torch.distributed.init_process_group`; without any, what torchrun says.
+        options: the other arguments of `torch.distributed.init_process_group`; without any, what torchrun says.
 
     Raises:
         ValueError, RuntimeError: as `init_process_group` does, of arguments or of ranks that do not come.
@@ -72,7 +72,7 @@ def joined(backend: str = "gloo", **how: Any) -> Iterator[None]:
         True
     """
     importlib.import_module("torch._dynamo")  # DDP imports it, and with a group already there it would keep that
-    dist.init_process_group(backend, **how)
+    dist.init_process_group(backend, **options)
     group = dist.group.WORLD  # held to the end, where Python alone frees it: then its threads are waited for
     try:
         yield
@@ -145,8 +145,8 @@ class Wire:
         self._count(rows.numel() * (self.size - 1))
         out = rows.new_empty(sum(counts), rows.shape[1])
         if len(set(counts)) == 1:
-            whole = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
-            return Coming(out, [whole(out, rows, group=self.group, async_op=True)], (rows,))
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+            return Coming(out, [gather(out, rows, group=self.group, async_op=True)], (rows,))
         parts = out.split(list(counts))
         parts[self.rank].copy_(rows)
         others = [rank for rank in range(self.size) if rank != self.rank]
@@ -191,10 +191,10 @@ def pack(*columns: Tensor) -> Tensor:
 
 def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The columns again, with the dtypes and widths of `like`."""
-    found, start = [], 0
+    columns, start = [], 0
     for one in like:
         width = one.shape[1:].numel() * one.itemsize
         part = rows[:, start : start + width].clone(memory_format=torch.contiguous_format).view(one.dtype)
-        found.append(part[:, 0] if one.dim() == 1 else part)
+        columns.append(part[:, 0] if one.dim() == 1 else part)
         start += width
-    return found
+    return columns

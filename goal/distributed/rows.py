@@ -123,8 +123,8 @@ def batch_of(arguments: Arguments, over: Ranks | None, what: object) -> Call:
         return arguments.checked()
     if torch.compiler.is_compiling():  # a graph ends here, and another begins
         inner: Any = torch.compiler.disable(batch_of)
-        found: Call = inner(arguments, over, what)
-        return found
+        call: Call = inner(arguments, over, what)
+        return call
     wire, own, line = Wire(over.group), None, Line(0, {})
     try:
         own = arguments.checked(even=True)

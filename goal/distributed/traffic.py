@@ -28,16 +28,16 @@ class Traffic(NamedTuple):
     held: dict[str, int]  # bytes of others' rows, and of gradients on their way, by exchange
 
 
-def traffic(chosen: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> Traffic:
+def traffic(settings: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> Traffic:
     """The same for ranks of n rows each whose x and y need gradients; ids, y_ids and weights come on top.
 
     Args:
         x_size, y_size: bytes of an element of x and y as they come.
         size: the same in the computing dtype.
     """
-    request, others, mined = chosen.request, ranks - 1, chosen.mining.mined != "none"
-    dense = chosen.mining.dense != "never"
-    rounds = chosen.mines + dense
+    request, others, mined = settings.request, ranks - 1, settings.mining.mined != "none"
+    dense = settings.mining.dense != "never"
+    rounds = settings.mines + dense
     blocks = 2 * y_size + dense * 2 * size
     held = {"gather": ranks * n * d * (x_size + y_size), "ring": n * d * (blocks + mined * 3 * size)}
     if not others:
@@ -45,8 +45,8 @@ def traffic(chosen: Settings, n: int, d: int, x_size: int, y_size: int, size: in
     extrema, sums = 1 + (request.semi_hard is not None), request.lin + (request.beta is not None)
     partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None))
     finished = 2 * (extrema * (size + 8) + sums * size)
-    always = others * (64 + n * size + chosen.mines * n * finished + dense * size)  # 64: the line
-    gather = others * n * d * (x_size + y_size) + chosen.mines * others * n * partial
-    ring = rounds * others * n * d * y_size + chosen.mines * ranks * n * partial
+    always = others * (64 + n * size + settings.mines * n * finished + dense * size)  # 64: the line
+    gather = others * n * d * (x_size + y_size) + settings.mines * others * n * partial
+    ring = rounds * others * n * d * y_size + settings.mines * ranks * n * partial
     ring += mined * n * d * (x_size + 2 * size) + dense * ranks * n * (d + 1) * size
     return Traffic(always + gather, always + ring, rounds, held)

@@ -58,8 +58,8 @@ class Backend(NamedTuple):
     def plan(self, x: Tensor, y: Tensor, request: Request, dense: bool) -> Plan:
         """How the quadratic stages would go about a batch."""
         if self.kernels:
-            found: Plan = _kernels().plan(x, y, request, dense, self.precision)
-            return found
+            plan: Plan = _kernels().plan(x, y, request, dense, self.precision)
+            return plan
         return eager.plan(x.shape[0], y.shape[0], computing_dtype(x, y), request, dense)
 
     def pair(self, x: Tensor, y: Tensor, pairs: int, mined: bool = False) -> Pairs:
@@ -68,8 +68,8 @@ class Backend(NamedTuple):
         `mined`: nobody will meet all negatives, and the bounds may be left in parts.
         """
         if self.kernels:
-            found: Pairs = _kernels().pair(x, y, pairs, mined)
-            return found
+            positives: Pairs = _kernels().pair(x, y, pairs, mined)
+            return positives
         s_pos = self.similarity.pairs(x[:pairs], y[:pairs], None, None)
         return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.float64))
 
@@ -87,8 +87,8 @@ class Backend(NamedTuple):
         """What the request asks for of a whole batch."""
         if self.kernels:
             x, y, masks = block
-            found: Statistics = _kernels().statistics(x, y, pairs, request, masks, self.precision)
-            return found
+            statistics: Statistics = _kernels().statistics(x, y, pairs, request, masks, self.precision)
+            return statistics
         return eager.statistics(self.similarity, block, pairs, request)
 
     def mine(self, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
@@ -119,8 +119,8 @@ class Backend(NamedTuple):
         """What the mined entries in a block of S give its rows and columns, times the incoming gradient (0-d)."""
         if self.kernels:
             incoming = mined.pull.new_ones(()) if incoming is None else incoming
-            found: Gradients = _kernels().mined_emit(block.x, block.y, mined, incoming, needs)
-            return found
+            gradients: Gradients = _kernels().mined_emit(block.x, block.y, mined, incoming, needs)
+            return gradients
         return eager.mined_emit(self.similarity, block, mined, incoming, needs)
 
     def weighs(self, product: Product, pairs: int) -> bool:
@@ -131,8 +131,8 @@ class Backend(NamedTuple):
 
     def weigh(self, statistics: Statistics, product: Product, share: Any) -> tuple[Mined, Tensor]:
         """The entries of G and the value of a mined objective in one launch; `share`: (K,) or a number."""
-        found: tuple[Mined, Tensor] = _kernels().weighed(statistics, product, share)
-        return found
+        weighed: tuple[Mined, Tensor] = _kernels().weighed(statistics, product, share)
+        return weighed
 
 
 def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The engine's stages in plain PyTorch: mine S tile by tile, emit the gradient. The truth that kernels are held to.
+"""The engine's stages in plain PyTorch: mine S tile by tile, emit the gradient. The truth that kernels are kept to.
 
 No N × M matrix is stored: a tile is some rows of S with all columns, made, reduced in both directions and dropped.
 """
@@ -168,10 +168,10 @@ class _Reduction:
     def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A tensor of that shape, dtype as `like`, its content undefined; what had the same use is overwritten."""
         size = math.prod(shape)
-        held = self._memory.get(use)
-        if held is None or held.numel() < size:
-            held = self._memory[use] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return held[:size].view(shape)
+        kept = self._memory.get(use)
+        if kept is None or kept.numel() < size:
+            kept = self._memory[use] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return kept[:size].view(shape)
 
     def __call__(
         self, tile: Tensor, dim: int, offset: int, s_pos: Tensor, shared: _Shared | None = None
@@ -256,20 +256,20 @@ def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, group * _GROUP + within
 
 
-def _filled(whole: Partial | None, part: Partial, start: int, size: int) -> Partial:
+def _filled(full: Partial | None, part: Partial, start: int, size: int) -> Partial:
     """The partial of `size` anchors with those from `start` on set.
 
     Parts kept until all were there would lie between the memory of large tiles, and keep it from being used again.
     """
-    if whole is None:
+    if full is None:
         if part.s_neg.shape[0] == size:
             return part
         columns: list[Any] = [None if column is None else column.new_empty(size) for column in part]
-        whole = Partial(*columns)
-    for column, values in zip(whole, part, strict=True):
+        full = Partial(*columns)
+    for column, values in zip(full, part, strict=True):
         if column is not None and values is not None:
             column[start : start + values.shape[0]] = values
-    return whole
+    return full
 
 
 def _nothing(s_pos: Tensor, request: Request) -> Partial:

@@ -181,8 +181,8 @@ def _operator(name: str, run: Callable[[Work], Outputs], shapes: Callable[[Work]
     overload = getattr(torch.ops.goal, name).default
 
     def call(work: Work) -> list[Tensor]:
-        found: list[Tensor] = overload(*pack(work))
-        return found
+        outputs: list[Tensor] = overload(*pack(work))
+        return outputs
 
     return call
 

@@ -74,7 +74,7 @@ class Whole(NamedTuple):
         return operators.statistics(self.backend, self.block, self.pairs, settings.request)
 
 
-def whole(call: Call, settings: Settings) -> Whole:
+def batch_of(call: Call, settings: Settings) -> Whole:
     """The batch of a call: embedded, with its pairs."""
     does, _ = backend(settings, call.x, call.y)
     n, m = call.x.shape[0], call.y.shape[0]
@@ -84,7 +84,7 @@ def whole(call: Call, settings: Settings) -> Whole:
 
 def forward(call: Call, settings: Settings) -> Outcome:
     """The value, and what backward needs besides x and y."""
-    batch = whole(call, settings)
+    batch = batch_of(call, settings)
     does, block, pairs = batch
     share = share_of(pairs, call.weight, settings.reduction)
     statistics = batch.mine(settings) if settings.mines else None

@@ -27,5 +27,5 @@ def lost(s_pos: Tensor, s_neg: Tensor, weights: Weights, loss: Tensor) -> Tensor
     for weight in (weights.P_pos, weights.P_neg):
         if isinstance(weight, Tensor):
             cut = cut | ~(weight.abs() < limit)
-    found: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
-    return found
+    gone: Tensor = ~(size < torch.inf) | ((size > limit) & cut)
+    return gone

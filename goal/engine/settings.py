@@ -42,15 +42,15 @@ class Settings:
 
     def relative(self, statistics: Statistics) -> dict[str, Tensor]:
         """The relative similarities that the terms declared, each (2, K)."""
-        found: dict[str, Tensor] = {}
+        relative: dict[str, Tensor] = {}
         for name in self.product.statistics:
             if name == "r_pos_lin":
-                found[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
+                relative[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
             elif name == "r_pos_exp":
-                found[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.product.read_by(name))
+                relative[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.product.read_by(name))
             else:
-                found[name] = getattr(statistics, name)
-        return found
+                relative[name] = getattr(statistics, name)
+        return relative
 
 
 def settings(
@@ -83,37 +83,37 @@ def _make(
         raise unknown("impl", impl, IMPLEMENTATIONS)
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS)
-    product, chosen = Product(terms.T.bind(T), terms.P.bind(P)), mining_.bind(mining)
+    product, rule = Product(terms.T.bind(T), terms.P.bind(P)), mining_.bind(mining)
     request = Request(
-        semi_hard=chosen.margin if chosen.mined == "semi-hard" else None,
+        semi_hard=rule.margin if rule.mined == "semi-hard" else None,
         lin="r_neg_lin" in product.statistics,
         beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
     )
     measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
-    return Settings(product, chosen, measure, reduction, request, impl, precision)
+    return Settings(product, rule, measure, reduction, request, impl, precision)
 
 
 _make_once = functools.lru_cache(maxsize=256)(_make)
 Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None]]  # of T, of P, of the mining
 
 
-def numbers(chosen: Settings) -> Numbers:
+def numbers(objective: Settings) -> Numbers:
     """Everything in an objective that is a number."""
-    mining = chosen.mining
-    return chosen.product.T.params, chosen.product.P.params, {"margin": mining.margin, "eps": mining.eps}
+    mining = objective.mining
+    return objective.product.T.params, objective.product.P.params, {"margin": mining.margin, "eps": mining.eps}
 
 
 def renumbered(
-    chosen: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
+    objective: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
 ) -> Settings:
     """An objective with other numbers."""
-    old = chosen.mining
+    old = objective.mining
     return settings(
-        chosen.product.T.definition(**T),
-        chosen.product.P.definition(**P),
+        objective.product.T.definition(**T),
+        objective.product.P.definition(**P),
         Mining(old.name, old.mined, old.dense, old.average, mining["margin"], mining["eps"]),
-        chosen.similarity,
-        chosen.reduction,
-        chosen.impl,
-        chosen.precision,
+        objective.similarity,
+        objective.reduction,
+        objective.impl,
+        objective.precision,
     )

@@ -15,10 +15,10 @@ Needs = tuple[bool, bool]
 
 def total(*parts: Tensor | None) -> Tensor | None:
     """The sum of those that are there."""
-    found = None
+    sum_ = None
     for part in parts:
-        found = part if found is None else found if part is None else found + part
-    return found
+        sum_ = part if sum_ is None else sum_ if part is None else sum_ + part
+    return sum_
 
 
 class Entries(NamedTuple):

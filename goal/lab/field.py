@@ -42,8 +42,8 @@ def field_of(product: Product) -> Field:
     def field(s_pos: Tensor, s_neg: Tensor) -> tuple[Tensor, Tensor]:
         s_pos, s_neg = torch.broadcast_tensors(s_pos.double(), s_neg.double())
         zero = torch.zeros_like(s_pos)
-        t, p_pos, p_neg = product.weights(s_pos, s_neg, dict.fromkeys(product.statistics, zero))
-        return zero - t * p_pos, zero + t * p_neg
+        pull, push = product.weights(s_pos, s_neg, dict.fromkeys(product.statistics, zero)).coefficients(1.0)
+        return zero - pull, zero + push
 
     return field
 

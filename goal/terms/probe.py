@@ -21,18 +21,18 @@ def probe(term: Term) -> None:
     tile, few = (at[:, None].expand(41, 41), at.expand(41, 41)), (at[:30], at[:30])
     for r in (0.0, 0.5):
         try:
-            whole, anchors = (
+            matrix, anchors = (
                 term(s_pos, s_neg, **dict.fromkeys(term.statistics, torch.full_like(s_pos, r)))
                 for s_pos, s_neg in (tile, few)
             )
         except Exception as error:
             raise ValueError(f"{term!r} fails on similarities in [−1, 1]: {type(error).__name__}: {error}") from error
         if term.definition.registry == "T":
-            weights = {"T": (whole, anchors)}
-        elif isinstance(whole, tuple) and len(whole) == 2:
-            weights = {"P⁺": (whole[0], anchors[0]), "P⁻": (whole[1], anchors[1])}
+            weights = {"T": (matrix, anchors)}
+        elif isinstance(matrix, tuple) and len(matrix) == 2:
+            weights = {"P⁺": (matrix[0], anchors[0]), "P⁻": (matrix[1], anchors[1])}
         else:
-            raise ValueError(f"{term!r} must return two weights, `return p_pos, p_neg`; it returns {_kind(whole)}.")
+            raise ValueError(f"{term!r} must return two weights, `return p_pos, p_neg`; it returns {_kind(matrix)}.")
         for name, (on_tile, on_anchors) in weights.items():
             _probe_weight(term, name, on_tile, on_anchors, tile)
 
@@ -44,12 +44,12 @@ def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tens
         i, j = (int(k) for k in bad.nonzero()[0])
         return f"{name} = {weight[i, j]:.4g} at s⁺ = {at[0][i, j]:.4g}, s⁻ = {at[1][i, j]:.4g}"
 
-    for found, shape in ((tile, (41, 41)), (anchors, (30,))):
-        if not isinstance(found, Tensor | int | float):
-            raise ValueError(f"{term!r} must return tensors or numbers; {name} is {_kind(found)}.")
-        if isinstance(found, Tensor) and found.shape not in (shape, ()):
+    for weight_, shape in ((tile, (41, 41)), (anchors, (30,))):
+        if not isinstance(weight_, Tensor | int | float):
+            raise ValueError(f"{term!r} must return tensors or numbers; {name} is {_kind(weight_)}.")
+        if isinstance(weight_, Tensor) and weight_.shape not in (shape, ()):
             raise ValueError(
-                f"{term!r} must be elementwise: of similarities of shape {shape}, {name} has {tuple(found.shape)}."
+                f"{term!r} must be elementwise: of similarities of shape {shape}, {name} has {tuple(weight_.shape)}."
             )
     here: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     weight, along = torch.as_tensor(tile, **here).expand(41, 41), torch.as_tensor(anchors, **here).expand(30)

@@ -58,9 +58,9 @@ class Product:
 
     def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
         """l(s⁺, s⁻): the loss whose gradient T × P is where the terms carry it, else the violation s⁻ − s⁺."""
-        found = self.P.definition.potentials.get(self.T.name) or self.T.definition.potentials.get(self.P.name)
-        if found is not None:
-            function, names = found
+        potential = self.P.definition.potentials.get(self.T.name) or self.T.definition.potentials.get(self.P.name)
+        if potential is not None:
+            function, names = potential
             params = {**self.P.params, **self.T.params}
             loss = function(s_pos, s_neg, **{name: params[name] for name in names})
             if loss is not None:

@@ -95,5 +95,5 @@ def _registered(registry: str, name: str) -> Definition:
             f"goal.{registry} has no {name!r} in this process, and what is loaded uses it: import the module that "
             "registers it before loading."
         )
-    found: Definition = REGISTRIES[registry][name]
-    return found
+    definition: Definition = REGISTRIES[registry][name]
+    return definition

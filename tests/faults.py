@@ -778,7 +778,7 @@ FAULTS = (
         "joins = (out >= 0) & (left >= least)",
         "joins = out >= 0",
         "R⁻ of sig-ms grows, but only with more than four tiles and a tile without a valid negative",
-        "tests/test_kernels.py -k without_a_valid_negative",
+        "tests/test_kernels.py -k programs_as_they_are",
         blind=True,
     ),
     Fault(

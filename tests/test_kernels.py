@@ -397,19 +397,6 @@ def test_statistics_of_every_request(number: int, chunked: bool, monkeypatch: py
     same_statistics(found, true, request, 16 * EPS)
 
 
-@pytest.mark.parametrize("split", ["rows of tiles", "columns of tiles"])
-def test_tiles_without_a_valid_negative_add_nothing(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a well-trained batch: an anchor's few valid negatives are in one of more tiles than are kept."""
-    in_tiles(monkeypatch, *SPLITS[split])
-    noise = torch.from_numpy(np.random.default_rng(0).normal(size=(90, 30)))
-    x = torch.nn.functional.normalize(torch.eye(30).repeat_interleave(3, 0) + 0.03 * noise, dim=1).float()
-    inputs, request = Inputs(x, x), Request(beta=1.0)
-    S = x @ x.T
-    valid = S.diagonal().min() - 0.1 < S
-    assert (valid.sum(1) == 3).all(), "the pair and two negatives"
-    same_statistics(mined(inputs, request), true_statistics(inputs, request), request, 16 * EPS)
-
-
 @pytest.mark.parametrize("split", ["one tile", "rows of tiles"])
 @pytest.mark.parametrize(
     ("d", "precision"), [(2, "exact"), (7, "exact"), (24, "exact"), (130, "exact"), (24, "fast"), (130, "fast")]

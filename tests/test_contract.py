@@ -294,6 +294,7 @@ def positives_of(kind: str, k: int, rng: np.random.Generator) -> tuple[np.ndarra
         "equal": np.full(k, 0.3),
         "collapsed": 1 - 1e-9 * rng.random(k),
         "wide": rng.uniform(-150, 150, k),
+        "apart": rng.uniform(-1, 1, k) + 1000 * (np.arange(k) % 2),  # entries of the one half are 0 for the other
         "huge": rng.choice([-1.0, 1.0], k) * 10 ** rng.uniform(-3, 15, k),
     }[kind]
     spread = np.abs(s_pos).max()
@@ -304,7 +305,7 @@ def positives_of(kind: str, k: int, rng: np.random.Generator) -> tuple[np.ndarra
     return s_pos, s_neg
 
 
-@pytest.mark.parametrize("kind", ["unit", "tied", "equal", "collapsed", "wide", "huge"])
+@pytest.mark.parametrize("kind", ["unit", "tied", "equal", "collapsed", "wide", "apart", "huge"])
 @pytest.mark.parametrize("k", [1, 2, 30])
 @pytest.mark.parametrize("P", ["lin-ms", "sig-ms"])
 def test_both_readings_of_r_pos_are_the_definition(P: str, k: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,6 +500,24 @@ def test_float32_sees_every_tie_that_float64_sees(of: list[Case]) -> None:
         assert gap(gy, expected[1]) <= 3e-6, case.id
 
 
+@pytest.mark.parametrize("height", [None, 7])
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "order"])
+def test_a_copy_of_the_positive_is_no_semi_hard_negative(
+    similarity: str, height: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a product rounds: it is not the routine that s⁺ comes from."""
+    if height is not None:
+        in_tiles(monkeypatch, height)
+    for seed in range(5):
+        x, y = embeddings(np.random.default_rng(seed), 40, 40, 130, torch.float32)
+        semi_hard, copies = goal.mining.semi_hard(margin=2.0), torch.arange(40) + 40
+        _, _, stats = goal.gradients(x, torch.cat((y, y)), mining=semi_hard, similarity=similarity)
+        assert (stats.index[0] >= 0).any()
+        assert (stats.index[0] != copies).all()
+        _, _, stats = goal.gradients(torch.cat((x, x)), y, mining=semi_hard, similarity=similarity)
+        assert (stats.index[1] != copies).all()
+
+
 # ── bfloat16 and float16 ────────────────────────────────────────────────────────────────────────────────
 
 
@@ -519,6 +538,16 @@ def test_half_precision_loses_no_more_than_its_own_rounding(of: list[Case], dtyp
         assert leaf.grad.dtype == dtype
         rounding = torch.finfo(dtype).eps * true.abs() + torch.finfo(dtype).tiny + 1e-5 * true.abs().max()
         assert ((leaf.grad.double() - true).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("mining", ["hardest", "all"])
+def test_ids_are_told_apart_whatever_the_dtype_of_the_rows(mining: str) -> None:
+    """bfloat16 holds integers up to 256."""
+    x, y = embeddings(np.random.default_rng(9), 600, 600, 8, torch.bfloat16)
+    without = goal.gradients(x, y, mining=mining)
+    found = goal.gradients(x, y, mining=mining, ids=torch.randperm(600, generator=torch.Generator().manual_seed(0)))
+    for one, true in zip(found[:2], without[:2], strict=True):
+        assert gap(one, true) <= 2**-8
 
 
 @pytest.mark.parametrize("other", [torch.float64, torch.bfloat16, torch.float16])
@@ -698,6 +727,19 @@ def test_hinge_recipes_are_their_textbook_losses(recipe: str, seed: int) -> None
     assert gap(y.grad, gy) <= 1e-12
     assert (objective.stats.fallback > 0) == (recipe == "t-selhn")
     assert objective.stats.fallback < 1
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_a_triplet_exactly_at_the_margin_has_no_gradient(mining: str) -> None:
+    """The table's margins lie off its grid, so that float32 decides as float64 does; here the hinge is exactly 0."""
+    S = np.array([[0.75, 0.5, 0.25], [0.5, 0.75, 0.5], [0.25, 0.5, 0.5]])
+    params = {"margin": 0.6} if mining == "semi-hard" else {}  # a window with the margin in it
+    case = Case("con", {"margin": 0.25}, "con", {}, mining, params, "dot", "sum", "none", (3, 3, 0))
+    expected = oracle_similarity(S, **question(case))
+    leaf = torch.from_numpy(S).requires_grad_()
+    goal.apply_similarity(leaf, **arguments(case)).backward()
+    assert (leaf.grad[0] == 0).all()
+    assert gap(leaf.grad, expected.G) <= 1e-12
 
 
 def test_the_hinges_of_a_matrix_are_their_textbook_losses() -> None:

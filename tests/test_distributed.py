@@ -208,11 +208,21 @@ def other_jobs() -> Iterator[Job]:
             yield Job(f"{name} 4", 4, "training", {"wrapper": name, **rest})
 
 
+JOBS = {  # of the tests that are not about the others
+    "test_the_table_in_float64": table_jobs,
+    "test_float32_is_as_exact_as_a_dense_version": float32_jobs,
+    "test_blocks_of_several_tiles_full_of_ties": large_jobs,
+    "test_half_precision": large_jobs,
+    "test_equality_is_that_of_the_whole_batch": tie_jobs,
+}
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What is wrong, by the name of the job: all jobs are run once, by the same four processes."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What is wrong, by the name of the job: the jobs of all tests asked for are run once, by four processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = [*table_jobs(), *float32_jobs(), *large_jobs(), *tie_jobs(), *other_jobs()]
+    asked = [item for item in request.session.items if item.path == request.path and "found" in item.fixturenames]
+    jobs = [job for make in dict.fromkeys(JOBS.get(item.originalname, other_jobs) for item in asked) for job in make()]
     jobs.sort(key=lambda job: (1, 3, 2, 4).index(job.size))  # 1 beside 3, which it is not a member of
     torch.save(jobs, folder / "jobs.pt")
     torch.multiprocessing.spawn(ranks.work, (str(folder),), nprocs=WORLD)

@@ -74,7 +74,9 @@ K_HALVED = "tests/test_kernels.py -k 'fast_is_as_exact or best_of_several_tiles 
 
 EAGER, TYPES, PATH = "goal/engine/eager.py", "goal/engine/types.py", "goal/engine/path.py"
 STATISTICS, PARTIALS = "goal/engine/statistics.py", "goal/engine/partials.py"
-SPREAD, SIMILARITY = "goal/distributed/spread.py", "goal/similarity.py"
+WEIGH, SIMILARITY = "goal/engine/weigh.py", "goal/similarity.py"
+SPREAD, FORWARD = "goal/distributed/spread.py", "goal/distributed/forward.py"
+GATHER, RING = "goal/distributed/gather.py", "goal/distributed/ring.py"
 
 FAULTS = (
     # ── mine ──
@@ -105,8 +107,8 @@ FAULTS = (
     Fault(
         "columns are mined without the ids",
         EAGER,
-        "part, _ = reduce(tile[:, :n_cols], 0, here",
-        "part, _ = reduce(inside._replace(ids=None).hide(similarity.tile(x[rows], y))[:, :n_cols], 0, here",
+        "part, _ = reduce(tile[:, :n_cols], 0, inside",
+        "part, _ = reduce(inside._replace(ids=None).hide(similarity.tile(x[at], y))[:, :n_cols], 0, inside",
         "a caption's own image's other captions become its image's negatives, in one direction only",
         TILES.format("con-hardest and dot"),
     ),
@@ -137,7 +139,7 @@ FAULTS = (
     Fault(
         "semi-hard mining takes a copy of the positive",
         EAGER,
-        "(s_pos - self.tie).unsqueeze(dim)",
+        "(s_pos - self.limits.tie).unsqueeze(dim)",
         "s_pos.unsqueeze(dim)",
         "rounding decides whether a negative that equals the positive lies below it",
         "tests/test_contract.py -k copy_of_the_positive",
@@ -171,7 +173,7 @@ FAULTS = (
     Fault(
         "the pair is counted as a negative where ids are equal anyway",
         TYPES,
-        "pair &= own[:anchors] != others[place.clamp(0, m - 1)]",
+        "pair &= own != others[place.clamp(0, m - 1)]",
         "pair &= True",
         "the mean over all negatives divides by one too few",
         CASES.format("con-all and dot"),
@@ -228,7 +230,7 @@ FAULTS = (
     Fault(
         "an invalid hardest joins the sums",
         PARTIALS,
-        "joins = lost >= threshold",
+        "joins = lost >= limits.threshold",
         "joins = lost > -torch.inf",
         "tiles without a valid negative add one each",
         BLOCKS,
@@ -277,23 +279,23 @@ FAULTS = (
     ),
     Fault(
         "the mean divides by the number of pairs",
-        PATH,
+        WEIGH,
         "return weight / torch.where(total == 0, 1, total)",
-        "return weight / s_pos.shape[0]",
+        "return weight / pairs.s_pos.shape[0]",
         "the scale of a weighted batch depends on how many weigh nothing",
         CASES.format("con-hardest and dot"),
     ),
     Fault(
         "T-SelHN's zone is turned round",
-        PATH,
-        ".abs() < chosen.mining.eps",
-        ".abs() > chosen.mining.eps",
+        WEIGH,
+        ".abs() < mining.eps",
+        ".abs() > mining.eps",
         "all negatives away from the zone, the hardest within",
         CASES.format("con-selective and dot"),
     ),
     Fault(
         "an anchor that meets all negatives meets its hardest as well",
-        PATH,
+        WEIGH,
         "share = (~fallback).to(s_pos.dtype) * share",
         "pass",
         "T-SelHN's fallback rows count twice",
@@ -301,7 +303,7 @@ FAULTS = (
     ),
     Fault(
         "an anchor without a negative is pulled",
-        PATH,
+        WEIGH,
         "share = has.to(s_pos.dtype) * share",
         "pass",
         "groups of one id, semi-hard anchors with nothing in their window",
@@ -309,7 +311,7 @@ FAULTS = (
     ),
     Fault(
         "the mean over all negatives counts the pair",
-        PATH,
+        WEIGH,
         "[[m - 1.0], [n - 1.0]]",
         "[[m - 0.0], [n - 0.0]]",
         "1/M for 1/(M − 1)",
@@ -317,7 +319,7 @@ FAULTS = (
     ),
     Fault(
         "each direction counts the other's negatives",
-        PATH,
+        WEIGH,
         "[[m - 1.0], [n - 1.0]]",
         "[[n - 1.0], [m - 1.0]]",
         "right as long as there are as many x as y",
@@ -325,8 +327,8 @@ FAULTS = (
     ),
     Fault(
         "a NaN is hidden",
-        PATH,
-        "share = share + torch.where(lost, torch.nan, 0.0).to(s_pos.dtype)",
+        WEIGH,
+        "share = share + torch.where(gone, torch.nan, 0.0).to(s_pos.dtype)",
         "pass",
         "con × con looks at no similarity: an overflow passes unseen",
         NAN,
@@ -351,8 +353,8 @@ FAULTS = (
     Fault(
         "the incoming gradient is dropped by mined objectives",
         PATH,
-        "mined, incoming, needs)",
-        "mined, None, needs)",
+        "block, mined, incoming, wanted)",
+        "block, mined, None, wanted)",
         "weights of a sum of losses, and loss scales, have no effect",
         INCOMING,
     ),
@@ -375,16 +377,16 @@ FAULTS = (
     Fault(
         "dense y→x weighs as x→y does",
         EAGER,
-        "live[part] * share[1 - dim, at]",
-        "live[part] * share[0, at]",
+        "live[part] * dense.share[1 - dim, at]",
+        "live[part] * dense.share[0, at]",
         "weights of one direction, or T-SelHN's anchors, go to the other",
         CASES.format("con-selective and dot"),
     ),
     Fault(
         "the value of dense y→x weighs as x→y does",
         EAGER,
-        "tile[part], share[1 - dim, at]",
-        "tile[part], share[0, at]",
+        "tile[part], dense.share[1 - dim, at]",
+        "tile[part], dense.share[0, at]",
         "the gradient is right and the value is not",
         CASES.format("con-selective and dot"),
     ),
@@ -440,8 +442,8 @@ FAULTS = (
     Fault(
         "a bank keeps its rows' graphs",
         "goal/candidates/bank.py",
-        "x, y = x.detach().to(self.x.rows.dtype)",
-        "x, y = x.to(self.x.rows.dtype)",
+        "x, y = call.x.to(self.x.rows.dtype), call.y",
+        "x, y = call.inputs[0].to(self.x.rows.dtype), call.y",
         "memory grows with every step",
         BANK,
     ),
@@ -472,7 +474,7 @@ FAULTS = (
     # ── ranks ──
     Fault(
         "ranks send what they found for columns in the order of finding",
-        SPREAD,
+        GATHER,
         "in_order = [parts[1], here, *parts[2:]] if own.start else parts",
         "in_order = parts",
         "rank 0 is right; the others' owners get each other's columns",
@@ -480,23 +482,23 @@ FAULTS = (
     ),
     Fault(
         "min s⁺ is the own rank's",
-        SPREAD,
-        "reference.limits(s_pos, chosen.request, tie)",
-        "reference.limits(columns[0], chosen.request, tie)",
+        FORWARD,
+        "pairs = Pairs(s_pos, agreed.bounds.to(pairs.bounds.dtype))",
+        "pairs = Pairs(s_pos, torch.tensor(does.bounds(block, pairs, settings.request), dtype=torch.float64))",
         "sets of multi-similarity depend on how the batch is spread",
         RANKS,
     ),
     Fault(
         "what is equal is decided block by block",
         SPREAD,
-        "chosen.request, masks, self.limits)",
-        "chosen.request, masks)",
+        "spread.backend.mine(block, spread.pairs, request)",
+        "spread.backend.mine(block, spread.pairs._replace(bounds=block.x.new_empty(0)), request)",
         "ties depend on which rank has the longest row",
         RANKS_TIE,
     ),
     Fault(
         "a ring keeps the row of an earlier winner",
-        SPREAD,
+        RING,
         "index != _negative(before)",
         "index < _negative(before)",
         "the gradient at x is that of another negative",
@@ -504,15 +506,15 @@ FAULTS = (
     ),
     Fault(
         "what other ranks pulled is forgotten in a ring",
-        SPREAD,
-        "-(forth[own] + home[:, 0])",
-        "-forth[own]",
+        RING,
+        "pull[here] += home[0]",
+        "pass",
         "dense objectives pull by half",
         RANKS,
     ),
     Fault(
         "of two ranks that share a negative the last one counts",
-        SPREAD,
+        RING,
         "torch.zeros_like(gradient).index_add_(0, self.at, came)",
         "torch.zeros_like(gradient).index_copy_(0, self.at, came)",
         "hubs get a part of their gradient",
@@ -520,9 +522,9 @@ FAULTS = (
     ),
     Fault(
         "averaged=True multiplies the value",
-        SPREAD,
-        "return Result(value, emitted",
-        "return Result(value * by, emitted",
+        FORWARD,
+        "return Outcome(value, emission",
+        "return Outcome(value * emission.by, emission",
         "the loss that is logged grows with the number of ranks",
         RANKS_TABLE,
     ),
@@ -693,9 +695,9 @@ FAULTS = (
     ),
     Fault(
         "ids are coded in the input's dtype",
-        PATH,
-        "reference.id_codes(ids, y_ids, computing_dtype(x, y))",
-        "reference.id_codes(ids, y_ids, x.dtype)",
+        EAGER,
+        "codes = codes.to(dtype)",
+        "codes = codes.to(torch.bfloat16).to(dtype)",
         "bfloat16 holds integers up to 256 only: with more ids, rows of others are taken for the same",
         "tests/test_contract.py -k told_apart",
         blind=True,
@@ -739,15 +741,15 @@ FAULTS = (
     Fault(
         "the bank's y goes by the ids of its x",
         "goal/candidates/bank.py",
-        "(past_y.rows.to(y.dtype), past_y.ids)",
-        "(past_y.rows.to(y.dtype), past_x.ids)",
+        "beside_y = past_y._replace(rows=past_y.rows.to(call.y.dtype))",
+        "beside_y = past_y._replace(rows=past_y.rows.to(call.y.dtype), ids=past_x.ids)",
         "invisible as long as y_ids is ids",
         BANK,
         blind=True,
     ),
     Fault(
         "a ring's gradient is scaled in place",
-        SPREAD,
+        RING,
         "else one * incoming for one in wanted]",
         "else one.mul_(incoming) for one in wanted]",
         "a second backward under a loss scale is multiplied twice",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from goal import validation
-from goal.engine.functorch import outside, plain
+from goal.engine.functorch import inside, outside, plain
 from goal.engine.types import Needs
 
 
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
         """
         given: tuple[Any, ...] = self[:5]
         x, y, ids, y_ids, weight = given if self.ordinary else plain(*given)
-        needs = self.needed()
+        needs, wrapped = self.needed(), inside() and not self.ordinary
         with nullcontext() if self.ordinary else outside():
             if y is None:
                 x = validation.similarity_matrix(x)
@@ -65,7 +65,7 @@ class Arguments(NamedTuple):
             weight = validation.anchor_weight(weight, min(n, m), x.device, finite)
             if finite:
                 validation.finite(**named)
-            inputs = (self.x, y if self.y is None else self.y)
+            inputs = (self.x, y if self.y is None else self.y) if wrapped else (x, y)
             return Call(x.detach(), y.detach(), ids, y_ids, weight, needs, finite, inputs)  # type: ignore[arg-type]
 
     def needed(self) -> Needs:

@@ -184,9 +184,15 @@ class Wire:
             sent.bytes += size
 
 
+def as_bytes(rows: Tensor) -> Tensor:
+    """(n, B) uint8 of rows (n, c); a single column counts as contiguous whatever its stride, and is copied."""
+    dense = rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
+    return dense.contiguous().view(torch.uint8)
+
+
 def pack(*columns: Tensor) -> Tensor:
     """(n, B) uint8: each row the bytes of the columns' entries, (n,) or (n, c)."""
-    return torch.cat([one.reshape(len(one), -1).contiguous().view(torch.uint8) for one in columns], 1)
+    return torch.cat([as_bytes(one.reshape(len(one), -1)) for one in columns], 1)
 
 
 def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

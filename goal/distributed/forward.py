@@ -60,7 +60,7 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
     assert ready is not None
     spread = _share(wire, settings, ready, agreed)
     blocks = Ring(spread) if over.exchange == "ring" else Gathered(spread)
-    own = blocks.mine(settings) if mines else None
+    own = blocks.statistics() if mines else None
     statistics = None if own is None else _shared(spread, own)
     weighed = weighed_by(spread.backend, settings, spread.masks, spread.pairs, statistics, spread.share)
     part, emit = blocks.finish(weighed.mined, weighed.dense)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from goal.distributed.exchange import pack, unpack
+from goal.distributed.exchange import as_bytes, pack, unpack
 from goal.distributed.spread import Columns, Join, Meet, Spread, mine
 from goal.engine.partials import finish
 from goal.engine.path import emit_blocks
@@ -23,11 +23,11 @@ class Gathered:
     def __init__(self, spread: Spread) -> None:
         self.spread = spread
         needs, wire, (x, y) = spread.needs, spread.wire, spread.rows
-        self._y = wire.gather(y.contiguous().view(torch.uint8), spread.counts)
+        self._y = wire.gather(as_bytes(y), spread.counts)
         dense = spread.settings.mining.dense != "never"  # its entries at the pairs want both
         self._x = None
         if needs[1] or (dense and needs[0]) or not spread.settings.mines:  # for stats, which may be asked for later
-            self._x = wire.gather(x.contiguous().view(torch.uint8), spread.counts)
+            self._x = wire.gather(as_bytes(x), spread.counts)
 
     @functools.cached_property
     def y(self) -> Tensor:
@@ -68,11 +68,13 @@ class Gathered:
         came = spread.wire.swap(pack(*columns), spread.counts, [height] * spread.wire.size)
         return functools.reduce(join, (unpack(rows, columns) for rows in came.split(height)))
 
+    def statistics(self) -> Statistics:
+        """The own anchors' statistics; all ranks together."""
+        return mine(self.spread, self.walk)
+
     def mine(self, settings: Settings) -> Statistics:
-        """The own anchors' statistics; where objectives mine nothing, for `Stats`, from what is here."""
+        """The same for `Stats` of objectives that mined nothing, from what is here; nothing is sent."""
         spread = self.spread
-        if settings.mines:
-            return mine(spread, self.walk)
         rows, _ = spread.backend.mine(self.rows, spread.pairs, settings.request)
         _, cols = spread.backend.mine(self.cols, spread.pairs, settings.request)
         return finish(spread.pairs.s_pos[spread.here], rows, cols)

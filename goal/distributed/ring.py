@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from goal.distributed.exchange import pack, unpack
+from goal.distributed.exchange import as_bytes, pack, unpack
 from goal.distributed.spread import Columns, Join, Meet, Spread, mine
 from goal.engine.partials import Partial
 from goal.engine.path import at_pairs
@@ -33,7 +33,7 @@ class Ring:
         """Meets each block of y with the own x; what all ranks reduced for the own block comes home."""
         spread, wire = self.spread, self.spread.wire
         like: Columns = []
-        block, behind = spread.rows[1].contiguous().view(torch.uint8), None
+        block, behind = as_bytes(spread.rows[1]), None
         for step in range(wire.size):
             owner, following = (wire.rank - step) % wire.size, (wire.rank - step - 1) % wire.size
             coming = wire.shift(block, spread.counts[following]) if step < wire.size - 1 else None
@@ -46,9 +46,16 @@ class Ring:
         assert behind is not None
         return unpack(behind.wait(), like)
 
-    def mine(self, settings: Settings) -> Statistics:
-        """The own anchors' statistics."""
+    def statistics(self) -> Statistics:
+        """The own anchors' statistics; all ranks together."""
         return mine(self.spread, self.walk, self._keep)
+
+    def mine(self, settings: Settings) -> Statistics:
+        """What `Stats` of objectives that mined nothing would want."""
+        raise RuntimeError(
+            "stats of mining='all' want the hardest negatives, which a ring has not looked for (it would take one more "
+            "round, on all ranks): use exchange='gather', or goal.gradients, which looks for them."
+        )
 
     def _keep(self, block: Block, before: Partial | None, merged: Partial) -> None:
         """The rows of the negatives so far."""
@@ -83,7 +90,7 @@ class Ring:
         x, y = spread.own.x.to(push.dtype), spread.own.y.to(push.dtype)
         k = torch.arange(len(x), device=x.device)
         forth, back = _Routes(spread, negative[0]), _Routes(spread, negative[1])
-        won = spread.embed(back.fetch(spread.rows[0].contiguous().view(torch.uint8)), spread.rows[0]).to(push.dtype)
+        won = spread.embed(back.fetch(as_bytes(spread.rows[0])), spread.rows[0]).to(push.dtype)
         assert self._won is not None
         gx, to_y = vjp(x, self._won.to(push.dtype), Entries(k, k, push[0, here]), needs)
         to_x, gy = vjp(won, y, Entries(k, k, push[1, here]), needs)
@@ -143,5 +150,5 @@ class _Routes:
     def deliver(self, gradient: Tensor) -> Tensor:
         """The own rows' sum of the gradients (n, D) that all ranks' anchors have for their negatives' rows."""
         total = gradient.new_zeros(len(self.rows), gradient.shape[1]).index_add_(0, self.inverse, gradient)
-        came = self.spread.wire.swap(total.view(torch.uint8), self.theirs, self.ours).view(gradient.dtype)
+        came = self.spread.wire.swap(as_bytes(total), self.theirs, self.ours).view(gradient.dtype)
         return torch.zeros_like(gradient).index_add_(0, self.at, came)

@@ -112,7 +112,7 @@ class Spec:
                 )
             if value is not None and self.recipe is not None:
                 _check_axes(self.recipe.name, name)
-            merged[name] = _value(name, value) if isinstance(value, str) else value
+            merged[name] = call(name, value) if isinstance(value, str) else value
         ordered = ((name, merged.get(name)) for name in AXES)
         return dataclasses.replace(self, axes=tuple((name, call) for name, call in ordered if call is not None))
 
@@ -127,7 +127,7 @@ class Spec:
         """
         found: dict[str, float | bool] = {}
         for kind, call in (*self._calls(), *self.axes):
-            values = {**_member(kind, call.name).defaults, **dict(call.parameters)}
+            values = {**member(kind, call.name).defaults, **dict(call.parameters)}
             for name, value in values.items():
                 if value is None or (kind not in AXES and isinstance(value, bool)):
                     continue
@@ -135,7 +135,7 @@ class Spec:
         return found
 
     def _named(self, kind: str, name: str) -> str:
-        shared = kind in ("T", "P") and all(name in _member(k, call.name).defaults for k, call in self._calls())
+        shared = kind in ("T", "P") and all(name in member(k, call.name).defaults for k, call in self._calls())
         return f"{kind}.{name}" if shared or kind in AXES else name
 
     def with_parameters(self, values: Mapping[str, Any]) -> Spec:
@@ -151,7 +151,7 @@ class Spec:
         left = dict(values)
         for kind, call in calls.items():
             given: dict[str, Any] = dict(call.parameters)
-            for name in _member(kind, call.name).defaults:
+            for name in member(kind, call.name).defaults:
                 for key in (f"{kind}.{name}", *([name] if kind not in AXES else [])):
                     if key in values:
                         given[name] = values[key]
@@ -164,7 +164,7 @@ class Spec:
 
     def _known(self) -> Iterable[str]:
         for kind, call in (*self._calls(), *self.axes):
-            yield from (self._named(kind, name) for name in _member(kind, call.name).defaults)
+            yield from (self._named(kind, name) for name in member(kind, call.name).defaults)
 
     def build(self, **rest: Any) -> nn.Module:
         """The objective.
@@ -178,7 +178,7 @@ class Spec:
         >>> parse("vse++ | reduction=mean").build(check_finite=False)
         Objective(T.con(margin=0.2) × P.con(), mining.hardest(), mean, dot)
         """
-        axes = {name: _member(name, call.name).make(**dict(call.parameters)) for name, call in self.axes}
+        axes = {name: member(name, call.name).make(**dict(call.parameters)) for name, call in self.axes}
         if twice := [name for name in rest if name in axes or (name in ("T", "P") and self.recipe is None)]:
             raise TypeError(f"{twice[0]} is set by the objective {str(self)!r} already, got {rest[twice[0]]!r}.")
         made: nn.Module
@@ -186,7 +186,7 @@ class Spec:
             made = _recipe(self.recipe.name, dict(self.recipe.parameters), {**axes, **rest})
         else:
             made = Objective(
-                **{k: _member(k, c.name).make(**dict(c.parameters)) for k, c in self._calls()}, **axes, **rest
+                **{k: member(k, c.name).make(**dict(c.parameters)) for k, c in self._calls()}, **axes, **rest
             )
         return made
 
@@ -315,7 +315,12 @@ AXES: dict[str, Callable[[str], Member]] = {"mining": _rule, "similarity": _simi
 _KINDS: dict[str, Callable[[str], Member]] = {"recipe": _published, "T": _term("T"), "P": _term("P"), **AXES}
 
 
-def _member(kind: str, name: str) -> Member:
+def member(kind: str, name: str) -> Member:
+    """What a name stands for: of "T", "P", "recipe", or one of `AXES`.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
     return _KINDS[kind](name)
 
 
@@ -340,23 +345,21 @@ def _check_axes(recipe: str, axis: str) -> None:
 
 def _call(kind: str, name: str, given: Mapping[str, Any]) -> Call:
     """A checked name with its parameters."""
-    member = _member(kind, name)
+    its = member(kind, name)
     checked: dict[str, Value] = {}
     for key, value in given.items():
-        if key not in member.defaults:
-            raise _no_parameter(member.name, key, list(member.defaults))
-        default = member.defaults[key]
+        if key not in its.defaults:
+            raise _no_parameter(its.name, key, list(its.defaults))
+        default = its.defaults[key]
         if isinstance(default, bool):
-            checked[key] = check_bool(f"{member.owner}: parameter {key!r}", value)
+            checked[key] = check_bool(f"{its.owner}: parameter {key!r}", value)
         elif value is None and default is None:
             checked[key] = None
         else:
-            checked[key] = check_number(member.owner, key, value)
-    member.make(**checked)
-    off = (
-        (key, checked[key]) for key, default in member.defaults.items() if key in checked and checked[key] != default
-    )
-    return Call(member.name, tuple(off))
+            checked[key] = check_number(its.owner, key, value)
+    its.make(**checked)
+    off = ((key, checked[key]) for key, default in its.defaults.items() if key in checked and checked[key] != default)
+    return Call(its.name, tuple(off))
 
 
 def _no_parameter(owner: str, name: object, known: Sequence[str]) -> ValueError:
@@ -374,15 +377,35 @@ def _literal(value: Value) -> str:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _value(axis: str, text: str) -> Call:
-    """A name with parameters on its own, for an axis."""
-    reader = _Reader(text)
-    call = reader.call(axis, reader.raw(f"{axis}, such as {_EXAMPLES[axis]}"))
+def call(kind: str, text: str) -> Call:
+    """One name with parameters on its own.
+
+    Args:
+        kind: "T", "P", "recipe", or one of `AXES`.
+        text: as it stands in an objective.
+
+    Raises:
+        ValueError, TypeError: as for `parse`.
+
+    >>> call("mining", "semi_hard(margin=0.2)")
+    Call(name='semi-hard', parameters=())
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{kind} must be text such as {_EXAMPLES[kind]!r}, got {type(text).__name__} ({text!r}).")
+    reader = _Reader(text, kind)
+    found = reader.call(kind, reader.raw(f"a name such as {_EXAMPLES[kind]}"))
     reader.end()
-    return call
+    return found
 
 
-_EXAMPLES = {"mining": "semi-hard(margin=0.1)", "similarity": "cosine", "reduction": "sum"}
+_EXAMPLES = {
+    "recipe": "vse++",
+    "T": "cir(tau=5)",
+    "P": "sig-ms",
+    "mining": "semi-hard(margin=0.1)",
+    "similarity": "cosine",
+    "reduction": "sum",
+}
 
 
 @dataclass(frozen=True)
@@ -397,8 +420,8 @@ class _Raw:
 class _Reader:
     """A text, and how far it has been read."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, argument: str = "objective") -> None:
+        self.text, self.argument, self.at = text, argument, 0
 
     def spec(self) -> Spec:
         first = self.raw("a recipe, or T × P")
@@ -459,7 +482,7 @@ class _Reader:
 
     def call(self, kind: str, raw: _Raw) -> Call:
         """What was written, as one of a kind."""
-        self.located(raw.at, lambda: _member(kind, raw.name))
+        self.located(raw.at, lambda: member(kind, raw.name))
         for key, at, value in raw.arguments:
             self.located(at, functools.partial(_call, kind, raw.name, {key: value}))
         return self.located(raw.at, lambda: _call(kind, raw.name, {key: value for key, _, value in raw.arguments}))
@@ -495,14 +518,14 @@ class _Reader:
     def end(self) -> None:
         self._skip()
         if self.at < len(self.text):
-            raise self.expected("| or the end")
+            raise self.expected("| or the end" if self.argument == "objective" else "the end")
 
     def expected(self, wanted: str) -> ValueError:
         came = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
         return self.wrong(self.at, f"must have {wanted} here, got {came}.")
 
     def wrong(self, at: int, message: str) -> ValueError:
-        return ValueError(self._placed(at, f"objective {message}"))
+        return ValueError(self._placed(at, f"{self.argument} {message}"))
 
     def located(self, at: int, make: Callable[[], R]) -> R:
         """What is made; an error says where in the text."""

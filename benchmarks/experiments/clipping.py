@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = trained(configs, options.seeds, options.folder, options.workers)
     heads = ["objective", "over the batch", "clip", "RSUM", "i→t R@1", "t→i R@1", "s⁺ / s⁻ halfway", "at the end"]
     rows = []
-    for config, runs in zip(configs, groups, strict=True):
-        cells = [config.label, str(config.reduction), f"{config.clip:.3g}"]
+    ways = [reduction for _ in OBJECTIVES for reduction, _ in WAYS]
+    for config, reduction, runs in zip(configs, ways, groups, strict=True):
+        cells = [config.objective.spec.names, reduction, f"{config.optimiser.clip:.3g}"]
         cells += [mean_and_deviation([run["test"][name] for run in runs]) for name in ("rsum", "i2t_r1", "t2i_r1")]
         for place in (options.epochs // 2, options.epochs - 1):
             means = (sum(run["curve"][place][name] for run in runs) / len(runs) for name in ("s_pos", "s_neg"))

@@ -159,7 +159,7 @@ def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest
     for name in hinges.SYSTEMS:
         assert f"| {name} |" in told
     options = argparse.Namespace(data="emoji", epochs=3, limit=None)
-    shown = [str(config.objective()) for config in hinges.configs(options, 1.0)]
+    shown = [str(config.build_objective()) for config in hinges.configs(options, 1.0)]
     assert shown == [
         "Objective(T.con(margin=0.2) × P.con(), mining.all_negatives(average=False), sum, dot)",
         "Objective(T.con(margin=0.2) × P.con(), mining.hardest(), sum, dot)",

@@ -14,7 +14,7 @@ from goal.lab import search as searching
 from goal.lab.grammar import Expression
 from goal.lab.search import CHECKS, FINALISTS, Discovery, discover
 from goal.training import Diverged, Incomplete, TrainConfig, loop
-from goal.training.loop import load_trained
+from goal.training.trained import load_trained
 from goal.training.report import Difference
 from goal.training.workers import Done, Event, Failed, Job
 
@@ -95,12 +95,12 @@ def test_it_reports_what_it_found(whole: Discovery) -> None:
 
 def test_the_printed_source_is_what_was_trained(whole: Discovery) -> None:
     config = whole.finalists["found"][0].config
-    assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (config.T, config.P, config.params)
+    assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (spec.T.name, spec.P.name, config.params)
     T, P = Expression("T", ("sigmoid", "margin"), (("tau", 3.0), ("margin", 0.1))), Expression("P", ("sigmoid", "ramp"))
     other = replace(whole, T=T, P=replace(P, values=(("alpha", 5.0), ("lam", 0.3))))
     exec(other.source, {})
     pasted = goal.Objective("found", "found").settings.product
-    trained: Any = TrainConfig(T=T.name, P=P.name, params=other.T.params | other.P.params).objective()
+    trained: Any = TrainConfig(T=T.name, P=P.name, params=other.T.params | other.P.params).build_objective()
     s_pos, s_neg = torch.linspace(-1, 1, 21)[:, None], torch.linspace(-1, 1, 21)[None, :]
     pairs = (each.weights(s_pos, s_neg, {}) for each in (pasted, trained.settings.product))
     for mine, own in zip(*pairs, strict=True):
@@ -155,8 +155,8 @@ def test_its_runs_can_be_loaded_where_nobody_knows_the_terms(whole: Discovery) -
         for name in [name for name in registry if name.startswith("found")]:
             del registry._definitions[name]
     config, heads, *_ = load_trained(run)
-    assert whole.T.name == config.T
-    assert config.objective()
+    assert whole.T.name == config.objective.spec.T.name
+    assert config.build_objective()
     assert heads(torch.zeros(2, heads.x.centre.numel()), torch.zeros(2, heads.y.centre.numel()))
 
 

@@ -191,9 +191,12 @@ PACKAGES = (
     "goal.distributed",
     "goal.lab",
     "goal.models",
+    "goal.names",
     "goal.plotting",
+    "goal.spec",
     "goal.training",
     "goal.evaluation",
+    "goal.validation",
 )  # public beside `goal` itself
 OUTSIDE = {
     name: path

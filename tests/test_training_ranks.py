@@ -18,7 +18,7 @@ import goal
 from goal.cli import main
 from goal.data.files import Busy
 from goal.training import TrainConfig, loop, train
-from goal.training.loop import load_trained
+from goal.training.trained import load_trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -227,9 +227,9 @@ def nn_parallel() -> Any:
 def test_the_gradient_is_averaged_as_the_models_is() -> None:
     """AdamW would not show a wrong factor in a run."""
     for objective in (TrainConfig(), TrainConfig(recipe="vse++"), TrainConfig(model="vse-infinity")):
-        made = objective.objective(group="world")
+        made = objective.build_objective(group="world")
         for stage in getattr(made, "stages", [made]):
             assert stage._ranks.averaged
             assert stage._ranks.group == "world"
-        alone = objective.objective()
+        alone = objective.build_objective()
         assert all(stage._ranks is None for stage in getattr(alone, "stages", [alone]))

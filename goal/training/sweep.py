@@ -88,7 +88,10 @@ def _specs(objectives: Iterable[str]) -> list[Spec]:
     """The objectives that were asked for; con is the hinge of the grid."""
     if isinstance(objectives, str) or not isinstance(objectives, Iterable):
         raise TypeError(f"objectives must be several texts, got {type(objectives).__name__} ({objectives!r}).")
-    asked = [parse(text) for text in objectives]
+    texts = list(objectives)
+    if stray := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"objectives must be texts, got {type(stray[0]).__name__} ({stray[0]!r}).")
+    asked = [parse(text) for text in texts]
     if not asked:
         raise ValueError("objectives must be one at least, got none.")
     return [dataclasses.replace(spec, T=_HINGE.T) if Call("con") == spec.T else spec for spec in asked]

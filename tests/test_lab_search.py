@@ -14,8 +14,8 @@ from goal.lab import search as searching
 from goal.lab.grammar import Expression
 from goal.lab.search import CHECKS, FINALISTS, Discovery, discover
 from goal.training import Diverged, Incomplete, TrainConfig, loop
-from goal.training.trained import load_trained
 from goal.training.report import Difference
+from goal.training.trained import load_trained
 from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -82,19 +82,20 @@ def test_it_reports_what_it_found(whole: Discovery) -> None:
     assert whole.verdict in repr(whole)
     assert whole.source in repr(whole)
     assert [record["label"] for record in whole.records] == ["found"] * 2 + [
-        whole.finalists["published"][0].config.label
+        whole.finalists["published"][0].config.objective.spec.names
     ] * 2
     assert all(record["test"]["rsum"] > 0 for record in whole.records)
     trials = json.loads(files["trials.json"])
     assert [len(trials[search]) for search in ("found", "published")] == [3, 3]
     assert [trial["objective"] for trial in trials["published"]] == ["con × con", "con × lin", "con × sig"]  # defaults
-    assert {trial["lr"] for trial in trials["published"]} == {TrainConfig().lr}
+    assert {trial["lr"] for trial in trials["published"]} == {TrainConfig().optimiser.lr}
     assert all(trial["objective"].startswith("found-") for trial in trials["found"])
     assert not any(each.why for tried in whole.trials.values() for each in tried)
 
 
 def test_the_printed_source_is_what_was_trained(whole: Discovery) -> None:
     config = whole.finalists["found"][0].config
+    spec = config.objective.spec
     assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (spec.T.name, spec.P.name, config.params)
     T, P = Expression("T", ("sigmoid", "margin"), (("tau", 3.0), ("margin", 0.1))), Expression("P", ("sigmoid", "ramp"))
     other = replace(whole, T=T, P=replace(P, values=(("alpha", 5.0), ("lam", 0.3))))
@@ -231,17 +232,17 @@ def test_verdicts_in_words(whole: Discovery) -> None:
 
 def test_bad_arguments_are_named_before_anything_is_trained(tmp_path: Path) -> None:
     for changes, message in (
-        ({"trials": 0}, "trials: must be at least 1, got 0"),
-        ({"seeds": 0}, "seeds: must be at least 1"),
-        ({"workers": 0}, "workers: must be at least 1"),
+        ({"trials": 0}, "trials must be a whole number >= 1, got 0"),
+        ({"seeds": 0}, "seeds must be a whole number >= 1"),
+        ({"workers": 0}, "workers must be a whole number >= 1"),
         ({"limit": 20}, "batch: 40 is more than the 20 training images"),
         ({"data": "nowhere"}, "nowhere"),
-        ({"lr": 0.0}, "lr: must be above 0"),
+        ({"lr": 0.0}, "lr must be > 0"),
         ({"T": "cir"}, "T: the search chooses it"),
         ({"seed": 3}, "seed: the search chooses it"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(tmp_path, **changes)
-    with pytest.raises(TypeError, match="hiden"):
+    with pytest.raises(ValueError, match=r"no setting 'hiden'\. Did you mean 'hidden'"):
         tiny(tmp_path, hiden=3)
     assert not list(tmp_path.iterdir())

@@ -18,8 +18,8 @@ from goal.data import Pairs
 from goal.models import SETTINGS, AudioVisual, Joint, Vocabulary
 from goal.training import Curriculum, FewSemiHard, Plateau, Sweep, TrainConfig, loop, train
 from goal.training.features import Mapped, Words, features, split
-from goal.training.trained import load_trained, score
 from goal.training.systems import SYSTEMS, embeddings, similarities
+from goal.training.trained import load_trained, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -150,7 +150,7 @@ def test_stages_follow_one_another_as_asked(clips: Path) -> None:
         ({"texts": "words"}, "texts='words' is not known. Known: features"),
         ({"model": "vse++", "texts": "tokens"}, "texts='tokens' is not known. Known: words, features"),
         ({"model": "vse++", "optimizer": "SGD"}, "optimiser='SGD' is not known. .*Known: Adam, AdamW"),
-        ({"model": "vse++", "epochs": 0}, "until a plateau, which needs patience"),
+        ({"model": "vse++", "epochs": 0}, "epochs must be >= 1 without patience, got 0"),
         ({"model": "vse-infinity", "eval_every": 5}, "all_first counts epochs"),
         ({"reduction": "median"}, "reduction='median' is not known. Did you mean 'mean'"),
         ({"reduction": "sum", "recipe": "infonce"}, "reduction cannot be set: infonce has its own"),

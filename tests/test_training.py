@@ -16,9 +16,10 @@ import torch
 
 import goal
 from goal.training import Diverged, Incomplete, Sweep, TrainConfig, entries, loop, search, train
-from goal.training.config import SETTINGS, WORDS
+from goal.training.config import NAMING, SECTIONS, SETTINGS, WORDS
 from goal.training.features import Sampler, features
 from goal.training.heads import Head
+from goal.training.systems import SYSTEMS
 from goal.training.trained import load_trained, score
 from goal.training.workers import Done, Failed, Job, Progress, work
 
@@ -108,7 +109,7 @@ def test_config_refuses(changes: dict[str, Any], error: type[Exception], message
 
 
 def test_config_refuses_json_of_something_else() -> None:
-    with pytest.raises(ValueError, match="a configuration has no setting 'learning_rate'. .*Known: objective, "):
+    with pytest.raises(ValueError, match=r"a configuration has no setting 'learning_rate'\..*Known: objective, "):
         TrainConfig.from_json('{"learning_rate": 1}')
 
 
@@ -465,3 +466,135 @@ def test_a_diverged_trial_counts_as_nothing_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys.modules["goal.training.tune"], "train", diverge)
     assert search(small(), 3, tmp_path) == small()
     assert [t["val_rsum"] for t in json.loads((tmp_path / "tuning.json").read_text())["trials"]] == [3.0, 0.0, 0.0]
+
+
+# ---- files of settings -----------------------------------------------------------------------------------
+
+TOML = """
+objective = "cir(tau=5) × sig-ms | semi-hard(margin=0.1)"
+seed = 3
+
+[model]
+name = "heads"
+hidden = 64
+
+[optimiser]
+lr = 1e-3
+
+[stopping]
+max_steps = 20
+"""
+NESTED = {
+    "objective": {"spec": "cir(tau=5) × sig-ms | semi-hard(margin=0.1)", "switch": "plateau"},
+    "model": {"hidden": 64},
+    "optimiser": {"lr": 1e-3},
+    "stopping": {"max_steps": 20},
+    "seed": 3,
+}
+SAME = TrainConfig(T="cir", P="sig-ms", params={"tau": 5}, mining="semi-hard(margin=0.1)", hidden=64, lr=1e-3,
+                   max_steps=20, seed=3)  # fmt: skip
+
+
+def test_a_file_python_and_sections_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(TOML)
+    (tmp_path / "b.json").write_text(json.dumps(NESTED))
+    (tmp_path / "c.json").write_text(SAME.to_json())
+    (tmp_path / "d.json").write_text(json.dumps({"T": "cir", "P": "sig-ms", "mining": "semi-hard(margin=0.1)",
+        "params": {"tau": 5}, "hidden": 64, "lr": 1e-3, "max_steps": 20, "seed": 3}))  # fmt: skip
+    assert {TrainConfig.read(path) for path in sorted(tmp_path.iterdir())} == {SAME}
+    assert TrainConfig(**NESTED) == SAME
+    assert TrainConfig(**vars(SAME)) == SAME  # of sections as they are
+
+
+def test_changes_go_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(TOML)
+    assert TrainConfig.read(path, lr=0.5, hidden=8) == SAME.replace(lr=0.5, hidden=8)
+    assert TrainConfig.read(path, model={"hidden": 8}).optimiser.lr == 1e-3
+    assert TrainConfig.read(path, recipe="vse++").label == "vse++"  # its mining was the file's objective's
+    assert TrainConfig.read(path, mining="all").label == "cir(tau=5) × sig-ms | all"
+    assert TrainConfig.read(path, params={"mining.margin": 0.3}).params["mining.margin"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "", r"a\.yaml: must be a \.toml or a \.json file"),
+        ("a.toml", "lr = ", r"a\.toml: cannot be read: Invalid value"),
+        ("a.json", "{", r"a\.json: cannot be read: "),
+        ("a.json", "[" * 100_000, r"a\.json: cannot be read: "),
+        ("a.json", b"\xff", r"a\.json: cannot be read: .*codec"),
+        ("a.json", "[1]", r"a\.json: must hold settings by name, got list"),
+        ("a.json", '{"lrr": 1}', r"no setting 'lrr'\. Did you mean 'lr'\? Known: objective, "),
+        ("a.toml", "[optimiser]\nhidden = 1", r"optimiser has no setting 'hidden'\. Known: name, batch, lr, "),
+        ("a.toml", "[stopping]\nmax_step = 1", r"stopping has no setting 'max_step'\. Did you mean 'max_steps'"),
+        ("a.toml", 'stopping = "soon"', r"stopping must be settings by name, got str \('soon'\)"),
+        ("a.toml", "model = 3", r"model must be text, got int \(3\)"),
+        ("a.toml", "[optimiser]\nlr = true", "lr must be a number, got bool"),
+        ("a.toml", "[model]\nhidden = 8.5", r"hidden must be a whole number >= 1, got 8\.5"),
+        (
+            "a.toml",
+            'objective = "cir × con"\nP = "lin"',
+            "objective must stand alone, got objective='cir × con' and P=",
+        ),
+        ("a.toml", 'recipe = "cir × con"', "recipe must be one of goal recipes, got 'cir × con'"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(name: str, text: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ValueError, TypeError), match=message):
+        TrainConfig.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"nowhere\.toml: no such file"):
+        TrainConfig.read(tmp_path / "nowhere.toml")
+
+
+def test_no_setting_is_there_twice() -> None:
+    names = [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.name not in NAMING]
+    names += [*SECTIONS, *(f.name for f in dataclasses.fields(TrainConfig) if f.name not in SECTIONS), *WORDS]
+    assert len(names) == len(set(names))
+    assert set(SETTINGS) == {*names} - {*WORDS, "stopping"}
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_every_models_configuration_reads_back(model: str) -> None:
+    for config in (TrainConfig(model=model), TrainConfig(model=model, objective="nca(tau=3) × lin | hardest")):
+        assert TrainConfig.from_json(config.to_json()) == config
+        assert config.replace() == config
+        assert config.replace(seed=1) != config
+        assert re.fullmatch(r"[A-Za-z0-9+-]+-s0-[0-9a-f]{10}", config.run_name)
+
+
+# ---- objectives as texts in sweeps and searches ----------------------------------------------------------
+
+
+def test_a_sweep_takes_any_objective() -> None:
+    texts = ["cir:lin", "cir(tau=5) × lin", "con × lin | semi-hard", "vse++ | reduction=mean", "circle", "cir × lin"]
+    found = entries(texts)
+    assert [entry.names["label"] for entry in found] == [
+        "cir × lin", "cir(tau=5) × lin", "con(margin=0.2) × lin | semi-hard", "vse++ | reduction=mean", "circle"
+    ]  # fmt: skip
+    assert [entry.names["T"] for entry in found] == ["cir", "cir(tau=5)", "-", "-", "-"]
+    assert [entry.names["recipe"] for entry in found[2:4]] == [entry.names["label"] for entry in found[2:4]]
+    assert found[0].config == found[4].config
+    for setting in ({"T": "cir"}, {"objective": "vse++"}, {"mining": "all"}, {"params": {"tau": 1}}):
+        with pytest.raises(ValueError, match=f"^{next(iter(setting))} cannot be set: a sweep has objectives"):
+            entries(**setting)
+
+
+def test_parameters_of_a_rule_and_of_the_users_own_terms_are_searched(
+    tmp_path: Path, registries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal.triplet_weight("my-gain")(lambda s_pos, s_neg, *, gain=2.0, shift=0.0: 0 * s_neg + gain)
+    monkeypatch.setattr(sys.modules["goal.training.tune"], "train", lambda config, *_, **__: {"best_val_rsum": 1.0})
+    found = {}
+    for text in ("my-gain × con | semi-hard", "nca × con | all", "con × con | selective(eps=0)"):
+        search(small(objective=text), 8, tmp_path)
+        trials = json.loads((tmp_path / "tuning.json").read_text())["trials"]
+        found |= {name: [trial[name] for trial in trials] for name in trials[0]}
+    assert found["gain"][0] == 2.0
+    assert all(0.2 <= gain <= 20 for gain in found["gain"])
+    assert all(0 <= shift <= 1 for shift in found["shift"])
+    assert all(0.01 <= margin <= 0.5 for margin in found["mining.margin"])
+    assert {*found["mining.average"]} == {True, False}
+    assert all(0 <= eps <= 1 for eps in found["mining.eps"])
+    assert all(len({*found[name]}) > 1 for name in ("gain", "shift", "mining.margin", "mining.eps"))

@@ -146,7 +146,7 @@ def test_what_ranks_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="scan makes similarities"):
         train(TrainConfig(model="scan"), tmp_path / "run", distributed=True)
-    with pytest.raises(ValueError, match="3 ranks have too few rows of a batch of 2"):
+    with pytest.raises(ValueError, match="batch must be >= 3, the number of ranks, got 2"):
         train(TrainConfig(batch=2), tmp_path / "run", distributed=True)
     assert not (tmp_path / "run").exists()
 

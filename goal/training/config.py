@@ -377,7 +377,7 @@ SECTIONS: dict[str, Any] = {
 }
 SETTINGS: dict[str, Setting] = dict(_settings())
 ALIASES = {"optimizer": "optimiser"}
-CHOICES = ("T", "P", "recipe")  # in place of `objective`
+CHOICES = ("recipe", "T", "P")  # in place of `objective`
 WORDS = (*CHOICES, "mining", "reduction", "params")  # that change it
 
 
@@ -453,7 +453,7 @@ def _spec(given: Mapping[str, Any], system: System) -> Spec:
     found = _chosen(given, system)
     for axis in ("mining", "reduction"):
         if axis in given:
-            found = found.with_axes(**{axis: call(axis, given[axis])})
+            found = found.with_axes(**{axis: call(axis, _text(axis, given[axis]))})
     params = given.get("params", {})
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be numbers by name, got {type(params).__name__} ({params!r}).")

@@ -52,9 +52,9 @@ def test_a_run_of_a_gpu_is_scored_on_a_cpu(
     assert cli.main(["eval", str(run), "--device", "cuda:3"]) == 2
     assert "device 'cuda:3' is not on this machine" in capsys.readouterr().err
     config = TrainConfig(device="cuda")  # is valid everywhere, and trained where there is one
-    with pytest.raises(ValueError, match="device: 'cuda' is not on this machine"):
+    with pytest.raises(ValueError, match="device 'cuda' is not on this machine"):
         train(config, tmp_path / "other")
-    with pytest.raises(ValueError, match="device: 'cuda' is not on this machine"):
+    with pytest.raises(ValueError, match="device 'cuda' is not on this machine"):
         Sweep(device="cuda", root=tmp_path)
 
 

@@ -216,9 +216,7 @@ def test_a_folder_with_results_of_another_configuration_is_refused(tmp_path: Pat
     before = content(tmp_path / "run")
     for features in (0, 1):  # with other features, too
         written(tmp_path / "data", features)
-        with pytest.raises(
-            ValueError, match=r"run: holds a run of another configuration \(objective\); move it away"
-        ):
+        with pytest.raises(ValueError, match=r"run: holds a run of another configuration \(objective\); move it away"):
             train(TrainConfig(data=data, **TINY), tmp_path / "run")
     assert content(tmp_path / "run") == before
 

@@ -166,7 +166,7 @@ def test_what_fails_counts_as_nothing_and_is_told(tmp_path: Path, here: pytest.M
     refusals = iter([True])
 
     def diverge(config: TrainConfig, *rest: Any, **named: Any) -> Any:
-        if config.label == "con × lin":
+        if config.objective.spec.names == "con × lin":
             raise Diverged("the loss is nan at step 3")
         return train(config, *rest, **named)
 
@@ -181,7 +181,7 @@ def test_what_fails_counts_as_nothing_and_is_told(tmp_path: Path, here: pytest.M
     assert [each.val_rsum for each in found.trials["published"]].count(0.0) == 1
     assert found.trials["published"][1].why == "the loss is nan at step 3"
     assert found.trials["found"][0] == (None, 0.0, "tau must be > 0")
-    assert "con × lin" not in [each.config.label for each in found.finalists["published"]]
+    assert "con × lin" not in [each.config.objective.spec.names for each in found.finalists["published"]]
     page = found.markdown()
     assert "published, trial 1: con × lin: the loss is nan at step 3" in page
     assert "found, trial 0: refused: tau must be > 0" in page
@@ -238,8 +238,8 @@ def test_bad_arguments_are_named_before_anything_is_trained(tmp_path: Path) -> N
         ({"limit": 20}, "batch: 40 is more than the 20 training images"),
         ({"data": "nowhere"}, "nowhere"),
         ({"lr": 0.0}, "lr must be > 0"),
-        ({"T": "cir"}, "T: the search chooses it"),
-        ({"seed": 3}, "seed: the search chooses it"),
+        ({"T": "cir"}, "T cannot be set: the search chooses it"),
+        ({"seed": 3}, "seed cannot be set: the search chooses it"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(tmp_path, **changes)

@@ -110,7 +110,7 @@ def test_torchrun_without_distributed_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--root", str(tmp_path)]) == 2
-    assert "--distributed: is missing, and torchrun has started 2 processes" in capsys.readouterr().err
+    assert "--distributed must be given: torchrun has started 2 processes" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -25,7 +25,7 @@ from goal.training.features import Sampler
 from goal.training.folder import Record, Row, place
 from goal.training.loop import Diverged, read_pairs, train
 from goal.training.report import Difference, RunRecord, significant_differences, terminal_table, write_report
-from goal.training.sweep import QUICK, Incomplete, entries
+from goal.training.sweep import Incomplete, entries, quick_settings
 from goal.training.tune import span, with_parameters
 from goal.training.workers import Done, Failed, Job, cores, work
 from goal.validation import real_number, whole_number
@@ -212,7 +212,7 @@ def discover(
     settings = flat(settings)
     if chosen := [each for each in ("objective", *CHOICES, "mining", "params", "seed") if each in settings]:
         raise ValueError(f"{chosen[0]} cannot be set: the search chooses it, got {settings[chosen[0]]!r}.")
-    settings = (QUICK if quick else {}) | settings
+    settings = (quick_settings(settings) if quick else {}) | settings
     base = TrainConfig(**settings)
     check_device(base.device)
     for package in ("matplotlib", "optuna", "safetensors"):

@@ -31,7 +31,7 @@ from goal.data.files import check_file, readable
 from goal.names import nearest, unknown
 from goal.spec import Call, Spec, call, parse
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
-from goal.training.systems import SYSTEMS, System
+from goal.training.systems import DEFAULT, SYSTEMS, System
 from goal.validation import real_number, whole_number
 
 WIDEST = 1 << 16  # of a layer: more is a slip, and would go to the allocator
@@ -80,7 +80,7 @@ class ObjectiveConfig(_Section):
 class ModelConfig(_Section):
     """What embeds; a size that a model does not have is None."""
 
-    name: str = _option("heads", "heads on frozen features, or a system of the literature: see goal models")
+    name: str = _option(DEFAULT, "heads on frozen features, or a system of the literature: see goal models")
     texts: str = _of_model("captions as words, or their given features")
     hidden: int | None = _of_model("width of the hidden layer", low=1, high=WIDEST)
     dim: int = _of_model("dimensions of the embedding", low=1, high=WIDEST)
@@ -155,7 +155,7 @@ class TrainConfig:
 
     def __init__(self, **settings: Any) -> None:
         given = {name: value for name, value in flat(settings).items() if value is not None}
-        model = SETTINGS["model"].checked("model", given.get("model", "heads"))
+        model = SETTINGS["model"].checked("model", given.get("model", DEFAULT))
         if model not in SYSTEMS:
             raise unknown("model", model, list(SYSTEMS))
         system = SYSTEMS[str(model)]
@@ -296,7 +296,7 @@ class TrainConfig:
     @property
     def run_stem(self) -> str:
         """How the name of the run's folder begins: readable, the same for other parameters."""
-        system = "" if self.model.name == "heads" else f"{self.model.name}-"
+        system = "" if self.model.name == DEFAULT else f"{self.model.name}-"
 
         def short(spec: Spec) -> str:
             return (spec.with_axes(mining=None) if spec.axis("mining") == Call("hardest") else spec).names

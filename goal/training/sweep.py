@@ -15,6 +15,7 @@ from goal.training.features import Sampler
 from goal.training.folder import Record, finished, place
 from goal.training.loop import TrainingError, read_pairs, train
 from goal.training.report import RunRecord, write_report
+from goal.training.systems import DEFAULT, SYSTEMS
 from goal.training.tune import search
 from goal.training.workers import Done, Failed, Job, cores, work
 from goal.validation import real_number, whole_number
@@ -23,11 +24,13 @@ GRID_T, GRID_P = ("con", "nca", "cir"), ("con", "lin", "sig", "lin-ms", "sig-ms"
 HINGE = "con(margin=0.2)"  # T = con in the grid
 _HINGE = parse(f"{HINGE} × con")
 SEEDS, QUICK_SEEDS = 5, 2
-# Sized to end within five minutes on two cores, with an order that agrees with the full sweep's within noise
-# (docs/experiments.md compares them): embeddings not too narrow, and runs that end when validation stops rising.
-QUICK: dict[str, Any] = {"hidden": 256, "dim": 256, "batch": 64, "lr": 1e-3, "patience": 4, "max_steps": 2000}
-QUICK_SYSTEM: dict[str, Any] = {"dim": 128, "word_dim": 64, "epochs": 6, "drop_epoch": 4}
 QUICK_NOTE = "QUICK: small models, few seeds, little patience; close places may change without --quick."
+
+
+def quick_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model that end within minutes."""
+    system = SYSTEMS.get(settings.get("model") or DEFAULT)
+    return {} if system is None else dict(system.quick)  # what is unknown is refused when it is read
 
 
 class Incomplete(TrainingError):
@@ -104,7 +107,7 @@ class Sweep:
     more seeds or objectives add to a folder.
 
     Args:
-        quick: `QUICK` heads, or a `QUICK_SYSTEM`, and fewer seeds.
+        quick: a small model, little patience and fewer seeds.
         seeds: how many, from 0; by default `SEEDS`, or `QUICK_SEEDS`.
         trials: give every objective a `search` of so many trials too, and train what it found with the same seeds.
         objectives: as for `entries`.
@@ -143,15 +146,14 @@ class Sweep:
         workers = None if workers is None else whole_number("workers", workers, 1, MOST)
         name = None if name is None else folder_name("name", name)
         settings = flat(settings)
-        short = QUICK if settings.get("model", "heads") == "heads" else QUICK_SYSTEM
-        self.entries = entries(objectives, **(short if quick else {}) | settings)
+        self.entries = entries(objectives, **(quick_settings(settings) if quick else {}) | settings)
         self.tuned: list[Entry] = []  # what the searches found
         self.base = self.entries[0].config
         check_device(self.base.device)
         for package in ("matplotlib", "safetensors", *(["optuna"] if self.trials else [])):
             require(package, "train")
         model = self.base.model.name
-        system = model * (model != "heads")
+        system = model * (model != DEFAULT)
         parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{self.trials}" * bool(self.trials))
         self.folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
         data = read_pairs(self.base)

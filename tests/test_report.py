@@ -414,10 +414,8 @@ def test_importing_the_report_imports_no_matplotlib():
 def test_a_spec_is_a_row_and_breaks_no_table(tmp_path):
     world = World(2)
     texts = ["nca(tau=5) × con | all(average=false)", "vse++ | reduction=mean"]
-    runs = (
-        world.runs("cir", "con", 0.3) + world.runs("cir(tau=5)", "con", 0.2)
+    runs = world.runs("cir", "con", 0.3) + world.runs("cir(tau=5)", "con", 0.2)
     runs += world.runs("con(margin=0.2)", "con", 0)
-    )
     for text in texts:
         runs += world.runs("-", "-", 0.1, recipe=text, label=text)
     written = write_report(runs, tmp_path, title="t", note=NOTE)

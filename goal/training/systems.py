@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -33,9 +32,9 @@ class System:
     images: Images  # how it reads them, see `features`
     texts: tuple[Texts, ...]  # how it may read captions; the first by default
     settings: Mapping[str, Any]  # defaults of `TrainConfig`; sizes that are not here the model does not have
+    quick: Mapping[str, Any]  # settings of a sweep that is to end within minutes
     objective: Spec = GOAL  # by default
     cell: Spec = GOAL  # what of T × P is not said, its axes included
-    quick: Mapping[str, Any] = MappingProxyType({})  # settings of a sweep that is to end within minutes
     judged: Literal["rsum", "map"] = "rsum"  # map: MAP@all of labelled clips
     gives: Literal["embeddings", "similarities"] = "embeddings"
     fit: Callable[[Any, Split], None] | None = None  # takes from the training split what is not learned
@@ -123,7 +122,7 @@ def _published(name: str, images: Images, what: str, build: Build, **more: Any) 
     cell = GOAL.with_axes(**{axis: axes[axis] for axis in axes if axes[axis] != usual[axis]})
     objective = parse(f"{its.recipe}(margin={its.margin})")
     quick = {"dim": 128, "word_dim": 64, "epochs": 6, "drop_epoch": 4}
-    return System(what, build, images, ("words", "features"), settings, objective, cell, quick, **more)
+    return System(what, build, images, ("words", "features"), settings, quick, objective, cell, **more)
 
 
 _HINGE = parse("con(margin=0.2) × con | semi-hard")
@@ -134,7 +133,7 @@ _RVSE = functools.partial(_regions, residual="projected")
 DEFAULT = "heads"
 SYSTEMS: dict[str, System] = {
     "heads": System("two layers on frozen features of images and captions", _heads, "vectors", ("features",),
-                    {**_OURS, "dim": 512}, quick=_QUICK, fit=_fit_heads, prepare=_scaled),
+                    {**_OURS, "dim": 512}, _QUICK, fit=_fit_heads, prepare=_scaled),
     "vse++": _published("vse++", "unit vectors", "a linear layer; words, GRU", _pooled),
     "order0": _published("order0", "unit vectors", "VSE++ with order embeddings, |e|", _pooled),
     "order++": _published("order++", "unit vectors", "VSE++ with order embeddings", _NOT_ABSOLUTE),
@@ -142,7 +141,7 @@ SYSTEMS: dict[str, System] = {
     "rvse++": _published("rvse++", "regions", "VSE∞ with the residual on the projected features", _RVSE),
     "scan": _published("scan", "regions", "cross attention of words and regions", _scan, gives="similarities"),
     "audio-visual": System("two layers on features of labelled clips", _clips, "audio", ("visual",),
-                           {**_OURS, "dim": 256}, _HINGE, _HINGE, _QUICK, judged="map", fit=_fit_clips),
+                           {**_OURS, "dim": 256}, _QUICK, _HINGE, _HINGE, judged="map", fit=_fit_clips),
 }  # fmt: skip
 
 

@@ -126,6 +126,23 @@ def test_a_reduction_may_be_chosen(settings: dict[str, Any], reduction: str) -> 
     assert TrainConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "con(margin=0.2) × con | semi-hard"),
+        ({"T": "con", "P": "lin"}, "con(margin=0.2) × lin | semi-hard"),
+        ({"T": "con", "params": {"margin": 0.3}}, "con(margin=0.3) × con | semi-hard"),
+        ({"T": "nca", "mining": "hardest"}, "nca × con | hardest"),
+        ({"objective": "con × lin"}, "con × lin | semi-hard"),  # a text says all of its terms
+        ({"mining": "all(average=false)"}, "con(margin=0.2) × con | all(average=false)"),
+    ],
+)
+def test_what_is_not_said_is_the_models(settings: dict[str, Any], label: str) -> None:
+    config = TrainConfig(model="audio-visual", **settings)
+    assert config.label == label
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
 def test_stages_follow_one_another_as_asked(clips: Path) -> None:
     plain = system("audio-visual", clips, curriculum="plain", switch="3").build_objective()
     assert [stage.settings.mining.name for stage in plain.stages] == ["semi-hard", "hardest"]

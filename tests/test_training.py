@@ -548,6 +548,13 @@ def test_a_file_that_says_something_else_is_refused(name: str, text: str | bytes
         TrainConfig.read(tmp_path / "nowhere.toml")
 
 
+def test_a_name_on_its_own_goes_over_its_section() -> None:
+    for settings in ({"optimiser": {"lr": 1, "clip": 3}, "lr": 0.5}, {"lr": 0.5, "optimizer": {"lr": 1, "clip": 3}}):
+        config = TrainConfig(**settings)
+        assert (config.optimiser.lr, config.optimiser.clip, config.optimiser.name) == (0.5, 3, "AdamW")
+    assert dataclasses.replace(SAME, seed=4, device="cpu:0") == SAME.replace(seed=4, device="cpu:0")
+
+
 def test_no_setting_is_there_twice() -> None:
     names = [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.name not in NAMING]
     names += [*SECTIONS, *(f.name for f in dataclasses.fields(TrainConfig) if f.name not in SECTIONS), *WORDS]

@@ -18,7 +18,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -311,8 +311,24 @@ def _published(name: str) -> Member:
     return Member(spell(name), f"recipe {spell(name)}", defaults, lambda **given: _recipe(spell(name), given, {}))
 
 
-AXES: dict[str, Callable[[str], Member]] = {"mining": _rule, "similarity": _similarity, "reduction": _reduction}
-_KINDS: dict[str, Callable[[str], Member]] = {"recipe": _published, "T": _term("T"), "P": _term("P"), **AXES}
+class Kind(NamedTuple):
+    """What may stand at one place of a text."""
+
+    find: Callable[[str], Member]  # raises for an unknown name, with the known ones
+    example: str
+
+
+AXES = {  # what may stand after |: an argument of `goal.Objective`, by its keyword
+    "mining": Kind(_rule, "semi-hard(margin=0.1)"),
+    "similarity": Kind(_similarity, "cosine"),
+    "reduction": Kind(_reduction, "sum"),
+}
+_KINDS = {
+    "recipe": Kind(_published, "vse++"),
+    "T": Kind(_term("T"), "cir(tau=5)"),
+    "P": Kind(_term("P"), "sig-ms"),
+    **AXES,
+}
 
 
 def member(kind: str, name: str) -> Member:
@@ -321,7 +337,7 @@ def member(kind: str, name: str) -> Member:
     Raises:
         ValueError: an unknown name, with the known ones.
     """
-    return _KINDS[kind](name)
+    return _KINDS[kind].find(name)
 
 
 def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
@@ -391,21 +407,11 @@ def call(kind: str, text: str) -> Call:
     Call(name='semi-hard', parameters=())
     """
     if not isinstance(text, str):
-        raise TypeError(f"{kind} must be text such as {_EXAMPLES[kind]!r}, got {type(text).__name__} ({text!r}).")
+        raise TypeError(f"{kind} must be text such as {_KINDS[kind].example!r}, got {type(text).__name__} ({text!r}).")
     reader = _Reader(text, kind)
-    found = reader.call(kind, reader.raw(f"a name such as {_EXAMPLES[kind]}"))
+    found = reader.call(kind, reader.raw(f"a name such as {_KINDS[kind].example}"))
     reader.end()
     return found
-
-
-_EXAMPLES = {
-    "recipe": "vse++",
-    "T": "cir(tau=5)",
-    "P": "sig-ms",
-    "mining": "semi-hard(margin=0.1)",
-    "similarity": "cosine",
-    "reduction": "sum",
-}
 
 
 @dataclass(frozen=True)
@@ -451,7 +457,7 @@ class _Reader:
         """An axis after |: its name, its value, and where it stands."""
         raw = self.raw("a mining rule, or an axis such as reduction=sum")
         if raw.arguments or not self.took("="):
-            others = [axis for axis, find in AXES.items() if axis != "mining" and _known(find, raw.name)]
+            others = [axis for axis, its in AXES.items() if axis != "mining" and _known(its.find, raw.name)]
             if others and not _known(_rule, raw.name):
                 raise self.wrong(
                     raw.at, f"must have a mining rule here, got {raw.name!r}: write {others[0]}={raw.name}."
@@ -461,7 +467,7 @@ class _Reader:
             raise self.wrong(
                 raw.at, f"has no axis {raw.name!r}.{nearest(raw.name, list(AXES))} Known: {', '.join(AXES)}."
             )
-        return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_EXAMPLES[raw.name]}")), raw.at
+        return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_KINDS[raw.name].example}")), raw.at
 
     def raw(self, wanted: str) -> _Raw:
         """A name, and in brackets its parameters."""

@@ -235,7 +235,7 @@ def test_bad_arguments_are_named_before_anything_is_trained(tmp_path: Path) -> N
         ({"trials": 0}, "trials must be a whole number >= 1, got 0"),
         ({"seeds": 0}, "seeds must be a whole number >= 1"),
         ({"workers": 0}, "workers must be a whole number >= 1"),
-        ({"limit": 20}, "batch: 40 is more than the 20 training images"),
+        ({"limit": 20}, "batch must be <= 20, the number of training images, got 40"),
         ({"data": "nowhere"}, "nowhere"),
         ({"lr": 0.0}, "lr must be > 0"),
         ({"T": "cir"}, "T cannot be set: the search chooses it"),

@@ -239,7 +239,7 @@ def test_limit_keeps_the_first_images_with_their_captions(grid: Path, clips: Pat
     assert (len(part.x), len(part.y), part.image_of.tolist()) == (5, 10, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     some = features(str(clips), 6, "audio", "visual").train
     assert [len(each) for each in some] == [6, 6, 6, 6]
-    with pytest.raises(ValueError, match=r"limit: .* has 64 training clips, got 65"):
+    with pytest.raises(ValueError, match=r"limit must be <= 64: .* has 64 training clips, got 65"):
         features(str(clips), 65, "audio", "visual")
 
 

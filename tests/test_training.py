@@ -156,7 +156,7 @@ def test_sampler_gives_different_images_with_captions_of_their_own() -> None:
 
 
 def test_sampler_refuses_a_batch_beyond_the_images() -> None:
-    with pytest.raises(ValueError, match="batch: 4 is more than the 3 training images"):
+    with pytest.raises(ValueError, match="batch must be <= 3, the number of training images, got 4"):
         Sampler(torch.tensor([0, 1, 2]), batch=4, seed=0)
 
 
@@ -166,7 +166,7 @@ def test_features_limit_keeps_the_first_images_with_their_captions() -> None:
     assert part.train.image_of.tolist() == np.repeat(np.arange(30), 5).tolist()
     assert torch.equal(part.val.x, whole.val.x)
     assert part.fingerprints != whole.fingerprints
-    with pytest.raises(ValueError, match="limit: emoji has 1157 training images, got 2000"):
+    with pytest.raises(ValueError, match="limit must be <= 1157: emoji has 1157 training images, got 2000"):
         features("emoji", 2000)
 
 
@@ -400,7 +400,7 @@ def test_sweep_refuses_before_it_trains(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds must be a whole number >= 1"),
         ({"trials": -1}, "trials must be a whole number >= 0"),
         ({"workers": 0}, "workers must be a whole number >= 1"),
-        ({"limit": 20}, "batch: 128 is more than the 20 training images"),
+        ({"limit": 20}, "batch must be <= 20, the number of training images, got 128"),
         ({"data": "nowhere"}, "nowhere"),
     ):
         with pytest.raises(ValueError, match=message):

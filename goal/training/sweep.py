@@ -188,9 +188,8 @@ class Sweep:
             for entry in self.entries:
                 found = self.results.get(searches[entry.config].key) if searches else None
                 if found is not None:
-                    self.tuned.append(
-                        Entry({**entry.names, "T": entry.names["T"] if entry.names["T"] != HINGE else "con"}, found)
-                    )
+                    T = "con" if entry.names["T"] == HINGE else entry.names["T"]  # its margin was searched
+                    self.tuned.append(Entry({**entry.names, "T": T}, found))
             self._perform(self._runs(self.tuned), shown)
         records = self.records()
         if records:

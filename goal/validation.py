@@ -254,7 +254,7 @@ def check_bool(what: str, value: object) -> bool:
 
 def whole_number(name: str, value: object, least: int = 1, most: int = _LIMIT - 1) -> int:
     """A Python int from `least` to `most`, from an integer of any kind."""
-    given = _item(value)
+    given = _item(value) if getattr(value, "ndim", 0) == 0 else value
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
     number = int(given)

@@ -268,7 +268,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         T="nca", P="sig", params={"tau": np.float32(5)}, hidden=np.int64(16), lr=np.float64(0.5), seed=np.uint8(3)
     )
     assert plain == numpy
-    for tau, hidden in ((torch.tensor([5]), torch.tensor(16)), (np.array(5.0), np.array([16]))):
+    for tau, hidden in ((torch.tensor([5]), torch.tensor(16)), (np.array([5.0]), np.array(16))):
         assert plain == TrainConfig(T="nca", P="sig", params={"tau": tau}, hidden=hidden, lr=0.5, seed=3)  # type: ignore[arg-type]
     assert TrainConfig(params=None) == TrainConfig()  # type: ignore[arg-type]
     for wrong in ([1], "tau", 3):

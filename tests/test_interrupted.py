@@ -493,6 +493,20 @@ def test_a_run_of_the_flat_form_is_read_where_it_lies(name: str, tmp_path: Path)
     assert place(config, tmp_path) == tmp_path / config.run_name
 
 
+def test_a_search_of_the_flat_form_goes_on_where_it_lies(tmp_path: Path) -> None:
+    config, trials = NOW["yardstick"], tmp_path / "trials"
+    inside = trials / OLD["yardstick"]["folder"]
+    inside.mkdir(parents=True)
+    first = old_run("yardstick", inside)
+    (first / "versions.json").write_text(json.dumps({"data": loop.read(config, test=False).fingerprints}))
+    assert place(config, trials) == inside
+    assert place(NOW["recipe"], trials).name == NOW["recipe"].run_name
+    assert search(config, 1, place(config, trials)) == config
+    tried = json.loads((inside / "tuning.json").read_text())["trials"]
+    assert [trial["val_rsum"] for trial in tried] == [OLD["yardstick"]["record.json"]["best_val_rsum"]]
+    assert not (inside / config.run_name).exists()  # nothing was trained
+
+
 def test_what_cannot_be_read_of_the_flat_form_is_refused_or_begun_again(tmp_path: Path) -> None:
     folder, prints = old_run("cell", tmp_path), OLD["cell"]["versions.json"]["data"]
     with pytest.raises(ValueError, match=r"holds a run of another configuration \(objective\); move it away"):

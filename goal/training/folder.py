@@ -37,13 +37,17 @@ NOTES = ("vocabulary.json", "metrics.jsonl", "diagnosis.jsonl", "diagnosis.png",
 
 
 def place(config: TrainConfig, parent: Path) -> Path:
-    """The folder of a run among others: by its name, or one that earlier versions named otherwise."""
+    """The folder of a run, or of a search that begins with it: by its name, or as earlier versions named it.
+
+    A search's folder holds the run that it begins with under its own name.
+    """
     own = parent / config.run_name
     if own.exists():
         return own
     for other in sorted(parent.glob(f"{glob.escape(config.run_stem)}*")):
+        first = other / other.name
         with suppress(ValueError, TypeError):  # whatever it is, it is not this run's
-            values = read_json(other / "config.json")
+            values = read_json((first if first.is_dir() else other) / "config.json")
             if not set(SECTIONS) <= set(values) and TrainConfig(**values) == config:
                 return other
     return own

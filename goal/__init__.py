@@ -16,6 +16,7 @@ from goal.functional import apply, apply_similarity, gradients
 from goal.labels import pairs
 from goal.objective import Objective
 from goal.recipes import InfoNCE, SigLIP, recipe, recipes
+from goal.spec import objective
 from goal.stats import Stats
 from goal.terms import P, T, pair_weight, triplet_weight
 
@@ -44,6 +45,7 @@ __all__ = [
     "gradients",
     "map_at_all",
     "mining",
+    "objective",
     "offline",
     "pair_weight",
     "pairs",

@@ -1,13 +1,11 @@
 """The command `goal`: train one objective, compare all of them, evaluate, look at data."""
 
 import argparse
-import dataclasses
 import importlib
 import math
 import os
 import shlex
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,19 +23,16 @@ from goal.data.pairs import read_image_of
 from goal.data.terminal import unfailing
 from goal.distributed import joined
 from goal.evaluation import evaluate
-from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, train
-from goal.training.loop import Row, best, load_trained, score
+from goal.spec import member, split
+from goal.training import Incomplete, Sweep, TrainConfig, TrainingError, search, train
+from goal.training.config import MOST, SETTINGS, WORDS, Setting, alternatives, merged, read_settings
+from goal.training.display import outcome
+from goal.training.folder import Row, best
 from goal.training.report import RunRecord, terminal_table
 from goal.training.systems import SYSTEMS
+from goal.training.trained import load_trained, score
+from goal.validation import whole_number
 
-PARAMETERS = {
-    "margin": "of T = con, and of hinge recipes",
-    "tau": "sharpness of T = nca and cir, and of infonce and siglip",
-    "alpha": "sharpness of P⁺ in sig and sig-ms",
-    "beta": "sharpness of P⁻ in sig and sig-ms",
-    "lam": "the similarity where sig and sig-ms turn",
-    "bias": "first bias of siglip",
-}
 EXTRAS = {"mine": "mine", "data": "build"}  # that bring what a command needs; of the others, train
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 
@@ -104,8 +99,12 @@ def _beginning() -> list[str]:
 
 
 def _train(options: argparse.Namespace, command: str) -> None:
-    params = {name: value for name in PARAMETERS if (value := getattr(options, name)) is not None}
-    config = TrainConfig(**_settings(options), params=params)
+    config = TrainConfig(**_settings(options))
+    if whole_number("--tune", options.tune, 0, MOST):
+        if options.distributed:
+            raise ValueError("--tune must be 0 with --distributed: the trials of a search run in one process.")
+        config = search(config, options.tune, options.root / "trials" / config.run_name, options.save_every)
+        print(outcome(config), flush=True)
     folder = options.root / (config.run_name if options.name is None else folder_name("--name", options.name))
     with _ranks(options.distributed, config.device) as first, _progress(config, first) as show:
         record = train(
@@ -131,11 +130,11 @@ def _ranks(distributed: bool, device: str) -> Iterator[bool]:
     """The process group that torchrun has prepared, if it is asked for; whether this is the rank that speaks."""
     if not distributed:
         if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            raise ValueError(f"--distributed: is missing, and torchrun has started {size} processes")
+            raise ValueError(f"--distributed must be given: torchrun has started {size} processes.")
         yield True
         return
     if "LOCAL_RANK" not in os.environ:
-        raise ValueError("--distributed: start it with torchrun --nproc-per-node 2 -m goal train --distributed …")
+        raise ValueError("--distributed must be started by torchrun --nproc-per-node 2 -m goal train --distributed …")
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with joined("nccl" if device.startswith("cuda") else "gloo"):
@@ -174,7 +173,7 @@ def _eval(options: argparse.Namespace, command: str) -> None:
         raise ValueError("give a run's folder, or both --x and --y")
     if options.run_dir is not None:
         if options.leave_one_out:
-            raise ValueError("--leave-one-out: is for the files --x and --y, not for a run")
+            raise ValueError("--leave-one-out must go with the files --x and --y, not with a run.")
         run = load_trained(options.run_dir, device=options.device, data=options.data)
         metrics = score(run.config, run.model, run.split(options.split), options.folds)
     else:
@@ -193,7 +192,7 @@ def _eval(options: argparse.Namespace, command: str) -> None:
 
 def _mine(options: argparse.Namespace, command: str) -> None:
     if not 0 < options.memory * 1e9 < math.inf:
-        raise ValueError(f"--memory: must be a finite number of gigabytes > 0, got {options.memory}")
+        raise ValueError(f"--memory must be a finite number of gigabytes > 0, got {options.memory}.")
     image_of = None
     if options.image_of is not None:
         n, m = (np.atleast_1d(read_array(path, "features")).shape[0] for path in (options.images, options.texts))
@@ -216,7 +215,7 @@ def _build(options: argparse.Namespace, command: str) -> None:
     out = options.out or Path(options.dataset)
     source = {} if options.package is None else {"package": options.package}
     if source and options.dataset != "tuxpaint":
-        raise ValueError(f"--package: {options.dataset} is not made from one, tuxpaint is")
+        raise ValueError(f"--package must go with tuxpaint: {options.dataset} is not made from one.")
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -279,7 +278,7 @@ def _lab_simulate(options: argparse.Namespace, command: str) -> None:
 
     T, P = _terms(options)
     settings = {name: getattr(options, name) for name in ("start", "model", "n", "d", "steps", "lr", "noise", "seed")}
-    runs = compare([(T, P, mining) for mining in options.mining], **settings)
+    runs = compare([(T, P, _rule(mining)) for mining in options.mining], **settings)
     print(table(runs))
     at = sorted({round(options.steps * k / 10) for k in range(11)})
     width = max(len(run.label) for run in runs)
@@ -309,9 +308,14 @@ def _discover(options: argparse.Namespace, command: str) -> None:
     print(f"\n{found}\n\nThe whole report: {found.folder / 'discovery.md'}; the terms to paste: found.py beside it")
 
 
+def _rule(text: str) -> Any:
+    """A mining rule by its name, or with parameters."""
+    return cast(goal.Objective, goal.objective(f"con × con | {text}")).settings.mining if "(" in text else text
+
+
 def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
     """The terms that --T and --P name, with the parameters that were given."""
-    given = {name: value for name in PARAMETERS if (value := getattr(options, name, None)) is not None}
+    given = _given(options)
     parts = goal.T[options.T], goal.P[options.P]
     if stray := [name for name in given if not any(name in part.defaults for part in parts)]:
         known = ", ".join(dict.fromkeys(name for part in parts for name in part.defaults)) or "none"
@@ -323,8 +327,9 @@ def _terms(options: argparse.Namespace) -> tuple[Any, Any]:
 def _models(options: argparse.Namespace, command: str) -> None:
     for name in SYSTEMS:
         config = TrainConfig(model=name)
-        rate = "" if config.drop_epoch is None else f", a tenth of the rate from epoch {config.drop_epoch}"
-        first = f"; {config.all_first} epoch of all negatives first" if config.all_first else ""
+        epoch, first_epochs = config.optimiser.drop_epoch, config.objective.all_first
+        rate = "" if epoch is None else f", a tenth of the rate from epoch {epoch}"
+        first = f"; {first_epochs} epoch of all negatives first" if first_epochs else ""
         print(f"{name:13} {config.setting}{rate}\n{'':13} {config.label}{first}; {SYSTEMS[name].what}")
 
 
@@ -359,8 +364,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--diagnose", type=int, default=0, metavar="N", help="watch similarities and gradients every N steps"
     )
-    for name, help in PARAMETERS.items():
-        sub.add_argument(f"--{name}", type=float, help=f"{help}; by default the objective's own")
+    sub.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        metavar="N",
+        help="search the objective's parameters and the rate first",
+    )
+    _add_parameters(sub, ("T", "P", "recipe"))
     _add_folder(sub)
 
     sub = command("sweep", "train every T × P and every recipe and tell which wins; resumes as train does", _sweep)
@@ -368,10 +379,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seeds", type=int, help="how many seeds; by default 5, or 2 with --quick")
     sub.add_argument("--tune", type=int, default=0, metavar="N", help="give every objective a search of N trials too")
     sub.add_argument(
-        "--objectives", type=lambda text: text.split(","), metavar="A,B", help="only these: cir:sig-ms,vse++,infonce"
+        "--objectives",
+        type=split,
+        metavar="A,B",
+        help="only these: cir:sig-ms,vse++,infonce(tau=30)",
     )
     sub.add_argument("--workers", type=int, help="processes; by default one for each core")
-    _add_settings(sub, without=("T", "P", "recipe", "mining", "seed"))
+    _add_settings(sub, without=("objective", *(word for word in WORDS if word != "reduction"), "seed"))
     _add_folder(sub)
 
     ties = "; ties: queries whose best right candidate scores as a wrong one does, which counts against it"
@@ -415,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--trials", type=int, help="of each of the two searches; by default 150, or 40 with --quick")
     sub.add_argument("--seeds", type=int, default=5, help="with which what was found is tested")
     sub.add_argument("--workers", type=int, help="processes; by default one for each core")
-    _add_settings(sub, without=("T", "P", "recipe", "mining", "seed"))
+    _add_settings(sub, without=("objective", *(word for word in WORDS if word != "reduction"), "seed"))
     _add_folder(sub)
 
     labs = commands.add_parser("lab", help="see and prove what an objective is").add_subparsers(required=True)
@@ -442,33 +456,69 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str]) -> None:
-    """An option for each field of `TrainConfig`."""
+    """An option for each setting of `TrainConfig`, and a file of them."""
     group = parser.add_argument_group("settings of a run")
-    for spec in dataclasses.fields(TrainConfig):
-        if spec.name == "params" or spec.name in without:
+    group.add_argument("--config", type=Path, metavar="FILE", help=".toml or .json with settings; options go over it")
+    for name, help in INSTEAD.items():
+        if name not in without:
+            group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help)
+    for name, setting in SETTINGS.items():
+        if name in without:
             continue
-        kinds = [kind for kind in (typing.get_args(spec.type) or (spec.type,)) if kind is not type(None)]
-        default = f" (default: {spec.default})" if spec.default is not None else ""
-        group.add_argument(
-            f"--{spec.name.replace('_', '-')}",
-            type=kinds[0],
-            default=argparse.SUPPRESS,
-            help=spec.metadata["help"] + default,
-        )
+        default = f" (default: {setting.field.default})" if setting.field.default is not None else ""
+        names = [f"--{name.replace('_', '-')}", *(["--optimizer"] if name == "optimiser" else [])]
+        help = setting.field.metadata["help"] + default
+        group.add_argument(*names, type=_type(setting), default=argparse.SUPPRESS, help=help)
+
+
+INSTEAD = {  # of --objective
+    "T": "triplet weight, in place of --objective",
+    "P": "pair weight, in place of --objective",
+    "recipe": "a recipe of the literature, in place of --objective",
+    "mining": "negatives that it meets: hardest, semi-hard, all, selective, or with parameters, selective(eps=0.1)",
+    "reduction": "mean or sum over the batch",
+}
+
+
+def _type(setting: Setting) -> Any:
+    """What makes a setting of an argument's text."""
+    return next((kind for kind in (int, float) if kind in alternatives(setting.hint)), str)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = {spec.name for spec in dataclasses.fields(TrainConfig)}
-    return {name: value for name, value in vars(options).items() if name in names}
+    """The settings of a run: those of the file that --config names, and over them those of the command."""
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS or name in WORDS}
+    if params := _given(options):
+        given["params"] = params
+    return given if options.config is None else merged(read_settings(options.config), given)
+
+
+def _given(options: argparse.Namespace) -> dict[str, float]:
+    """The parameters of an objective that were given as options of their own."""
+    return {name.removeprefix("param "): value for name, value in vars(options).items() if name.startswith("param ")}
+
+
+def _add_parameters(parser: argparse.ArgumentParser, kinds: Sequence[str]) -> None:
+    """An option for each number that a registered term or a recipe has, unless another option has its name."""
+    owners: dict[str, dict[str, None]] = {}
+    for kind in kinds:
+        for name in {"T": goal.T, "P": goal.P}.get(kind, goal.recipes()):
+            for parameter, default in member(kind, name).defaults.items():
+                if not isinstance(default, bool):
+                    owners.setdefault(parameter, {})[name] = None
+    group = parser.add_argument_group("parameters, which may stand in the objective too: cir(tau=5) × sig-ms")
+    for parameter, names in owners.items():
+        with suppress(argparse.ArgumentError):
+            help = f"of {', '.join(names)}"
+            option, dest = f"--{parameter.replace('_', '-')}", f"param {parameter}"
+            group.add_argument(option, type=float, default=argparse.SUPPRESS, dest=dest, metavar="X", help=help)
 
 
 def _add_terms(parser: argparse.ArgumentParser) -> None:
     """T, P and their parameters."""
     parser.add_argument("--T", required=True, help=f"triplet weight: {', '.join(goal.T)}")
     parser.add_argument("--P", required=True, help=f"pair weight: {', '.join(goal.P)}")
-    for name, help in PARAMETERS.items():
-        if name != "bias":
-            parser.add_argument(f"--{name}", type=float, help=help)
+    _add_parameters(parser, ("T", "P"))
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:

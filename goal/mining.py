@@ -88,7 +88,7 @@ def selective(eps: float = 0.01) -> Mining:
     return Mining("selective", "hardest", "fallback", eps=eps)
 
 
-_BY_NAME: dict[str, Callable[[], Mining]] = {
+RULES: dict[str, Callable[..., Mining]] = {
     "hardest": hardest,
     "semi-hard": semi_hard,
     "all": all_negatives,
@@ -102,6 +102,6 @@ def bind(mining: str | Mining) -> Mining:
         return mining
     if not isinstance(mining, str):
         raise TypeError(f"mining must be a name or an object such as goal.mining.hardest(), got {mining!r}.")
-    if spell(mining) not in _BY_NAME:
-        raise unknown("mining", mining, list(_BY_NAME))
-    return _BY_NAME[spell(mining)]()
+    if spell(mining) not in RULES:
+        raise unknown("mining", mining, list(RULES))
+    return RULES[spell(mining)]()

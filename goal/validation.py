@@ -229,7 +229,7 @@ def check_number(owner: str, name: str, value: object) -> float:
             "gradient (there is no loss to differentiate). Pass a number; use a schedule to change it."
         )
     if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
+        value = _item(value)
     if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
         raise TypeError(f"{owner}: parameter {name!r} must be a number, got {type(value).__name__} ({value!r}).")
     try:
@@ -252,15 +252,49 @@ def check_bool(what: str, value: object) -> bool:
     return bool(value)
 
 
-def whole_number(name: str, value: object, least: int = 1) -> int:
-    """A Python int from `least` on, from an integer of any kind."""
-    given = value.item() if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 else value
+def whole_number(name: str, value: object, least: int = 1, most: int = _LIMIT - 1) -> int:
+    """A Python int from `least` to `most`, from an integer of any kind."""
+    given = _item(value) if getattr(value, "ndim", 0) == 0 else value
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise TypeError(f"{name} must be a whole number >= {least}, got {value!r}.")
     number = int(given)
-    if not least <= number < _LIMIT:
-        raise ValueError(f"{name} must be a whole number >= {least}{' and < 2⁶³' * (number >= _LIMIT)}, got {value}.")
+    if not least <= number <= most:
+        above = "" if number < least else " and < 2⁶³" if most == _LIMIT - 1 else f" and <= {most}"
+        came = number if number.bit_length() < 1000 else f"one of {number.bit_length()} bits"
+        raise ValueError(f"{name} must be a whole number >= {least}{above}, got {came}.")
     return number
+
+
+def real_number(
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    finite: bool = True,
+) -> float:
+    """A Python float within [low, high], or (low, high] where it has to be `above`, from a number of any kind."""
+    given = _item(value)
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} ({value!r}).")
+    try:
+        real = float(given)
+    except OverflowError:
+        raise ValueError(f"{name} must be within a float's range.") from None
+    if math.isnan(real) or (finite and math.isinf(real)):
+        raise ValueError(f"{name} must be finite, got {real}.")
+    if not low <= real <= high or (above and real == low):
+        most = f" and <= {high:g}" if high < math.inf else ""
+        raise ValueError(f"{name} must be {'>' if above else '>='} {low:g}{most}, got {real:g}.")
+    return real
+
+
+def _item(value: Any) -> object:
+    """The number that an array or a tensor of one element holds; what holds none, or wants a gradient, as it came."""
+    if isinstance(value, Tensor) and (value.is_meta or value.requires_grad):
+        return value
+    return value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
 
 
 def device_of_values() -> torch.device:

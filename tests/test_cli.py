@@ -147,7 +147,10 @@ def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path) -> None:
     printed = run(tmp_path, *arguments)
     folder = tmp_path / "runs" / "emoji-tune2"
     searches = [json.loads(path.read_text()) for path in folder.glob("trials/*/tuning.json")]
-    assert {search["objective"]: len(search["trials"]) for search in searches} == {"con × con": 2, "siglip": 2}
+    assert {search["objective"]: len(search["trials"]) for search in searches} == {
+        "con(margin=0.2) × con": 2,
+        "siglip": 2,
+    }
     assert "found lr" in printed
     assert "2 trials" in (folder / "table.md").read_text()
     assert (folder / "table_tuned.csv").is_file()
@@ -225,6 +228,82 @@ def test_the_laboratory_follows_points(capsys: pytest.CaptureFixture[str], tmp_p
     assert (tmp_path / "points.png").stat().st_size > 10_000
 
 
+def test_an_objective_is_a_text_an_option_or_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them end in one folder, whose name holds nothing of the text's symbols."""
+    monkeypatch.chdir(tmp_path)
+    few = [*SLICE, "--max-steps", "5"]
+    (tmp_path / "a.toml").write_text('objective = "vse++"\nmax_steps = 5\n[optimiser]\nbatch = 7\nlr = 0.5\n')
+    over = ["--config", "a.toml", "--lr", "5e-4"]
+    text = "con(margin=0.3):lin|semi_hard(margin=0.1)"
+    for arguments in (
+        ["--objective", text],
+        ["--T", "con(margin=0.3)", "--P", "lin", "--mining", "semi-hard(margin=0.1)"],
+        ["--T", "con", "--P", "lin", "--margin", "0.3", "--mining", "semi-hard(margin=0.1)"],
+        [*over, "--objective", "con(margin=0.3) × lin | semi-hard(margin=0.1)"],
+        [*over, "--T", "con", "--P", "lin", "--margin", "0.3", "--mining", "semi-hard(margin=0.1)"],
+    ):
+        assert cli.main(["train", *few, *arguments]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"con-lin-semi-hard-s0-[0-9a-f]{10}", folder.name)
+    record = json.loads((folder / "record.json").read_text())
+    assert record["params"] == {"lr": 5e-4, "margin": 0.3, "mining.margin": 0.1}
+    assert cli.main(["train", *few, "--config", str(folder / "config.json")]) == 0  # which is such a file
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+
+
+def test_train_tunes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", *SLICE, "--max-steps", "5", "--objective", "nca × con | selective", "--tune", "3"]
+    assert cli.main([*arguments, "--name", "mine"]) == 0
+    (found,) = (tmp_path / "runs" / "trials").glob("*/tuning.json")
+    tuning = json.loads(found.read_text())
+    assert [set(trial) for trial in tuning["trials"]] == [{"lr", "tau", "mining.eps", "val_rsum"}] * 3
+    best = dict(tuning["trials"][tuning["best"]])
+    record = json.loads((tmp_path / "runs" / "mine" / "record.json").read_text())
+    assert record["best_val_rsum"] == best.pop("val_rsum") == max(trial["val_rsum"] for trial in tuning["trials"])
+    assert record["params"] == best
+    assert "nca × con | selective: found lr 0." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--tune", "x"])
+    assert cli.main([*arguments, "--distributed"]) == 2
+
+
+OWN = """
+import sys
+import goal
+from goal.cli import main
+
+
+@goal.triplet_weight("my-gain")
+def my_gain(s_pos, s_neg, *, gain=2.0):
+    return gain + 0 * s_neg
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def test_a_script_that_registers_a_term_sweeps_it(tmp_path: Path) -> None:
+    """In its worker processes too."""
+    (tmp_path / "own.py").write_text(OWN)
+    objectives = "my-gain(gain=3):con, my-gain × con | all(average=false)"
+    command = [*SWEEP[:4], *SLICE, "--max-steps", "5", "--seeds", "1", "--objectives", objectives, "--tune", "1"]
+
+    def own(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        path = {**os.environ, "PYTHONPATH": str(Path(goal.__file__).parents[1])}
+        call = [sys.executable, "own.py", *arguments]
+        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240, env=path)
+
+    assert re.search(r"--gain X +of my-gain", own("train", "--help").stdout)
+    process = own(*command)
+    assert (process.returncode, process.stderr) == (0, "")
+    table = (tmp_path / "runs" / "emoji-quick-tune1" / "table.md").read_text()
+    assert r"| my-gain × con \| all(average=false) |" in table
+    assert "| my-gain(gain=3) × con |" in table
+    assert "lr 0.001, gain 2, mining.average 0" in table
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])
@@ -236,18 +315,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["train", "--T", "circ"], "goal train: T='circ' is not known. Did you mean 'cir'?"),
-        (["train", "--recipe", "infonce", "--margin", "0.1"], "infonce has no 'margin'; known: tau"),
+        (["train", "--recipe", "infonce", "--margin", "0.1"], "infonce has no parameter 'margin'. Known: tau"),
         (["train", "--data", "nowhere"], "'nowhere' is no folder"),
-        (["train", "--lr", "-1"], "lr: must be above 0, got -1.0"),
-        (["train", "--device", "abacus"], "device: must be cpu, cuda or cuda:1"),
-        (["sweep", "--objectives", "cir:sig-ms,vse"], "'vse' is not known; known: con:con"),
-        (["sweep", "--seeds", "0"], "seeds: must be at least 1"),
+        (["train", "--lr", "-1"], "lr must be > 0, got -1"),
+        (["train", "--device", "abacus"], "device must be cpu, cuda or cuda:1"),
+        (["sweep", "--objectives", "cir:sig-ms,vse"], "recipe='vse' is not known. Did you mean 'vse0'?"),
+        (["sweep", "--objectives", "cir(tau=5,alpha=2):sig-ms"], "cir has no parameter 'alpha'. Known: tau. At ▶"),
+        (["train", "--objective", "cir × sig-ms", "--T", "nca"], "objective must stand alone, got objective='cir × s"),
+        (["train", "--objective", "cir(tau=-1) × con"], "parameter 'tau' must be > 0, got -1.0. At ▶ in 'cir(▶tau=-1)"),
+        (["train", "--mining", "selective(eps=x)"], "mining must have a number, true, false or none here, got 'x'."),
+        (["train", "--config", "settings.yaml"], "settings.yaml: must be a .toml or a .json file"),
+        (["train", "--config", "settings.toml"], "settings.toml: no such file"),
+        (["train", "--tune", "-1"], "--tune must be a whole number >= 0, got -1"),
+        (["sweep", "--seeds", "0"], "seeds must be a whole number >= 1"),
         (["eval"], "give a run's folder, or both --x and --y"),
         (["eval", "somewhere", "--x", "x.npy", "--y", "y.npy"], "give a run's folder, or both"),
         (["eval", "somewhere"], "somewhere: holds no finished run"),
         (["eval", "--x", "x.npy", "--y", "y.npy"], "x.npy: no such file"),
         (["data", "info", "nothing"], "'nothing' is no folder"),
-        (["discover", "--trials", "0"], "trials: must be at least 1, got 0"),
+        (["discover", "--trials", "0"], "trials must be a whole number >= 1, got 0"),
         (["lab", "show", "--T", "ncs", "--P", "lin"], "T='ncs' is not known. Did you mean 'nca'?"),
         (
             ["lab", "show", "--T", "nca", "--P", "lin", "--beta", "3"],

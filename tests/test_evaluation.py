@@ -656,4 +656,4 @@ def test_goal_eval_leaves_one_out(tmp_path, monkeypatch, capsys):
     assert main(command) == 2
     assert "leave_one_out leaves out row 0 for itself" in capsys.readouterr().err
     assert main(["eval", "runs/a", "--leave-one-out"]) == 2
-    assert "--leave-one-out: is for the files" in capsys.readouterr().err
+    assert "--leave-one-out must go with the files" in capsys.readouterr().err

@@ -22,11 +22,12 @@ from test_training import SMALL, Killed, killed_after, small
 import goal
 from goal import cli
 from goal.data import files
-from goal.data.files import Busy, Damaged, alone, atomic_file, clear_temporaries, write_atomically
+from goal.data.files import Busy, Damaged, alone, atomic_file, write_atomically
 from goal.data.terminal import bar, unfailing
 from goal.training import Incomplete, Sweep, TrainConfig, loop, search, train
 from goal.training.display import display
-from goal.training.loop import load_trained
+from goal.training.folder import digest, finished, place
+from goal.training.trained import load_trained
 from goal.training.workers import Failed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,10 +116,6 @@ def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> N
     with alone(tmp_path):
         pass
     assert {path.name for path in tmp_path.iterdir()} == mine
-    for name in (".a.npz.x1234567.tmp", ".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    clear_temporaries(tmp_path, tmp_path / "a.npz")
-    assert {path.name for path in tmp_path.iterdir()} == mine | {".b.npz.x1234567.tmp", ".a.npz.b.x1234567.tmp"}
 
 
 @pytest.mark.parametrize("arguments", [[], [""], ["goal", "train", "--name", "m\udcff"], ["d\udcff/goal", "\0"]])
@@ -219,9 +216,7 @@ def test_a_folder_with_results_of_another_configuration_is_refused(tmp_path: Pat
     before = content(tmp_path / "run")
     for features in (0, 1):  # with other features, too
         written(tmp_path / "data", features)
-        with pytest.raises(
-            ValueError, match=r"run: holds a run of another configuration \(T, P, params\); move it away"
-        ):
+        with pytest.raises(ValueError, match=r"run: holds a run of another configuration \(objective\); move it away"):
             train(TrainConfig(data=data, **TINY), tmp_path / "run")
     assert content(tmp_path / "run") == before
 
@@ -410,14 +405,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any], entry: str = "run") -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     with safe_open(path, framework="pt") as file:
-        told, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        told, tensors = json.loads(file.metadata()[entry]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(told)
-    save_file(tensors, path, {"run": json.dumps(told)})
+    if entry == "state":  # a checkpoint's digest is of what it tells, too
+        told["sha256"] = digest(tensors, {name: value for name, value in told.items() if name != "sha256"})
+    save_file(tensors, path, {entry: json.dumps(told)})
 
 
 @pytest.mark.parametrize(
@@ -431,7 +428,7 @@ def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (
             "model.safetensors",
             lambda path: with_metadata(path, lambda told: told["config"].update(dim=10**9)),
-            "model.safetensors: holds no run: dim: must be at least 1 and at most 65536, got 1000000000",
+            "model.safetensors: holds no run: dim must be a whole number >= 1 and <= 65536, got 1000000000",
         ),
         (
             "model.safetensors",
@@ -461,6 +458,95 @@ def test_a_damaged_model_is_refused_by_name(
         load_trained(tmp_path)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+# ── folders from before settings stood in sections ──────────────────────────────────────────────────────
+
+OLD = json.loads(Path(__file__).with_name("old_runs.json").read_text(encoding="utf-8"))  # as that version wrote them
+FLAT = {"limit": 60, "hidden": 8, "dim": 6, "batch": 20, "max_steps": 4, "eval_every": 2, "warmup": 2}
+NOW = {
+    "cell": TrainConfig(objective="con(margin=0.2) × sig-ms(beta=20) | semi-hard", **FLAT),
+    "recipe": TrainConfig(objective="vse++(margin=0.1) | reduction=mean", **FLAT),
+    "yardstick": TrainConfig(objective="infonce(tau=30)", **FLAT),
+}
+
+
+def old_run(name: str, parent: Path) -> Path:
+    folder = parent / OLD[name]["folder"]
+    folder.mkdir()
+    for file in ("config.json", "versions.json", "record.json"):
+        (folder / file).write_text(json.dumps(OLD[name][file]))
+    return folder
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_a_run_of_the_flat_form_is_read_where_it_lies(name: str, tmp_path: Path) -> None:
+    for other in OLD:
+        old_run(other, tmp_path)
+    folder, config = tmp_path / OLD[name]["folder"], NOW[name]
+    assert TrainConfig.from_json((folder / "config.json").read_text()) == config
+    assert place(config, tmp_path) == folder
+    assert finished(config, folder, OLD[name]["versions.json"]["data"]) == OLD[name]["record.json"]
+    other = config.replace(lr=0.25)
+    assert place(other, tmp_path) == tmp_path / other.run_name  # whose stem is the same
+    (tmp_path / config.run_name).mkdir()
+    assert place(config, tmp_path) == tmp_path / config.run_name
+
+
+def test_a_search_of_the_flat_form_goes_on_where_it_lies(tmp_path: Path) -> None:
+    config, trials = NOW["yardstick"], tmp_path / "trials"
+    inside = trials / OLD["yardstick"]["folder"]
+    inside.mkdir(parents=True)
+    first = old_run("yardstick", inside)
+    (first / "versions.json").write_text(json.dumps({"data": loop.read(config, test=False).fingerprints}))
+    assert place(config, trials) == inside
+    assert place(NOW["recipe"], trials).name == NOW["recipe"].run_name
+    assert search(config, 1, place(config, trials)) == config
+    tried = json.loads((inside / "tuning.json").read_text())["trials"]
+    assert [trial["val_rsum"] for trial in tried] == [OLD["yardstick"]["record.json"]["best_val_rsum"]]
+    assert not (inside / config.run_name).exists()  # nothing was trained
+
+
+def test_what_cannot_be_read_of_the_flat_form_is_refused_or_begun_again(tmp_path: Path) -> None:
+    folder, prints = old_run("cell", tmp_path), OLD["cell"]["versions.json"]["data"]
+    with pytest.raises(ValueError, match=r"holds a run of another configuration \(objective\); move it away"):
+        finished(NOW["recipe"], folder, prints)
+    with pytest.raises(ValueError, match="was trained on other features"):
+        finished(NOW["cell"], folder, prints | {"val": "other"})
+    (folder / "record.json").write_text(json.dumps(OLD["recipe"]["record.json"]))
+    with pytest.warns(UserWarning, match="is damaged, so the run is begun again: it is no record of this run's obj"):
+        assert finished(NOW["cell"], folder, prints) is None
+    later = OLD["cell"]["config.json"] | {"spin": 1}
+    (folder / "config.json").write_text(json.dumps(later))
+    with pytest.raises(Damaged, match=r"of another version of goal; move .* away: .*no setting 'spin'"):
+        finished(NOW["cell"], folder, prints)
+
+
+def test_a_sweep_counts_the_runs_of_the_flat_form(tmp_path: Path) -> None:
+    settings = {"root": tmp_path, "seeds": 1, **FLAT}
+    sweep = Sweep(objectives=["infonce(tau=30)"], **settings)
+    (sweep.folder / "runs").mkdir(parents=True)
+    folder = old_run("yardstick", sweep.folder / "runs")
+    (folder / "versions.json").write_text(json.dumps({"data": sweep.fingerprints}))
+    kept = OLD["yardstick"]["record.json"]["test"]["rsum"]
+    (record,) = sweep.run()
+    assert (record["test"]["rsum"], record["label"]) == (kept, "infonce(tau=30)")
+    assert [path.name for path in (sweep.folder / "runs").iterdir()] == [folder.name]
+
+
+def test_weights_and_checkpoints_of_the_flat_form_are_read(tmp_path: Path) -> None:
+    config, flat = NOW["cell"], OLD["cell"]["config.json"]
+    train(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", save_every=0, on_evaluation=killed_after(1))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(flat))
+    with_metadata(tmp_path / "run" / "checkpoint.safetensors", lambda told: told["run"].update(config=flat), "state")
+    steps: list[float] = []
+    train(config, tmp_path / "run", on_evaluation=lambda row: steps.append(row["step"]))
+    assert steps == [4]  # it went on
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+    with_metadata(tmp_path / "run" / "model.safetensors", lambda told: told.update(config=flat))
+    assert load_trained(tmp_path / "run").config == config
 
 
 # ── writing ─────────────────────────────────────────────────────────────────────────────────────────────

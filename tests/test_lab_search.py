@@ -14,8 +14,8 @@ from goal.lab import search as searching
 from goal.lab.grammar import Expression
 from goal.lab.search import CHECKS, FINALISTS, Discovery, discover
 from goal.training import Diverged, Incomplete, TrainConfig, loop
-from goal.training.loop import load_trained
 from goal.training.report import Difference
+from goal.training.trained import load_trained
 from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
@@ -82,25 +82,26 @@ def test_it_reports_what_it_found(whole: Discovery) -> None:
     assert whole.verdict in repr(whole)
     assert whole.source in repr(whole)
     assert [record["label"] for record in whole.records] == ["found"] * 2 + [
-        whole.finalists["published"][0].config.label
+        whole.finalists["published"][0].config.objective.spec.names
     ] * 2
     assert all(record["test"]["rsum"] > 0 for record in whole.records)
     trials = json.loads(files["trials.json"])
     assert [len(trials[search]) for search in ("found", "published")] == [3, 3]
     assert [trial["objective"] for trial in trials["published"]] == ["con × con", "con × lin", "con × sig"]  # defaults
-    assert {trial["lr"] for trial in trials["published"]} == {TrainConfig().lr}
+    assert {trial["lr"] for trial in trials["published"]} == {TrainConfig().optimiser.lr}
     assert all(trial["objective"].startswith("found-") for trial in trials["found"])
     assert not any(each.why for tried in whole.trials.values() for each in tried)
 
 
 def test_the_printed_source_is_what_was_trained(whole: Discovery) -> None:
     config = whole.finalists["found"][0].config
-    assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (config.T, config.P, config.params)
+    spec = config.objective.spec
+    assert (whole.T.name, whole.P.name, whole.T.params | whole.P.params) == (spec.T.name, spec.P.name, config.params)
     T, P = Expression("T", ("sigmoid", "margin"), (("tau", 3.0), ("margin", 0.1))), Expression("P", ("sigmoid", "ramp"))
     other = replace(whole, T=T, P=replace(P, values=(("alpha", 5.0), ("lam", 0.3))))
     exec(other.source, {})
     pasted = goal.Objective("found", "found").settings.product
-    trained: Any = TrainConfig(T=T.name, P=P.name, params=other.T.params | other.P.params).objective()
+    trained: Any = TrainConfig(T=T.name, P=P.name, params=other.T.params | other.P.params).build_objective()
     s_pos, s_neg = torch.linspace(-1, 1, 21)[:, None], torch.linspace(-1, 1, 21)[None, :]
     pairs = (each.weights(s_pos, s_neg, {}) for each in (pasted, trained.settings.product))
     for mine, own in zip(*pairs, strict=True):
@@ -155,8 +156,8 @@ def test_its_runs_can_be_loaded_where_nobody_knows_the_terms(whole: Discovery) -
         for name in [name for name in registry if name.startswith("found")]:
             del registry._definitions[name]
     config, heads, *_ = load_trained(run)
-    assert whole.T.name == config.T
-    assert config.objective()
+    assert whole.T.name == config.objective.spec.T.name
+    assert config.build_objective()
     assert heads(torch.zeros(2, heads.x.centre.numel()), torch.zeros(2, heads.y.centre.numel()))
 
 
@@ -165,7 +166,7 @@ def test_what_fails_counts_as_nothing_and_is_told(tmp_path: Path, here: pytest.M
     refusals = iter([True])
 
     def diverge(config: TrainConfig, *rest: Any, **named: Any) -> Any:
-        if config.label == "con × lin":
+        if config.objective.spec.names == "con × lin":
             raise Diverged("the loss is nan at step 3")
         return train(config, *rest, **named)
 
@@ -180,7 +181,7 @@ def test_what_fails_counts_as_nothing_and_is_told(tmp_path: Path, here: pytest.M
     assert [each.val_rsum for each in found.trials["published"]].count(0.0) == 1
     assert found.trials["published"][1].why == "the loss is nan at step 3"
     assert found.trials["found"][0] == (None, 0.0, "tau must be > 0")
-    assert "con × lin" not in [each.config.label for each in found.finalists["published"]]
+    assert "con × lin" not in [each.config.objective.spec.names for each in found.finalists["published"]]
     page = found.markdown()
     assert "published, trial 1: con × lin: the loss is nan at step 3" in page
     assert "found, trial 0: refused: tau must be > 0" in page
@@ -231,17 +232,17 @@ def test_verdicts_in_words(whole: Discovery) -> None:
 
 def test_bad_arguments_are_named_before_anything_is_trained(tmp_path: Path) -> None:
     for changes, message in (
-        ({"trials": 0}, "trials: must be at least 1, got 0"),
-        ({"seeds": 0}, "seeds: must be at least 1"),
-        ({"workers": 0}, "workers: must be at least 1"),
-        ({"limit": 20}, "batch: 40 is more than the 20 training images"),
+        ({"trials": 0}, "trials must be a whole number >= 1, got 0"),
+        ({"seeds": 0}, "seeds must be a whole number >= 1"),
+        ({"workers": 0}, "workers must be a whole number >= 1"),
+        ({"limit": 20}, "batch must be <= 20, the number of training images, got 40"),
         ({"data": "nowhere"}, "nowhere"),
-        ({"lr": 0.0}, "lr: must be above 0"),
-        ({"T": "cir"}, "T: the search chooses it"),
-        ({"seed": 3}, "seed: the search chooses it"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"T": "cir"}, "T cannot be set: the search chooses it"),
+        ({"seed": 3}, "seed cannot be set: the search chooses it"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(tmp_path, **changes)
-    with pytest.raises(TypeError, match="hiden"):
+    with pytest.raises(ValueError, match=r"no setting 'hiden'\. Did you mean 'hidden'"):
         tiny(tmp_path, hiden=3)
     assert not list(tmp_path.iterdir())

@@ -192,9 +192,12 @@ PACKAGES = (
     "goal.distributed",
     "goal.lab",
     "goal.models",
+    "goal.names",
     "goal.plotting",
+    "goal.spec",
     "goal.training",
     "goal.evaluation",
+    "goal.validation",
 )  # public beside `goal` itself
 OUTSIDE = {
     name: path

@@ -409,3 +409,33 @@ def test_tables_come_without_matplotlib_and_pictures_say_what_to_install(records
 def test_importing_the_report_imports_no_matplotlib():
     code = "import sys, goal.training.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_spec_is_a_row_and_breaks_no_table(tmp_path):
+    world = World(2)
+    texts = ["nca(tau=5) × con | all(average=false)", "vse++ | reduction=mean"]
+    runs = world.runs("cir", "con", 0.3) + world.runs("nca(tau=5)", "con", 0.2)
+    runs += world.runs("con(margin=0.2)", "con", 0)
+    for text in texts:
+        runs += world.runs("-", "-", 0.1, recipe=text, label=text)
+    written = write_report(runs, tmp_path, title="t", note=NOTE)
+    paths = {path.name: path.read_text() for path in written if path.suffix in (".md", ".tex")}
+    rows = [line for line in paths["table.md"].splitlines() if line.startswith("|")]
+    for text in texts:
+        named = [row for row in rows if row.startswith(f"| {text} |".replace(" | ", r" \| ", 1))]
+        assert len(named) == 3  # recipes, all metrics, noise
+    cells = [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+    for before, after, row in zip(cells, cells[1:], rows[1:], strict=False):
+        assert before == after or row.startswith(("| T × P |", "| objective |")), row
+    assert "| nca(tau=5) |" in paths["table.md"]
+    assert "| con |" in paths["table.md"]  # the hinge of the grid
+    assert r"nca(tau=5) $\times$ con $|$ all(average=false) &" in paths["table.tex"]
+    shown = terminal_table(runs).splitlines()
+    assert [line.split("  ")[0] for line in shown[1:4]] == ["con", "nca(tau=5)", "cir"]
+
+
+@pytest.mark.parametrize("name", ["con(margin=0.2)", "con(0.2)"])  # now, and as records once wrote it
+def test_the_hinge_of_the_grid_is_con(name):
+    (objective,) = report._objectives(World(3).runs(name, "lin", 0.1))
+    assert objective.name == "con × lin"
+    assert report._has_margin(objective)

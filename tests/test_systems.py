@@ -18,8 +18,8 @@ from goal.data import Pairs
 from goal.models import SETTINGS, AudioVisual, Joint, Vocabulary
 from goal.training import Curriculum, FewSemiHard, Plateau, Sweep, TrainConfig, loop, train
 from goal.training.features import Mapped, Words, features, split
-from goal.training.loop import load_trained, score
 from goal.training.systems import SYSTEMS, embeddings, similarities
+from goal.training.trained import load_trained, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,88 +71,114 @@ def system(model: str, data: Path, **changes: Any) -> TrainConfig:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_defaults_are_the_published_settings(name: str) -> None:
     config, published = TrainConfig(model=name), SETTINGS[name]
-    found = (config.recipe, config.params["margin"], config.optimizer, config.lr, config.weight_decay, config.epochs)
+    spec, its = config.objective.spec, config.optimiser
+    assert spec.recipe is not None
+    found = (spec.recipe.name, config.params["margin"], its.name, its.lr, its.weight_decay, config.stopping.epochs)
     assert found == published[:6]
-    assert (config.drop_epoch, config.batch, config.clip, config.all_first) == published[6:10]
-    assert (config.dim, config.average, config.warmup) == (1024, 0.0, 0)
+    assert (its.drop_epoch, its.batch, its.clip, config.objective.all_first) == published[6:10]
+    assert (config.model.dim, its.average, its.warmup) == (1024, 0.0, 0)
     assert TrainConfig.from_json(config.to_json()) == config
 
 
 def test_heads_are_what_they_were() -> None:
     config = TrainConfig()
-    assert (config.hidden, config.dim, config.dropout, config.batch, config.lr, config.weight_decay, config.warmup) == (
-        1024, 512, 0.3, 128, 5e-4, 0.01, 100)  # fmt: skip
-    assert (config.clip, config.average, config.max_steps, config.eval_every, config.patience, config.drops) == (
-        2.0, 0.98, 6000, 50, 12, 1)  # fmt: skip
-    assert (config.T, config.P, config.mining, config.epochs, config.texts) == (
-        "cir",
-        "sig-ms",
-        "hardest",
-        0,
-        "features",
-    )
+    model, its, stopping = config.model, config.optimiser, config.stopping
+    assert (model.hidden, model.dim, model.dropout, model.texts) == (1024, 512, 0.3, "features")
+    assert (its.batch, its.lr, its.weight_decay, its.warmup, its.clip, its.average) == (
+        128, 5e-4, 0.01, 100, 2.0, 0.98)  # fmt: skip
+    assert (stopping.max_steps, stopping.eval_every, stopping.patience, its.drops) == (6000, 50, 12, 1)
+    assert (str(config.objective.spec), stopping.epochs) == ("cir × sig-ms", 0)
 
 
 def test_t_and_p_take_the_place_of_a_systems_recipe_and_keep_the_rest() -> None:
     config = TrainConfig(model="vse-infinity", T="nca", P="lin")
-    assert (config.recipe, config.lr, config.all_first) == (None, 5e-4, 1)
-    objective = config.objective()
+    assert (str(config.objective.spec), config.objective.all_first) == ("nca × lin | reduction=sum", 1)
+    assert config.optimiser.lr == 5e-4
+    objective = config.build_objective()
     assert isinstance(objective, Curriculum)
     assert objective.until == (1,)
     first, then = objective.stages
     assert str(first.settings.product.T) == str(then.settings.product.T) == "T.nca(tau=10.0)"
     assert (first.settings.mining.dense, first.settings.mining.average) == ("always", False)
     assert then.settings.mining.name == "hardest"
-    assert objective.settings.reduction == config.reduction == "sum"  # what the published clip goes with
-    order = TrainConfig(model="order0", T="nca", P="lin").objective()
+    assert objective.settings.reduction == "sum"  # what the published clip goes with
+    order = TrainConfig(model="order0", T="nca", P="lin").build_objective()
     assert order.settings.similarity.name == "order"
 
 
-def test_a_reduction_may_be_chosen() -> None:
-    assert TrainConfig().reduction == TrainConfig(model="rvse++", T="nca").reduction == "mean"
-    assert TrainConfig(model="rvse++").reduction == "mean"
-    assert TrainConfig(recipe="vse++").reduction == "sum"
-    for chosen in ({"recipe": "vse++", "reduction": "mean"}, {"model": "scan", "T": "nca", "reduction": "mean"}):
-        assert TrainConfig(**chosen).objective().settings.reduction == "mean"  # type: ignore[arg-type]
-    assert TrainConfig(recipe="infonce").reduction is None
+@pytest.mark.parametrize(
+    ("settings", "reduction"),
+    [
+        ({}, "mean"),
+        ({"model": "rvse++", "T": "nca"}, "mean"),
+        ({"model": "rvse++"}, "mean"),
+        ({"recipe": "vse++"}, "sum"),
+        ({"recipe": "vse++", "reduction": "mean"}, "mean"),
+        ({"model": "scan", "T": "nca", "reduction": "mean"}, "mean"),
+        ({"model": "scan", "objective": "nca × con"}, "sum"),
+        ({"model": "scan", "objective": "nca × con | reduction=mean"}, "mean"),
+    ],
+)
+def test_a_reduction_may_be_chosen(settings: dict[str, Any], reduction: str) -> None:
+    config = TrainConfig(**settings)
+    built: Any = config.build_objective()
+    assert built.settings.reduction == reduction
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "con(margin=0.2) × con | semi-hard"),
+        ({"T": "con", "P": "lin"}, "con(margin=0.2) × lin | semi-hard"),
+        ({"T": "con", "params": {"margin": 0.3}}, "con(margin=0.3) × con | semi-hard"),
+        ({"T": "nca", "mining": "hardest"}, "nca × con | hardest"),
+        ({"objective": "con × lin"}, "con × lin | semi-hard"),  # a text says all of its terms
+        ({"mining": "all(average=false)"}, "con(margin=0.2) × con | all(average=false)"),
+    ],
+)
+def test_what_is_not_said_is_the_models(settings: dict[str, Any], label: str) -> None:
+    config = TrainConfig(model="audio-visual", **settings)
+    assert config.label == label
+    assert TrainConfig.from_json(config.to_json()) == config
 
 
 def test_stages_follow_one_another_as_asked(clips: Path) -> None:
-    plain = system("audio-visual", clips, curriculum="plain", switch="3").objective()
+    plain = system("audio-visual", clips, curriculum="plain", switch="3").build_objective()
     assert [stage.settings.mining.name for stage in plain.stages] == ["semi-hard", "hardest"]
     assert plain.until == (3,)
-    assert system("audio-visual", clips, curriculum="mixup", switch="few-semi-hard").objective().until == (
+    assert system("audio-visual", clips, curriculum="mixup", switch="few-semi-hard").build_objective().until == (
         FewSemiHard(share=0.1),
     )
-    made = system("audio-visual", clips, curriculum="interpolate", patience=5, T="cir").objective()
+    made = system("audio-visual", clips, curriculum="interpolate", patience=5, T="cir").build_objective()
     assert made.until == (Plateau(5),)
     assert isinstance(made.stages[1], Augmented)
     assert made.stages[1].augment == "interpolate"
-    three = TrainConfig(model="vse-infinity", curriculum="plain", switch="2").objective()
+    three = TrainConfig(model="vse-infinity", curriculum="plain", switch="2").build_objective()
     assert [stage.settings.mining.name for stage in three.stages] == ["all", "semi-hard", "hardest"]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "vse"}, "model: must be one of heads, .*, got 'vse'"),
-        ({"model": "vse++", "hidden": 4}, r"hidden: model vse\+\+ has none, got 4"),
-        ({"word_dim": 4}, "word_dim: model heads has none"),
-        ({"texts": "words"}, "texts: must be features, got 'words'"),
-        ({"model": "vse++", "texts": "tokens"}, "texts: must be words or features"),
-        ({"model": "vse++", "optimizer": "SGD"}, "optimizer: must be Adam or AdamW"),
-        ({"model": "vse++", "epochs": 0}, "until a plateau, which needs patience"),
-        ({"model": "vse-infinity", "eval_every": 5}, "all_first: counts epochs"),
-        ({"reduction": "median"}, "reduction: must be mean or sum"),
-        ({"reduction": "sum", "recipe": "infonce"}, "reduction: infonce has its own"),
-        ({"curriculum": "cutmix"}, "curriculum: must be plain, interpolate or mixup"),
+        ({"model": "vse"}, "model='vse' is not known. Did you mean .*Known: heads, "),
+        ({"model": "vse++", "hidden": 4}, r"hidden cannot be set: model vse\+\+ has none, got 4"),
+        ({"word_dim": 4}, "word_dim cannot be set: model heads has none"),
+        ({"texts": "words"}, "texts='words' is not known. Known: features"),
+        ({"model": "vse++", "texts": "tokens"}, "texts='tokens' is not known. Known: words, features"),
+        ({"model": "vse++", "optimizer": "SGD"}, "optimiser='SGD' is not known. .*Known: Adam, AdamW"),
+        ({"model": "vse++", "epochs": 0}, "epochs must be >= 1 without patience, got 0"),
+        ({"model": "vse-infinity", "eval_every": 5}, "all_first counts epochs"),
+        ({"reduction": "median"}, "reduction='median' is not known. Did you mean 'mean'"),
+        ({"reduction": "sum", "recipe": "infonce"}, "reduction cannot be set: infonce has its own"),
+        ({"curriculum": "cutmix"}, "curriculum='cutmix' is not known. .*Known: plain, interpolate, mixup"),
         ({"curriculum": "mixup", "model": "scan", "switch": "2"}, "scan makes similarities"),
-        ({"curriculum": "plain", "recipe": "infonce"}, "infonce, curriculum plain mines nothing"),
-        ({"curriculum": "plain", "switch": "soon"}, "switch: must be plateau"),
-        ({"curriculum": "plain", "model": "vse++"}, "switch: a plateau needs patience"),
+        ({"curriculum": "plain", "recipe": "infonce"}, "curriculum cannot be set: infonce mines nothing"),
+        ({"curriculum": "plain", "switch": "soon"}, "switch must be plateau"),
+        ({"curriculum": "plain", "model": "vse++"}, "switch must not be plateau without patience"),
         (
             {"curriculum": "plain", "model": "vse-infinity", "switch": "few-semi-hard"},
-            "counts steps and all_first epochs",
+            "which counts steps, beside all_first",
         ),
     ],
 )
@@ -213,7 +239,7 @@ def test_limit_keeps_the_first_images_with_their_captions(grid: Path, clips: Pat
     assert (len(part.x), len(part.y), part.image_of.tolist()) == (5, 10, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     some = features(str(clips), 6, "audio", "visual").train
     assert [len(each) for each in some] == [6, 6, 6, 6]
-    with pytest.raises(ValueError, match=r"limit: .* has 64 training clips, got 65"):
+    with pytest.raises(ValueError, match=r"limit must be <= 64: .* has 64 training clips, got 65"):
         features(str(clips), 65, "audio", "visual")
 
 
@@ -409,7 +435,7 @@ def test_captions_may_come_as_features_of_sentences_or_tokens(grid: Path, tmp_pa
         assert run.vocabulary is None
     with pytest.raises(ValueError, match="scan reads captions as words"):
         train(system("scan", folder, texts="features"), tmp_path / "scan")
-    with pytest.raises(ValueError, match="heads take one vector a caption"):
+    with pytest.raises(ValueError, match="heads takes one vector a caption"):
         train(TrainConfig(data=str(folder), hidden=4, dim=4, batch=8), tmp_path / "heads")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 
 import goal
 from goal.training import Diverged, Incomplete, Sweep, TrainConfig, entries, loop, search, train
+from goal.training.config import NAMING, SECTIONS, SETTINGS, WORDS
 from goal.training.features import Sampler, features
 from goal.training.heads import Head
-from goal.training.loop import load_trained, score
+from goal.training.systems import SYSTEMS
+from goal.training.trained import load_trained, score
 from goal.training.workers import Done, Failed, Job, Progress, work
 
 SMALL: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 4, "warmup": 4}
@@ -47,7 +50,8 @@ def killed_after(evaluations: int) -> Callable[[loop.Row], None]:
 def test_config_round_trip() -> None:
     config = TrainConfig(T="con", P="sig_ms", params={"margin": 0.1, "beta": 20}, lr=1, limit=7)
     assert TrainConfig.from_json(config.to_json()) == config
-    assert config.names == {"T": "con(0.1)", "P": "sig-ms", "recipe": None, "label": "con × sig-ms"}
+    label = "con(margin=0.1) × sig-ms(beta=20)"
+    assert config.names == {"T": "con(margin=0.1)", "P": "sig-ms(beta=20)", "recipe": None, "label": label}
     assert config.params == {"margin": 0.1, "alpha": 2.0, "beta": 20.0, "lam": 0.5}
 
 
@@ -56,21 +60,25 @@ def test_config_shows_defaults_and_so_equals_the_same_written_out() -> None:
     assert TrainConfig().digest == TrainConfig(params={"tau": 10}).digest
 
 
-def test_every_field_changes_the_digest() -> None:
+def test_every_setting_changes_the_digest() -> None:
     changed: dict[str, Any] = {
-        "T": "nca", "P": "con", "recipe": "vse++", "mining": "all", "params": {"tau": 3.0}, "data": "folder",
-        "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1, "batch": 3, "lr": 0.1, "weight_decay": 0.5,
-        "warmup": 3, "clip": 1.0, "average": 0.5, "max_steps": 3, "eval_every": 3, "patience": 3, "drops": 3,
-        "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3, "model": "scan", "optimizer": "Adam",
-        "all_first": 1, "epochs": 2, "drop_epoch": 1, "curriculum": "mixup", "switch": "3", "reduction": "sum",
+        "objective": "nca × con", "data": "folder", "limit": 5, "seed": 1, "hidden": 3, "dim": 3, "dropout": 0.1,
+        "batch": 3, "lr": 0.1, "weight_decay": 0.5, "warmup": 3, "clip": 1.0, "average": 0.5, "max_steps": 3,
+        "eval_every": 3, "patience": 3, "drops": 3, "drop": 0.5, "dtype": "bfloat16", "device": "cpu:0", "threads": 3,
+        "model": "scan", "optimiser": "Adam", "all_first": 1, "epochs": 2, "drop_epoch": 1, "curriculum": "mixup",
+        "switch": "3",
     }  # fmt: skip
     of_words = {"texts": "features", "word_dim": 7}  # heads have none
-    assert {*changed, *of_words} == {spec.name for spec in dataclasses.fields(TrainConfig)}
+    instead: dict[str, Any] = {"T": "nca", "P": "con", "recipe": "vse++", "mining": "all", "params": {"tau": 3.0}}
+    instead["reduction"] = "sum"
+    assert {*changed, *of_words} == set(SETTINGS)
+    assert set(instead) == set(WORDS)
     epochs = {"all_first": {"eval_every": 0}}
-    digests = {TrainConfig(**{name: value, **epochs.get(name, {})}).digest for name, value in changed.items()}
-    digests |= {TrainConfig(model="vse++", **{name: value}).digest for name, value in of_words.items()}
-    digests |= {TrainConfig().digest, TrainConfig(model="vse++").digest}
-    assert len(digests) == len(changed) + len(of_words) + 2
+    digests = [TrainConfig(**{name: value, **epochs.get(name, {})}).digest for name, value in changed.items()]
+    digests += [TrainConfig(model="vse++", **{name: value}).digest for name, value in of_words.items()]
+    digests += [TrainConfig(**{name: value}).digest for name, value in instead.items()]
+    digests += [TrainConfig().digest, TrainConfig(model="vse++").digest]
+    assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.parametrize(
@@ -78,21 +86,21 @@ def test_every_field_changes_the_digest() -> None:
     [
         ({"T": "circ"}, ValueError, "Did you mean 'cir'"),
         ({"recipe": "vse"}, ValueError, "vse0"),
-        ({"recipe": "vse++", "T": "cir"}, ValueError, "stands in place of"),
+        ({"recipe": "vse++", "T": "cir"}, ValueError, r"recipe must stand alone, got recipe='vse\+\+' and T='cir'"),
         ({"mining": "hard"}, ValueError, "mining"),
-        ({"params": {"taus": 1.0}}, ValueError, "known: .*tau"),
+        ({"params": {"taus": 1.0}}, ValueError, "Known: .*tau"),
         ({"params": {"tau": -1.0}}, ValueError, "tau"),
-        ({"params": {"tau": "x"}}, TypeError, r"params\['tau'\]"),
-        ({"recipe": "infonce", "params": {"margin": 0.1}}, ValueError, "known: tau"),
-        ({"lr": 0}, ValueError, "lr: must be above 0"),
-        ({"lr": math.nan}, ValueError, "lr: must be finite"),
-        ({"dropout": 1.5}, ValueError, "at most 1"),
-        ({"batch": 1}, ValueError, "batch: must be at least 2"),
-        ({"batch": 2.5}, TypeError, "batch: must be a whole number"),
+        ({"params": {"tau": "x"}}, TypeError, "parameter 'tau' must be a number"),
+        ({"recipe": "infonce", "params": {"margin": 0.1}}, ValueError, "Known: tau"),
+        ({"lr": 0}, ValueError, "lr must be > 0, got 0"),
+        ({"lr": math.nan}, ValueError, "lr must be finite"),
+        ({"dropout": 1.5}, ValueError, "dropout must be >= 0 and <= 1, got 1.5"),
+        ({"batch": 1}, ValueError, "batch must be a whole number >= 2"),
+        ({"batch": 2.5}, TypeError, "batch must be a whole number"),
         ({"seed": True}, TypeError, "seed"),
-        ({"data": 3}, TypeError, "data: must be text"),
-        ({"dtype": "float16"}, ValueError, "float32 or bfloat16"),
-        ({"device": "abacus"}, ValueError, "device: must be cpu, cuda"),
+        ({"data": 3}, TypeError, "data must be text"),
+        ({"dtype": "float16"}, ValueError, "Known: float32, bfloat16"),
+        ({"device": "abacus"}, ValueError, "device must be cpu, cuda"),
     ],
 )
 def test_config_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -101,7 +109,7 @@ def test_config_refuses(changes: dict[str, Any], error: type[Exception], message
 
 
 def test_config_refuses_json_of_something_else() -> None:
-    with pytest.raises(ValueError, match="fields P, T, all_first, average, "):
+    with pytest.raises(ValueError, match=r"a configuration has no setting 'learning_rate'\..*Known: objective, "):
         TrainConfig.from_json('{"learning_rate": 1}')
 
 
@@ -111,7 +119,7 @@ def test_config_parameters_reach_the_objective(name: str) -> None:
     assert defaults
     for parameter, value in defaults.items():
         other = TrainConfig(recipe=name, params={parameter: value + 0.25})
-        plain, changed = TrainConfig(recipe=name).objective(), other.objective()
+        plain, changed = TrainConfig(recipe=name).build_objective(), other.build_objective()
         shown = [repr(o) + repr([p.tolist() for p in o.parameters()]) for o in (plain, changed)]
         assert shown[0] != shown[1], parameter
 
@@ -148,7 +156,7 @@ def test_sampler_gives_different_images_with_captions_of_their_own() -> None:
 
 
 def test_sampler_refuses_a_batch_beyond_the_images() -> None:
-    with pytest.raises(ValueError, match="batch: 4 is more than the 3 training images"):
+    with pytest.raises(ValueError, match="batch must be <= 3, the number of training images, got 4"):
         Sampler(torch.tensor([0, 1, 2]), batch=4, seed=0)
 
 
@@ -158,7 +166,7 @@ def test_features_limit_keeps_the_first_images_with_their_captions() -> None:
     assert part.train.image_of.tolist() == np.repeat(np.arange(30), 5).tolist()
     assert torch.equal(part.val.x, whole.val.x)
     assert part.fingerprints != whole.fingerprints
-    with pytest.raises(ValueError, match="limit: emoji has 1157 training images, got 2000"):
+    with pytest.raises(ValueError, match="limit must be <= 1157: emoji has 1157 training images, got 2000"):
         features("emoji", 2000)
 
 
@@ -208,7 +216,7 @@ def test_the_validation_split_alone_chooses_the_weights(tmp_path: Path) -> None:
 def test_rate_warms_up_drops_on_a_plateau_and_then_training_ends(tmp_path: Path) -> None:
     config = small(eval_every=1, warmup=3, patience=2, lr=1e-9, drop=0.5, max_steps=500)  # nothing moves: a plateau
     record = train(config, tmp_path)
-    rates = [row["lr"] / config.lr for row in record["curve"]]
+    rates = [row["lr"] / config.optimiser.lr for row in record["curve"]]
     assert record["stopped"] == "plateau"
     assert record["steps"] == record["best_step"] + 4
     assert rates[:2] == pytest.approx([2 / 3, 1])
@@ -322,7 +330,7 @@ def test_other_versions_begin_a_half_finished_run_again(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("objective", [{"T": "con", "P": "lin"}, {"recipe": "infonce"}])
 def test_what_is_not_finite_stops_the_run_and_says_where(objective: dict[str, Any], tmp_path: Path) -> None:
     config = small(**objective, lr=1e38, warmup=0, clip=1e30)
-    with pytest.raises(Diverged, match=rf"{config.label}, seed 0: .* is (nan|inf) at step \d"):
+    with pytest.raises(Diverged, match=rf"{re.escape(config.label)}, seed 0: .* is (nan|inf) at step \d"):
         train(config, tmp_path)
     assert not (tmp_path / "record.json").exists()
 
@@ -375,7 +383,7 @@ def test_entries_are_the_grid_and_the_recipes_and_share_runs() -> None:
     found = entries()
     assert len(found) == 15 + len(goal.recipes())
     by_label = {entry.names["label"]: entry for entry in found}
-    assert by_label["con × lin"].config.params["margin"] == 0.2
+    assert by_label["con(margin=0.2) × lin"].config.params["margin"] == 0.2
     assert by_label["binomial-deviance"].config.params.get("margin") is None
     shared = {"circle": "cir × lin", "nca": "nca × con", "goal": "cir × sig-ms"}
     assert {recipe: by_label[recipe].config for recipe in shared} == {
@@ -383,16 +391,16 @@ def test_entries_are_the_grid_and_the_recipes_and_share_runs() -> None:
     }
     assert len({entry.config for entry in found}) == len(found) - len(shared)
     assert by_label["circle"].names == {"T": "-", "P": "-", "recipe": "circle", "label": "circle"}
-    with pytest.raises(ValueError, match=r"'cir:lim' is not known; known: con:con, .*siglip"):
+    with pytest.raises(ValueError, match=r"P='lim' is not known. .*Known: con, lin, .* in 'cir:▶lim'"):
         entries(["cir:lin", "cir:lim"])
 
 
 def test_sweep_refuses_before_it_trains(tmp_path: Path) -> None:
     for changes, message in (
-        ({"seeds": 0}, "seeds: must be at least 1"),
-        ({"trials": -1}, "trials: must be at least 0"),
-        ({"workers": 0}, "workers: must be at least 1"),
-        ({"limit": 20}, "batch: 128 is more than the 20 training images"),
+        ({"seeds": 0}, "seeds must be a whole number >= 1"),
+        ({"trials": -1}, "trials must be a whole number >= 0"),
+        ({"workers": 0}, "workers must be a whole number >= 1"),
+        ({"limit": 20}, "batch must be <= 20, the number of training images, got 128"),
         ({"data": "nowhere"}, "nowhere"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -426,11 +434,11 @@ def test_search_keeps_to_validation_counts_trials_and_resumes_to_the_same(
     told = json.loads((tmp_path / "whole" / "tuning.json").read_text())
     assert len(told["trials"]) == 4
     assert {name: told["trials"][0][name] for name in config.params} == config.params
-    assert told["trials"][0]["lr"] == config.lr
+    assert told["trials"][0]["lr"] == config.optimiser.lr
     assert len({trial["margin"] for trial in told["trials"]}) == 4
     best = max(told["trials"], key=lambda trial: trial["val_rsum"])
-    assert {"lr": found.lr, **found.params} == {name: best[name] for name in ("lr", *found.params)}
-    assert found == dataclasses.replace(config, lr=found.lr, params=found.params)
+    assert {"lr": found.optimiser.lr, **found.params} == {name: best[name] for name in ("lr", *found.params)}
+    assert found == config.replace(lr=found.optimiser.lr, params=found.params)
 
     evaluations = 0
 
@@ -458,3 +466,142 @@ def test_a_diverged_trial_counts_as_nothing_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys.modules["goal.training.tune"], "train", diverge)
     assert search(small(), 3, tmp_path) == small()
     assert [t["val_rsum"] for t in json.loads((tmp_path / "tuning.json").read_text())["trials"]] == [3.0, 0.0, 0.0]
+
+
+# ---- files of settings -----------------------------------------------------------------------------------
+
+TOML = """
+objective = "cir(tau=5) × sig-ms | semi-hard(margin=0.1)"
+seed = 3
+
+[model]
+name = "heads"
+hidden = 64
+
+[optimiser]
+lr = 1e-3
+
+[stopping]
+max_steps = 20
+"""
+NESTED = {
+    "objective": {"spec": "cir(tau=5) × sig-ms | semi-hard(margin=0.1)", "switch": "plateau"},
+    "model": {"hidden": 64},
+    "optimiser": {"lr": 1e-3},
+    "stopping": {"max_steps": 20},
+    "seed": 3,
+}
+SAME = TrainConfig(T="cir", P="sig-ms", params={"tau": 5}, mining="semi-hard(margin=0.1)", hidden=64, lr=1e-3,
+                   max_steps=20, seed=3)  # fmt: skip
+
+
+def test_a_file_python_and_sections_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(TOML)
+    (tmp_path / "b.json").write_text(json.dumps(NESTED))
+    (tmp_path / "c.json").write_text(SAME.to_json())
+    (tmp_path / "d.json").write_text(json.dumps({"T": "cir", "P": "sig-ms", "mining": "semi-hard(margin=0.1)",
+        "params": {"tau": 5}, "hidden": 64, "lr": 1e-3, "max_steps": 20, "seed": 3}))  # fmt: skip
+    assert {TrainConfig.read(path) for path in sorted(tmp_path.iterdir())} == {SAME}
+    assert TrainConfig(**NESTED) == SAME
+    assert TrainConfig(**vars(SAME)) == SAME  # of sections as they are
+
+
+def test_changes_go_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(TOML)
+    assert TrainConfig.read(path, lr=0.5, hidden=8) == SAME.replace(lr=0.5, hidden=8)
+    assert TrainConfig.read(path, model={"hidden": 8}).optimiser.lr == 1e-3
+    assert TrainConfig.read(path, recipe="vse++").label == "vse++"  # its mining was the file's objective's
+    assert TrainConfig.read(path, mining="all").label == "cir(tau=5) × sig-ms | all"
+    assert TrainConfig.read(path, params={"mining.margin": 0.3}).params["mining.margin"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "", r"a\.yaml: must be a \.toml or a \.json file"),
+        ("a.toml", "lr = ", r"a\.toml: cannot be read: Invalid value"),
+        ("a.json", "{", r"a\.json: cannot be read: "),
+        ("a.json", "[" * 100_000, r"a\.json: cannot be read: "),
+        ("a.json", b"\xff", r"a\.json: cannot be read: .*codec"),
+        ("a.json", "[1]", r"a\.json: must hold settings by name, got list"),
+        ("a.json", '{"lrr": 1}', r"no setting 'lrr'\. Did you mean 'lr'\? Known: objective, "),
+        ("a.toml", "[optimiser]\nhidden = 1", r"optimiser has no setting 'hidden'\. Known: name, batch, lr, "),
+        ("a.toml", "[stopping]\nmax_step = 1", r"stopping has no setting 'max_step'\. Did you mean 'max_steps'"),
+        ("a.toml", 'stopping = "soon"', r"stopping must be settings by name, got str \('soon'\)"),
+        ("a.toml", "model = 3", r"model must be text, got int \(3\)"),
+        ("a.toml", "[optimiser]\nlr = true", "lr must be a number, got bool"),
+        ("a.toml", "[model]\nhidden = 8.5", r"hidden must be a whole number >= 1, got 8\.5"),
+        (
+            "a.toml",
+            'objective = "cir × con"\nP = "lin"',
+            "objective must stand alone, got objective='cir × con' and P=",
+        ),
+        ("a.toml", 'recipe = "cir × con"', "recipe must be one of goal recipes, got 'cir × con'"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(name: str, text: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ValueError, TypeError), match=message):
+        TrainConfig.read(tmp_path / name)
+    with pytest.raises(ValueError, match=r"nowhere\.toml: no such file"):
+        TrainConfig.read(tmp_path / "nowhere.toml")
+
+
+def test_a_name_on_its_own_goes_over_its_section() -> None:
+    for settings in ({"optimiser": {"lr": 1, "clip": 3}, "lr": 0.5}, {"lr": 0.5, "optimizer": {"lr": 1, "clip": 3}}):
+        config = TrainConfig(**settings)
+        assert (config.optimiser.lr, config.optimiser.clip, config.optimiser.name) == (0.5, 3, "AdamW")
+    assert dataclasses.replace(SAME, seed=4, device="cpu:0") == SAME.replace(seed=4, device="cpu:0")
+
+
+def test_no_setting_is_there_twice() -> None:
+    names = [f.name for kind in SECTIONS.values() for f in dataclasses.fields(kind) if f.name not in NAMING]
+    names += [*SECTIONS, *(f.name for f in dataclasses.fields(TrainConfig) if f.name not in SECTIONS), *WORDS]
+    assert len(names) == len(set(names))
+    assert set(SETTINGS) == {*names} - {*WORDS, "stopping"}
+
+
+@pytest.mark.parametrize("model", SYSTEMS)
+def test_every_models_configuration_reads_back(model: str) -> None:
+    for config in (TrainConfig(model=model), TrainConfig(model=model, objective="nca(tau=3) × lin | hardest")):
+        assert TrainConfig.from_json(config.to_json()) == config
+        assert config.replace() == config
+        assert config.replace(seed=1) != config
+        assert re.fullmatch(r"[A-Za-z0-9+-]+-s0-[0-9a-f]{10}", config.run_name)
+
+
+# ---- objectives as texts in sweeps and searches ----------------------------------------------------------
+
+
+def test_a_sweep_takes_any_objective() -> None:
+    texts = ["cir:lin", "cir(tau=5) × lin", "con × lin | semi-hard", "vse++ | reduction=mean", "circle", "cir × lin"]
+    found = entries(texts)
+    assert [entry.names["label"] for entry in found] == [
+        "cir × lin", "cir(tau=5) × lin", "con(margin=0.2) × lin | semi-hard", "vse++ | reduction=mean", "circle"
+    ]  # fmt: skip
+    assert [entry.names["T"] for entry in found] == ["cir", "cir(tau=5)", "-", "-", "-"]
+    assert [entry.names["recipe"] for entry in found[2:4]] == [entry.names["label"] for entry in found[2:4]]
+    assert found[0].config == found[4].config
+    for setting in ({"T": "cir"}, {"objective": "vse++"}, {"mining": "all"}, {"params": {"tau": 1}}):
+        with pytest.raises(ValueError, match=f"^{next(iter(setting))} cannot be set: a sweep has objectives"):
+            entries(**setting)
+
+
+def test_parameters_of_a_rule_and_of_the_users_own_terms_are_searched(
+    tmp_path: Path, registries: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal.triplet_weight("my-gain")(lambda s_pos, s_neg, *, gain=2.0, shift=0.0: 0 * s_neg + gain)
+    monkeypatch.setattr(sys.modules["goal.training.tune"], "train", lambda config, *_, **__: {"best_val_rsum": 1.0})
+    found = {}
+    for text in ("my-gain × con | semi-hard", "nca × con | all", "con × con | selective(eps=0)"):
+        search(small(objective=text), 8, tmp_path)
+        trials = json.loads((tmp_path / "tuning.json").read_text())["trials"]
+        found |= {name: [trial[name] for trial in trials] for name in trials[0]}
+    assert found["gain"][0] == 2.0
+    assert all(0.2 <= gain <= 20 for gain in found["gain"])
+    assert all(0 <= shift <= 1 for shift in found["shift"])
+    assert all(0.01 <= margin <= 0.5 for margin in found["mining.margin"])
+    assert {*found["mining.average"]} == {True, False}
+    assert all(0 <= eps <= 1 for eps in found["mining.eps"])
+    assert all(len({*found[name]}) > 1 for name in ("gain", "shift", "mining.margin", "mining.eps"))

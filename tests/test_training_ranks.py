@@ -18,7 +18,7 @@ import goal
 from goal.cli import main
 from goal.data.files import Busy
 from goal.training import TrainConfig, loop, train
-from goal.training.loop import load_trained
+from goal.training.trained import load_trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +110,7 @@ def test_torchrun_without_distributed_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train", "--root", str(tmp_path)]) == 2
-    assert "--distributed: is missing, and torchrun has started 2 processes" in capsys.readouterr().err
+    assert "--distributed must be given: torchrun has started 2 processes" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -146,7 +146,7 @@ def test_what_ranks_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="scan makes similarities"):
         train(TrainConfig(model="scan"), tmp_path / "run", distributed=True)
-    with pytest.raises(ValueError, match="3 ranks have too few rows of a batch of 2"):
+    with pytest.raises(ValueError, match="batch must be >= 3, the number of ranks, got 2"):
         train(TrainConfig(batch=2), tmp_path / "run", distributed=True)
     assert not (tmp_path / "run").exists()
 
@@ -227,9 +227,9 @@ def nn_parallel() -> Any:
 def test_the_gradient_is_averaged_as_the_models_is() -> None:
     """AdamW would not show a wrong factor in a run."""
     for objective in (TrainConfig(), TrainConfig(recipe="vse++"), TrainConfig(model="vse-infinity")):
-        made = objective.objective(group="world")
+        made = objective.build_objective(group="world")
         for stage in getattr(made, "stages", [made]):
             assert stage._ranks.averaged
             assert stage._ranks.group == "world"
-        alone = objective.objective()
+        alone = objective.build_objective()
         assert all(stage._ranks is None for stage in getattr(alone, "stages", [alone]))

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -484,3 +485,58 @@ class TestRegistration:
             by=lambda: goal.triplet_weight("mine")(namespace["mine"]),
         )
         assert list(goal.T) == before
+
+
+# ── numbers that training checks by the same two functions ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", [3, np.int8(3), np.array(3), torch.tensor(3)])
+def test_a_whole_number_of_any_kind_is_pythons(value: Any) -> None:
+    found = goal.validation.whole_number("n", value, 3, 3)
+    assert (found, type(found)) == (3, int)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (2, ValueError, "n must be a whole number >= 3, got 2."),
+        (9, ValueError, "n must be a whole number >= 3 and <= 8, got 9."),
+        (10**400, ValueError, "n must be a whole number >= 3 and <= 8, got one of 1329 bits."),
+        (4.0, TypeError, "n must be a whole number >= 3, got 4.0."),
+        (True, TypeError, "n must be a whole number >= 3, got True."),
+        (np.array([4]), TypeError, "n must be a whole number >= 3, got array([4])."),
+        (np.ones(2, int), TypeError, "n must be a whole number >= 3, got array([1, 1])."),
+        (torch.tensor(4, device="meta"), TypeError, "n must be a whole number >= 3, got tensor(..., device='meta'"),
+    ],
+)
+def test_no_whole_number_within_limits(value: Any, error: type[Exception], message: str) -> None:
+    refused(error, message, by=lambda: goal.validation.whole_number("n", value, 3, 8))
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), np.array([0.5]), torch.tensor(0.5)])
+def test_a_real_number_of_any_kind_is_pythons(value: Any) -> None:
+    found = goal.validation.real_number("x", value, 0.5, 0.5)
+    assert (found, type(found)) == (0.5, float)
+    assert goal.validation.real_number("x", float("inf"), finite=False) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "x must be > 0 and <= 1, got 0."),
+        (1.5, ValueError, "x must be > 0 and <= 1, got 1.5."),
+        (float("nan"), ValueError, "x must be finite, got nan."),
+        (float("inf"), ValueError, "x must be finite, got inf."),
+        (10**400, ValueError, "x must be within a float's range."),
+        ("1", TypeError, "x must be a number, got str ('1')."),
+        (True, TypeError, "x must be a number, got bool (True)."),
+        (torch.ones(2), TypeError, "x must be a number, got Tensor"),
+        (torch.tensor(0.5, requires_grad=True), TypeError, "x must be a number, got Tensor"),
+    ],
+)
+def test_no_real_number_within_limits(value: Any, error: type[Exception], message: str) -> None:
+    refused(error, message, by=lambda: goal.validation.real_number("x", value, 0, 1, above=True))
+
+
+def test_a_time_is_no_nan() -> None:
+    refused(ValueError, "x must be finite, got nan.", by=lambda: goal.validation.real_number("x", np.nan, finite=False))

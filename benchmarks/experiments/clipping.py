@@ -23,7 +23,7 @@ from goal.training import TrainConfig
 
 BATCH, CLIP = 64, 2.0
 SETTINGS: dict[str, Any] = {"model": "vse++", "dim": 128, "word_dim": 64, "batch": BATCH, "lr": 1e-3}
-OBJECTIVES = (("con", "con"), ("cir", "con"), ("cir", "sig-ms"))
+OBJECTIVES = ("con(margin=0.2) × con", "cir × con", "cir × sig-ms")
 WAYS = (("sum", CLIP), ("mean", CLIP), ("mean", CLIP / BATCH))
 
 
@@ -38,16 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/clipping"))
     options = parser.parse_args(argv)
     configs = [
-        TrainConfig(T=T, P=P, params={"margin": 0.2} if T == "con" else {}, reduction=reduction, clip=clip,
+        TrainConfig(objective=objective, reduction=reduction, clip=clip,
                     data=options.data, limit=options.limit, epochs=options.epochs,
                     drop_epoch=max(1, options.epochs * 4 // 5), **SETTINGS)
-        for T, P in OBJECTIVES for reduction, clip in WAYS
+        for objective in OBJECTIVES for reduction, clip in WAYS
     ]  # fmt: skip
     groups = trained(configs, options.seeds, options.folder, options.workers)
     heads = ["objective", "over the batch", "clip", "RSUM", "i→t R@1", "t→i R@1", "s⁺ / s⁻ halfway", "at the end"]
     rows = []
-    for config, runs in zip(configs, groups, strict=True):
-        cells = [config.label, str(config.reduction), f"{config.clip:.3g}"]
+    ways = [reduction for _ in OBJECTIVES for reduction, _ in WAYS]
+    for config, reduction, runs in zip(configs, ways, groups, strict=True):
+        cells = [config.objective.spec.names, reduction, f"{config.optimiser.clip:.3g}"]
         cells += [mean_and_deviation([run["test"][name] for run in runs]) for name in ("rsum", "i2t_r1", "t2i_r1")]
         for place in (options.epochs // 2, options.epochs - 1):
             means = (sum(run["curve"][place][name] for run in runs) / len(runs) for name in ("s_pos", "s_neg"))

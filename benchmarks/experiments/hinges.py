@@ -32,7 +32,7 @@ def configs(options: argparse.Namespace, faster: float) -> list[TrainConfig]:
     """The four objectives, at `faster` times their release's learning rate."""
     length = {"epochs": options.epochs, "drop_epoch": max(1, options.epochs * 2 // 3), "limit": options.limit}
     return [
-        TrainConfig(model=model, recipe=recipe, params={"margin": 0.05 if recipe == "order0" else 0.2},
+        TrainConfig(model=model, objective=f"{recipe}(margin={0.05 if recipe == 'order0' else 0.2})",
                     data=str(options.data), lr=lr * faster, **SETTINGS, **length)
         for recipe, (model, lr) in SYSTEMS.items()
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = configs(options, faster)
         records = trained(asked, options.seeds, options.folder / "runs", options.workers)
         out = options.folder / name
-        rates = ", ".join(f"{config.label} {config.lr:g}" for config in asked)
+        rates = ", ".join(f"{config.objective.spec.names} {config.optimiser.lr:g}" for config in asked)
         note = f"{asked[0].setting.split(' at ')[0]}, {options.epochs} epochs; learning rates {rates}. "
         note += f"Command: {line}, commit {commit()}"
         title = f"{options.data}, {name} rates, mean ± standard deviation over {options.seeds} seeds"

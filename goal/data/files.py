@@ -217,13 +217,12 @@ def _prefix(path: Path) -> str:
     return f".{path.name[:40]}."  # names have a limit, and this one is longer than the file's
 
 
-def clear_temporaries(folder: Path, path: Path | None = None) -> None:
-    """Remove what killed processes have left of the files of a folder, or of one file; nobody else may be writing.
+def clear_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left of the files of a folder; nobody else may be writing.
 
     Only what `atomic_file` makes: regular files with its names. What cannot be removed stays.
     """
-    start = r"\..+\." if path is None else re.escape(_prefix(path))
-    made = re.compile(rf"{start}[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
+    made = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
     for left in folder.iterdir():
         with suppress(OSError):
             if made.fullmatch(left.name) and stat.S_ISREG(left.lstat().st_mode):

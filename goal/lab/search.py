@@ -19,14 +19,16 @@ from typing import Any, NamedTuple, cast
 from goal.data.files import alone, folder_name, folder_name_of, require, write_atomically
 from goal.lab.grammar import Expression, pair, triplet
 from goal.lab.verdict import Integrability, integrability
-from goal.training.config import TrainConfig, check_device, check_seconds, check_whole
+from goal.training.config import CHOICES, MOST, TrainConfig, check_device, flat
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
-from goal.training.loop import Diverged, Record, Row, read_pairs, train
+from goal.training.folder import Record, Row, place
+from goal.training.loop import Diverged, read_pairs, train
 from goal.training.report import Difference, RunRecord, significant_differences, terminal_table, write_report
-from goal.training.sweep import QUICK, Incomplete, entries
-from goal.training.tune import RANGES, with_parameters
+from goal.training.sweep import Incomplete, entries, quick_settings
+from goal.training.tune import span, with_parameters
 from goal.training.workers import Done, Failed, Job, cores, work
+from goal.validation import real_number, whole_number
 
 TRIALS, QUICK_TRIALS = 150, 40  # of each search
 SEEDS = 5  # of the test
@@ -118,12 +120,11 @@ class Discovery:
         ]
         for search, finalists in self.finalists.items():
             for each in finalists:
-                numbers = {"lr": each.config.lr} | each.config.params
-                shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+                shown = ", ".join(f"{name} {value:.3g}" for name, value in _numbers(each.config).items())
                 checks = " / ".join(f"{value:.1f}" for value in each.checks)
-                chosen.append(f"| {search} | {each.config.label} | {shown} | {each.trial:.1f} | {checks} |")
+                chosen.append(f"| {search} | {_name(each.config)} | {shown} | {each.trial:.1f} | {checks} |")
         failed = [
-            f"* {search}, trial {number}: {each.config.label if each.config else 'refused'}: {each.why}"
+            f"* {search}, trial {number}: {_name(each.config) if each.config else 'refused'}: {each.why}"
             for search, trials in self.trials.items()
             for number, each in enumerate(trials)
             if each.why
@@ -204,13 +205,14 @@ def discover(
     >>> discovery = discover(quick=True)  # doctest: +SKIP
     >>> print(discovery.source)  # doctest: +SKIP
     """
-    trials = check_whole("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials, least=1)
-    seeds, save_every = check_whole("seeds", seeds, least=1), check_seconds("save_every", save_every)
-    workers = None if workers is None else check_whole("workers", workers, least=1)
+    trials = whole_number("trials", (QUICK_TRIALS if quick else TRIALS) if trials is None else trials, 1, MOST)
+    seeds, save_every = whole_number("seeds", seeds, 1, MOST), real_number("save_every", save_every, 0, finite=False)
+    workers = None if workers is None else whole_number("workers", workers, 1, MOST)
     name = None if name is None else folder_name("name", name)
-    if chosen := [each for each in ("T", "P", "recipe", "mining", "params", "seed") if each in settings]:
-        raise ValueError(f"{chosen[0]}: the search chooses it, it cannot be given")
-    settings = (QUICK if quick else {}) | settings
+    settings = flat(settings)
+    if chosen := [each for each in ("objective", *CHOICES, "mining", "params", "seed") if each in settings]:
+        raise ValueError(f"{chosen[0]} cannot be set: the search chooses it, got {settings[chosen[0]]!r}.")
+    settings = (quick_settings(settings) if quick else {}) | settings
     base = TrainConfig(**settings)
     check_device(base.device)
     for package in ("matplotlib", "optuna", "safetensors"):
@@ -218,7 +220,7 @@ def discover(
     parts = (Path(base.data).resolve().name, "discover", "quick" * quick)
     folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
     data = read_pairs(base)
-    Sampler(data.train.image_of, base.batch, base.seed)
+    Sampler(data.train.image_of, base.optimiser.batch, base.seed)
     folder.mkdir(parents=True, exist_ok=True)
     by_default = max(1, cores() // base.threads) if base.device == "cpu" else 1
     with alone(folder):
@@ -250,7 +252,7 @@ class _Grammar:
 
     def propose(self, trial: Any) -> TrainConfig:
         T, P = triplet(trial), pair(trial)
-        lr = _lr(trial, TrainConfig(**self.settings).lr)
+        lr = _lr(trial, TrainConfig(**self.settings).optimiser.lr)
         return TrainConfig(**{**self.settings, "T": T.name, "P": P.name, "params": T.params | P.params, "lr": lr})
 
 
@@ -258,18 +260,29 @@ class _Published:
     """The built-in T × P and the recipes, those with equal configurations once."""
 
     def __init__(self, settings: Mapping[str, Any], trials: int) -> None:
-        self.configs = {config.label: config for config in dict.fromkeys(entry.config for entry in entries(**settings))}
+        self.configs = {
+            _name(config): config for config in dict.fromkeys(entry.config for entry in entries(**settings))
+        }
         self.starts = [
-            {"objective": label, "lr": config.lr, **config.params} for label, config in self.configs.items()
+            {"objective": label, "lr": config.optimiser.lr, **config.params} for label, config in self.configs.items()
         ][:trials]
 
     def propose(self, trial: Any) -> TrainConfig:
         config = self.configs[trial.suggest_categorical("objective", tuple(self.configs))]
-        found = {"lr": _lr(trial, config.lr)}
+        found = {"lr": _lr(trial, config.optimiser.lr)}
         for name, start in config.params.items():
-            r = RANGES[name]
-            found[name] = trial.suggest_float(name, min(r.low, start), max(r.high, start), log=r.log)
+            r = span(name, start)
+            found[name] = trial.suggest_float(name, r.low, r.high, log=r.log)
         return with_parameters(config, found)
+
+
+def _name(config: TrainConfig) -> str:
+    """An objective without its parameters, which the search chooses."""
+    return config.objective.spec.names
+
+
+def _numbers(config: TrainConfig) -> dict[str, float]:
+    return {"lr": config.optimiser.lr} | config.params
 
 
 def _lr(trial: Any, given: float) -> float:
@@ -278,7 +291,7 @@ def _lr(trial: Any, given: float) -> float:
 
 def _expression(kind: Any, config: TrainConfig) -> Expression:
     """A term of the grammar as a configuration names it."""
-    bare = Expression(kind, tuple(str(getattr(config, kind)).split("-")[1:]))
+    bare = Expression(kind, tuple(getattr(config.objective.spec, kind).name.split("-")[1:]))
     return dataclasses.replace(bare, values=tuple((name, config.params[name]) for name in bare.params))
 
 
@@ -294,7 +307,7 @@ class _Runs:
     def perform(self, function: Callable[..., Record], kind: str, configs: Sequence[TrainConfig]) -> list[Record]:
         """What the function makes of each configuration, in a folder of its own."""
         jobs = [
-            Job(config.run_name, function, (config, self.folder / kind / config.run_name, self.save_every))
+            Job(config.run_name, function, (config, place(config, self.folder / kind), self.save_every))
             for config in dict.fromkeys(configs)
         ]
         results, failures = {}, []
@@ -319,7 +332,7 @@ def judge(config: TrainConfig, run_dir: Path, save_every: float, *, on_evaluatio
         record = train(config, run_dir, save_every, test=False, on_evaluation=on_evaluation)
     except Diverged as error:
         state = {"best_step": 0, "steps": 0, "why": str(error)}
-        return {"label": config.label, "seed": config.seed, "best_val_rsum": 0.0, **state}
+        return {"label": _name(config), "seed": config.seed, "best_val_rsum": 0.0, **state}
     (run_dir / "model.safetensors").unlink(missing_ok=True)
     return record
 
@@ -383,7 +396,7 @@ def _test(runs: _Runs, found: TrainConfig, published: TrainConfig, seeds: int) -
     """The records of both with seeds that chose nothing, the test split scored."""
     new = range(1 + CHECKS, 1 + CHECKS + seeds)
     labels = {
-        seeded: label for label, c in ((FOUND, found), (published.label, published)) for seeded in _seeded(c, new)
+        seeded: label for label, c in ((FOUND, found), (_name(published), published)) for seeded in _seeded(c, new)
     }
     records = runs.perform(train, "tests", list(labels))
     names = [{"T": "-", "P": "-", "recipe": label, "label": label} for label in labels.values()]
@@ -409,7 +422,7 @@ def _note(
     if quick:
         sentences.insert(0, QUICK_NOTE)
     if rising := sum(record["stopped"] == "max_steps" for record in records):
-        sentences.append(f"{rising} of {len(records)} tested runs met the limit of {base.max_steps} steps.")
+        sentences.append(f"{rising} of {len(records)} tested runs met the limit of {base.stopping.max_steps} steps.")
     if command:
         sentences.append(f"Command: {command}")
     return " ".join(sentences)
@@ -419,7 +432,12 @@ def _write(discovery: Discovery) -> None:
     folder = discovery.folder
     trials = {
         search: [
-            {"objective": each.config.label, "lr": each.config.lr, **each.config.params, "val_rsum": each.val_rsum}
+            {
+                "objective": _name(each.config),
+                "lr": each.config.optimiser.lr,
+                **each.config.params,
+                "val_rsum": each.val_rsum,
+            }
             if each.config
             else {"refused": each.why, "val_rsum": each.val_rsum}
             for each in tried

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from goal.data.terminal import unfailing
 from goal.training.config import TrainConfig
-from goal.training.loop import Record, best
+from goal.training.folder import Record, best
 from goal.training.report import RunRecord, terminal_table
 from goal.training.workers import Begun, Done, Event, Failed
 
@@ -80,8 +80,10 @@ def display() -> Iterator[Lines]:
 def outcome(result: Any) -> str:
     """A finished job in one line."""
     if isinstance(result, TrainConfig):  # of a search
-        found = {"lr": result.lr} | result.params
-        return f"{result.label}: found " + ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+        found = {"lr": result.optimiser.lr} | result.params
+        return f"{result.objective.spec.names}: found " + ", ".join(
+            f"{name} {value:.3g}" for name, value in found.items()
+        )
     metric, of = ("MAP@all", "mean") if "best_val_map" in result else ("RSUM", "rsum")
     test = f", test {metric} {result['test'][of]:.1f}" if "test" in result else ""
     return (

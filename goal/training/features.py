@@ -302,7 +302,7 @@ def labelled(data: str, name: str) -> Split:
 
 def _check_limit(limit: int, count: int, what: str) -> None:
     if limit > count:
-        raise ValueError(f"limit: {what.format(count)}, got {limit}")
+        raise ValueError(f"limit must be <= {count}: {what.format(count)}, got {limit}.")
 
 
 def _pooled(x: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
@@ -338,7 +338,7 @@ class Sampler:
         owner = image_of.numpy()
         self.count = np.bincount(owner)  # (n,) captions of each image
         if batch > len(self.count):
-            raise ValueError(f"batch: {batch} is more than the {len(self.count)} training images")
+            raise ValueError(f"batch must be <= {len(self.count)}, the number of training images, got {batch}.")
         self.by_image = np.argsort(owner, kind="stable")  # (m,) captions, image by image
         self.first = np.cumsum(self.count) - self.count  # (n,) where each image's captions begin
         self.batch, self.seed = batch, seed

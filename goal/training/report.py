@@ -43,6 +43,7 @@ METRICS = {  # name in a record: heading in a table
     "t2i_ties": "t→i ties %",
 }
 _REQUIRED = tuple(METRICS)[:7]
+HINGE = ("con(margin=0.2)", "con(0.2)")  # T = con in the tables, now and as records once wrote it
 _T_ORDER = ("con", "nca", "cir")
 _P_ORDER = ("con", "lin", "sig", "lin-ms", "sig-ms")
 
@@ -50,9 +51,9 @@ _P_ORDER = ("con", "lin", "sig", "lin-ms", "sig-ms")
 class RunRecord(TypedDict):
     """One finished run, as it stands in a line of JSON; recalls in percent."""
 
-    T: str  # "con(0.2)" or "con", "nca", "cir"
+    T: str  # "con(margin=0.2)", "nca", "cir(tau=5)", or "-"
     P: str  # "con", "lin", "sig", "lin-ms", "sig-ms", or "-"
-    recipe: NotRequired[str | None]  # its name where the run is a recipe
+    recipe: NotRequired[str | None]  # where the run is a recipe, or more than T × P: its spec
     label: NotRequired[str]
     seed: int
     test: Mapping[str, float]  # the names of METRICS, the first seven at least
@@ -304,7 +305,7 @@ def _objectives(records: Sequence[RunRecord]) -> list[_Objective]:
 
 def _name(record: RunRecord) -> str:
     """T as the tables call it: `con` is the hinge of margin 0.2."""
-    return "con" if record["T"] == "con(0.2)" else record["T"]
+    return "con" if record["T"] in HINGE else record["T"]
 
 
 def _check(record: RunRecord) -> None:
@@ -320,7 +321,7 @@ def _check(record: RunRecord) -> None:
 
 
 def _index(order: Sequence[str], name: str) -> int:
-    return order.index(name) if name in order else len(order)
+    return order.index(name) if (name := name.partition("(")[0]) in order else len(order)
 
 
 def _cells(objectives: Sequence[_Objective]) -> dict[tuple[str, str], _Objective]:
@@ -432,7 +433,7 @@ def _counts(objectives: Sequence[_Objective]) -> str:
 def _has_margin(objective: _Objective) -> bool:
     """Whether every run of T = con had the margin 0.2."""
     return objective.T == "con" and all(
-        run["T"] == "con(0.2)" or run.get("params", {}).get("margin") == 0.2 for run in objective.runs
+        run["T"] in HINGE or run.get("params", {}).get("margin") == 0.2 for run in objective.runs
     )
 
 
@@ -471,7 +472,8 @@ def _markdown(groups: Mapping[str, list[_Objective]], title: str, note: str) -> 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     rule = [":---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *body))
+    lines = (" | ".join(cell.replace("|", r"\|") for cell in row) for row in (head, rule, *body))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def _matrix(objectives: Sequence[_Objective], metric: str) -> str:
@@ -597,7 +599,7 @@ objective & R@1 & R@5 & R@10 & R@1 & R@5 & R@10 & RSUM \\
 def _escape(text: str) -> str:
     for symbol in "&%$#_{}":
         text = text.replace(symbol, f"\\{symbol}")
-    for symbol, tex in (("×", r"$\times$"), ("±", r"$\pm$"), ("→", r"$\to$"), ("·", r"$\cdot$")):
+    for symbol, tex in (("×", r"$\times$"), ("|", "$|$"), ("±", r"$\pm$"), ("→", r"$\to$"), ("·", r"$\cdot$")):
         text = text.replace(symbol, tex)
     return text
 

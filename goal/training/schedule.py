@@ -7,7 +7,6 @@ A schedule is any callable, step → value. What a step is, one of the optimiser
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import goal
+from goal.validation import real_number, whole_number
 
 
 class Schedule:
@@ -79,7 +79,7 @@ def piecewise(values: Mapping[int, Any]) -> Schedule:
         >>> piecewise({0: 5.0, 100: linear(5.0, 20.0, steps=50)})(125)
         12.5
     """
-    pieces = {_whole("piecewise: a key", begin, 0): value for begin, value in values.items()}
+    pieces = {whole_number("piecewise: a key", begin, 0): value for begin, value in values.items()}
     if 0 not in pieces:
         raise ValueError(f"piecewise must say what holds from step 0 on, got {sorted(pieces)}.")
     return _Pieces(dict(sorted(pieces.items())))
@@ -148,7 +148,7 @@ class Scheduled(goal.Objective):
         Raises:
             ValueError, TypeError: no step, or a value there that is not allowed.
         """
-        step = _whole("step", step, 0)
+        step = whole_number("step", step, 0)
         values = {name: _at(value, step) for name, value in self.schedules.items()}
         if values != self.values:
             self._bind(_made(values, step).settings)
@@ -186,7 +186,7 @@ class Plateau:
     patience: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patience", _whole("patience", self.patience, 1))
+        object.__setattr__(self, "patience", whole_number("patience", self.patience, 1))
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ class FewSemiHard:
     patience: int = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patience", _whole("patience", self.patience, 1))
-        object.__setattr__(self, "share", _number("share", self.share))
+        object.__setattr__(self, "patience", whole_number("patience", self.patience, 1))
+        object.__setattr__(self, "share", real_number("share", self.share))
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be within (0, 1], got {self.share!r}.")
 
@@ -253,7 +253,7 @@ class Curriculum(nn.Module):
         super().__init__()
         self.stages = nn.ModuleList(stages)
         self.until = tuple(
-            end if isinstance(end, Plateau | FewSemiHard) else _whole(f"until[{number}]", end, 1)
+            end if isinstance(end, Plateau | FewSemiHard) else whole_number(f"until[{number}]", end, 1)
             for number, end in enumerate(until)
         )
         if len(self.until) != len(stages) - 1:
@@ -383,9 +383,9 @@ class _Ramp(Schedule):
     steps: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", _whole(f"{self.shape}: steps", self.steps, 1))
+        object.__setattr__(self, "steps", whole_number(f"{self.shape}: steps", self.steps, 1))
         for name in ("start", "end"):
-            object.__setattr__(self, name, _number(f"{self.shape}: {name}", getattr(self, name)))
+            object.__setattr__(self, name, real_number(f"{self.shape}: {name}", getattr(self, name)))
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -438,22 +438,6 @@ class _Varying(Schedule):
     def __repr__(self) -> str:
         made = repr(_value(self, 0)).partition("(")[0]
         return f"varying({', '.join([made, *(f'{name}={value!r}' for name, value in self.parameters.items())])})"
-
-
-def _number(name: str, value: object) -> float:
-    """A finite Python float from a number of any kind."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}.")
-    return float(value)
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    """A Python int from an integer of any kind."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}.")
-    return int(value)
 
 
 def _mining(objective: nn.Module) -> str | None:

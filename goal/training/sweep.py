@@ -8,22 +8,29 @@ from typing import Any, cast
 
 import goal
 from goal.data.files import alone, folder_name, folder_name_of, require
-from goal.training.config import TrainConfig, check_device, check_seconds, check_whole
+from goal.spec import Call, Spec, parse
+from goal.training.config import CHOICES, MOST, TrainConfig, check_device, flat
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
-from goal.training.loop import Record, TrainingError, finished, read_pairs, train
+from goal.training.folder import Record, finished, place
+from goal.training.loop import TrainingError, read_pairs, train
 from goal.training.report import RunRecord, write_report
+from goal.training.systems import DEFAULT, SYSTEMS
 from goal.training.tune import search
 from goal.training.workers import Done, Failed, Job, cores, work
+from goal.validation import real_number, whole_number
 
 GRID_T, GRID_P = ("con", "nca", "cir"), ("con", "lin", "sig", "lin-ms", "sig-ms")
-MARGIN = 0.2  # of T = con in the grid
+HINGE = "con(margin=0.2)"  # T = con in the grid
+_HINGE = parse(f"{HINGE} × con")
 SEEDS, QUICK_SEEDS = 5, 2
-# Sized to end within five minutes on two cores, with an order that agrees with the full sweep's within noise
-# (docs/experiments.md compares them): embeddings not too narrow, and runs that end when validation stops rising.
-QUICK: dict[str, Any] = {"hidden": 256, "dim": 256, "batch": 64, "lr": 1e-3, "patience": 4, "max_steps": 2000}
-QUICK_SYSTEM: dict[str, Any] = {"dim": 128, "word_dim": 64, "epochs": 6, "drop_epoch": 4}
 QUICK_NOTE = "QUICK: small models, few seeds, little patience; close places may change without --quick."
+
+
+def quick_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model that end within minutes."""
+    system = SYSTEMS.get(settings.get("model") or DEFAULT)
+    return {} if system is None else dict(system.quick)  # what is unknown is refused when it is read
 
 
 class Incomplete(TrainingError):
@@ -46,8 +53,9 @@ def entries(objectives: Iterable[str] | None = None, **settings: Any) -> list[En
     """The cells of the grid and the recipes; a recipe that is a cell of the grid shares the cell's runs.
 
     Args:
-        objectives: some of them, such as "cir:sig-ms" and "vse++"; by default all.
-        **settings: fields of `TrainConfig`, for all of them.
+        objectives: some of them, or any others: "cir:sig-ms", "vse++", "cir(tau=5) × sig-ms | semi-hard"; by default
+            the grid and the recipes. In a sweep T = con without a margin is the hinge with margin 0.2.
+        **settings: of `TrainConfig`, for all of them.
 
     Raises:
         ValueError: an unknown objective.
@@ -57,33 +65,39 @@ def entries(objectives: Iterable[str] | None = None, **settings: Any) -> list[En
     >>> len({entry.config for entry in entries(["cir:lin", "circle"])})
     1
     """
-    cells = {
-        f"{T}:{P}": TrainConfig(T=T, P=P, params={"margin": MARGIN} if T == "con" else {}, **settings)
-        for T in GRID_T
-        for P in GRID_P
-    }
-    known = {key: Entry(config.names, config) for key, config in cells.items()}
-    for name in goal.recipes():
-        config = TrainConfig(recipe=name, **settings)
-        same = [cell for cell in cells.values() if repr(cell.objective()) == repr(config.objective())]
-        known[name] = Entry(config.names, same[0] if same else config)
-    chosen = list(known) if objectives is None else _names(objectives)
-    if strange := [name for name in chosen if name not in known]:
-        raise ValueError(f"objectives: {strange[0]!r} is not known; known: {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(chosen)]
+    settings = flat(settings)
+    if given := [name for name in ("objective", *CHOICES, "mining", "params") if settings.get(name) is not None]:
+        raise ValueError(f"{given[0]} cannot be set: a sweep has objectives, got {settings[given[0]]!r}.")
+    grid = {f"{T}:{P}": parse(f"{HINGE if T == 'con' else T} × {P}") for T in GRID_T for P in GRID_P}
+    cells = {spec: TrainConfig(objective=spec, **settings) for spec in grid.values()}
+    shown = {repr(config.build_objective()): config for config in cells.values()}
+    asked = [*grid.values(), *map(parse, goal.recipes())] if objectives is None else _specs(objectives)
+    found = []
+    for spec in dict.fromkeys(asked):
+        config = cells[spec] if spec in cells else TrainConfig(objective=spec, **settings)
+        shared = config if spec.recipe is None else shown.get(repr(config.build_objective()), config)
+        found.append(Entry(_names(spec, config), shared))
+    return found
 
 
-def _names(objectives: Iterable[str]) -> list[str]:
-    """The objectives that were asked for, as they are spelled here."""
+def _names(spec: Spec, config: TrainConfig) -> dict[str, str | None]:
+    """How the tables have it: T × P alone is a cell, what has more to it a row of its own."""
+    if spec.recipe is None and not spec.axes:
+        return config.names
+    return {"T": "-", "P": "-", "recipe": str(spec), "label": str(spec)}
+
+
+def _specs(objectives: Iterable[str]) -> list[Spec]:
+    """The objectives that were asked for; con is the hinge of the grid."""
     if isinstance(objectives, str) or not isinstance(objectives, Iterable):
-        raise TypeError(f"objectives: must be several names, got {type(objectives).__name__} ({objectives!r})")
-    names = list(objectives)
-    if not names:
-        raise ValueError("objectives: must be one at least, got none")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"objectives: must be names, got {type(name).__name__} ({name!r})")
-    return [name.strip().replace("_", "-") for name in names]
+        raise TypeError(f"objectives must be several texts, got {type(objectives).__name__} ({objectives!r}).")
+    texts = list(objectives)
+    if stray := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"objectives must be texts, got {type(stray[0]).__name__} ({stray[0]!r}).")
+    asked = [parse(text) for text in texts]
+    if not asked:
+        raise ValueError("objectives must be one at least, got none.")
+    return [dataclasses.replace(spec, T=_HINGE.T) if Call("con") == spec.T else spec for spec in asked]
 
 
 class Sweep:
@@ -93,7 +107,7 @@ class Sweep:
     more seeds or objectives add to a folder.
 
     Args:
-        quick: `QUICK` heads, or a `QUICK_SYSTEM`, and fewer seeds.
+        quick: a small model, little patience and fewer seeds.
         seeds: how many, from 0; by default `SEEDS`, or `QUICK_SEEDS`.
         trials: give every objective a `search` of so many trials too, and train what it found with the same seeds.
         objectives: as for `entries`.
@@ -126,23 +140,26 @@ class Sweep:
         save_every: float = 10.0,
         **settings: Any,
     ) -> None:
-        self.quick, self.save_every = quick, check_seconds("save_every", save_every)
-        self.seeds = check_whole("seeds", (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds, least=1)
-        self.trials = check_whole("trials", trials, least=0)
-        workers = None if workers is None else check_whole("workers", workers, least=1)
+        self.quick, self.save_every = quick, real_number("save_every", save_every, 0, finite=False)
+        self.seeds = whole_number("seeds", (QUICK_SEEDS if quick else SEEDS) if seeds is None else seeds, 1, MOST)
+        self.trials = whole_number("trials", trials, 0, MOST)
+        workers = None if workers is None else whole_number("workers", workers, 1, MOST)
         name = None if name is None else folder_name("name", name)
-        short = QUICK if settings.get("model", "heads") == "heads" else QUICK_SYSTEM
-        self.entries = entries(objectives, **(short if quick else {}) | settings)
+        settings = flat(settings)
+        self.entries = entries(objectives, **(quick_settings(settings) if quick else {}) | settings)
         self.tuned: list[Entry] = []  # what the searches found
         self.base = self.entries[0].config
         check_device(self.base.device)
         for package in ("matplotlib", "safetensors", *(["optuna"] if self.trials else [])):
             require(package, "train")
-        system = self.base.model * (self.base.model != "heads")
+        model = self.base.model.name
+        system = model * (model != DEFAULT)
         parts = (Path(self.base.data).resolve().name, system, "quick" * quick, f"tune{self.trials}" * bool(self.trials))
         self.folder = Path(root) / (name or folder_name_of("-".join(filter(None, parts))))
         data = read_pairs(self.base)
-        Sampler(data.train.image_of, self.base.batch, self.base.seed)  # too large a batch ends it here, not in each run
+        Sampler(
+            data.train.image_of, self.base.optimiser.batch, self.base.seed
+        )  # too large a batch ends it here, not in each run
         self.images, self.fingerprints = len(data.train.x), data.fingerprints
         by_default = max(1, cores() // self.base.threads) if self.base.device == "cpu" else 1
         self.workers = workers or by_default
@@ -171,7 +188,8 @@ class Sweep:
             for entry in self.entries:
                 found = self.results.get(searches[entry.config].key) if searches else None
                 if found is not None:
-                    self.tuned.append(Entry({**entry.names, "T": found.T or "-"}, found))
+                    T = "con" if entry.names["T"] == HINGE else entry.names["T"]  # its margin was searched
+                    self.tuned.append(Entry({**entry.names, "T": T}, found))
             self._perform(self._runs(self.tuned), shown)
         records = self.records()
         if records:
@@ -196,17 +214,21 @@ class Sweep:
         """The conditions, in sentences."""
         base = self.base
         runs = [result for result in self.results.values() if isinstance(result, dict)]  # the others are of searches
+        end = "after its epochs" if base.stopping.epochs else "when validation RSUM has stopped rising"
         sentences = [
             f"{self.images} training images of {base.data}; {base.setting}, {self.seeds} seeds. "
-            f"A run ends {'when validation RSUM has stopped rising' if not base.epochs else 'after its epochs'}; "
+            f"A run ends {end}; "
             "the weights with the best validation RSUM are the ones tested.",
         ]
-        if any(entry.config.recipe is None and entry.config.reduction == "sum" for entry in self.entries):
+        specs = [entry.config.objective.spec for entry in self.entries]
+        if any(spec.recipe is None and spec.axis("reduction") == Call("sum") for spec in specs):
             sentences.append("T × P is summed over the batch, as the system's own objective is.")
         if self.quick:
             sentences.insert(0, QUICK_NOTE)
         if rising := sum(run["stopped"] == "max_steps" for run in runs):
-            sentences.append(f"{rising} of {len(runs)} runs met the limit of {base.max_steps} steps before that.")
+            sentences.append(
+                f"{rising} of {len(runs)} runs met the limit of {base.stopping.max_steps} steps before that."
+            )
         if self.trials:
             sentences.append(f"Every objective had {self.trials} trials, judged on the validation split.")
         if command:
@@ -216,9 +238,7 @@ class Sweep:
     def _runs(self, group: Sequence[Entry]) -> list[Job]:
         """Seed by seed, so that the table fills evenly; objectives that share a configuration share the run."""
         configs = dict.fromkeys(entry.seeded(seed) for seed in range(self.seeds) for entry in group)
-        return [
-            Job(run.run_name, train, (run, self.folder / "runs" / run.run_name, self.save_every)) for run in configs
-        ]
+        return [Job(run.run_name, train, (run, place(run, self.folder / "runs"), self.save_every)) for run in configs]
 
     def _settled(self, job: Job) -> bool:
         """Whether a run has a record already, which then counts, or cannot be begun."""
@@ -240,7 +260,7 @@ class Sweep:
             config: Job(
                 f"search-{config.run_name}",
                 search,
-                (config, self.trials, self.folder / "trials" / config.run_name, self.save_every),
+                (config, self.trials, place(config, self.folder / "trials"), self.save_every),
             )
             for config in dict.fromkeys(entry.config for entry in self.entries)
         }

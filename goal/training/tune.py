@@ -1,14 +1,15 @@
 """A search of the learning rate and of an objective's own parameters: every objective gets as many trials."""
 
-import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from goal.data.files import alone, write_atomically
-from goal.training.config import TrainConfig, check_seconds, check_whole
-from goal.training.loop import Diverged, Row, best, train
+from goal.training.config import MOST, TrainConfig
+from goal.training.folder import Row, best, place
+from goal.training.loop import Diverged, train
+from goal.validation import real_number, whole_number
 
 
 class Range(NamedTuple):
@@ -19,7 +20,7 @@ class Range(NamedTuple):
     log: bool
 
 
-RANGES = {
+RANGES = {  # of names that the field knows; others are looked for around their defaults
     "lr": Range(5e-5, 5e-3, log=True),
     "tau": Range(1.0, 100.0, log=True),
     "alpha": Range(0.5, 10.0, log=True),
@@ -28,6 +29,26 @@ RANGES = {
     "margin": Range(0.01, 0.5, log=True),
     "bias": Range(-20.0, 0.0, log=False),
 }
+
+
+def span(name: str, start: float) -> Range:
+    """Where a parameter is looked for that begins at `start`: by its name, or within a factor of ten, its start inside.
+
+    >>> span("tau", 200.0), span("gain", 2.0), span("shift", 0.0)
+    (Range(low=1.0, high=200.0, log=True), Range(low=0.2, high=20.0, log=True), Range(low=0.0, high=1.0, log=False))
+    """
+    known = RANGES.get(name.rpartition(".")[2])
+    if known is not None and not (known.log and start <= 0):
+        return Range(min(known.low, start), max(known.high, start), known.log)
+    if start > 0:
+        return Range(start / 10, start * 10, log=True)
+    return Range(min(10 * start, 0.0), 0.0 if start else 1.0, log=False)
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """Parameters in the order in which they are searched, those of `RANGES` first."""
+    known = list(RANGES)
+    return sorted(names, key=lambda name: known.index(name) if name in RANGES else len(known))
 
 
 def search(
@@ -50,13 +71,14 @@ def search(
     """
     import optuna
 
-    trials, save_every = check_whole("trials", trials, least=1), check_seconds("save_every", save_every)
+    trials, save_every = whole_number("trials", trials, 1, MOST), real_number("save_every", save_every, 0, finite=False)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    start = {"lr": config.lr} | config.params
+    start = {"lr": config.optimiser.lr} | config.params
     space: dict[str, optuna.distributions.BaseDistribution] = {
-        name: optuna.distributions.FloatDistribution(min(r.low, start[name]), max(r.high, start[name]), log=r.log)
-        for name, r in RANGES.items()
-        if name in start
+        name: optuna.distributions.CategoricalDistribution((False, True))
+        if isinstance(start[name], bool)
+        else optuna.distributions.FloatDistribution(*span(name, start[name]))
+        for name in order(start)
     }
     study = optuna.create_study(direction="maximize")
     study.enqueue_trial({name: start[name] for name in space})
@@ -70,7 +92,7 @@ def search(
             try:
                 record = train(
                     candidate,
-                    folder / candidate.run_name,
+                    place(candidate, folder),
                     save_every,
                     test=False,
                     on_evaluation=lambda row, number=number: on_evaluation(row | {"trial": number}),  # type: ignore[misc]
@@ -85,7 +107,7 @@ def search(
     return with_parameters(config, study.best_params)
 
 
-def with_parameters(config: TrainConfig, found: dict[str, float]) -> TrainConfig:
+def with_parameters(config: TrainConfig, found: Mapping[str, float | bool]) -> TrainConfig:
     """The configuration with another learning rate and other parameters of its objective."""
     params = {name: value for name, value in found.items() if name != "lr"}
-    return dataclasses.replace(config, lr=found["lr"], params=params)
+    return config.replace(lr=found["lr"], params=params)

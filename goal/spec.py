@@ -1,0 +1,554 @@
+"""An objective as one line of text, which Python, the command line and a configuration file share.
+
+    vse++                                            a recipe
+    infonce(tau=30)                                  a recipe with another parameter
+    cir(tau=5) × sig-ms                              T × P; also cir(tau=5) * sig-ms, or cir(tau=5):sig-ms
+    cir × sig-ms | semi-hard(margin=0.1)             its mining rule
+    vse++ | reduction=mean | similarity=cosine       every other axis by its keyword
+
+`parse` reads a line and checks all of it; the `Spec` that it returns prints as the line, without the parameters that
+are at their defaults, and builds the objective. What users register is known here as what comes with the library is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from goal import mining, similarity, terms
+from goal.engine.settings import REDUCTIONS
+from goal.names import nearest, spell, unknown
+from goal.objective import Objective
+from goal.recipes import recipe as published
+from goal.recipes import recipes
+from goal.validation import check_bool, check_number
+
+R = TypeVar("R")
+Value = float | bool | None
+
+_NAME = re.compile(r"[\w+-]+")
+_VALUE = re.compile(r"[^\s,()|=×*:]+")
+_WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+_CONTEXT = 40  # characters of a long text that an error shows on either side of the place
+_FOUND = "found-"  # how the terms begin that `goal.lab.discover` spells by their names
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name and its parameters, those that are not at their defaults, in the order of their definition."""
+
+    name: str
+    parameters: tuple[tuple[str, Value], ...] = ()
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{name}={_literal(value)}" for name, value in self.parameters)
+        return f"{self.name}({inside})" if inside else self.name
+
+
+@dataclass(frozen=True, repr=False)
+class Spec:
+    """An objective as `parse` read it: a recipe or T × P, and the axes that were named.
+
+    It prints as its canonical text, from which `parse` makes an equal one.
+
+    >>> spec = parse("cir(tau=5):sig_ms|semi-hard(margin=0.2)")
+    >>> spec
+    cir(tau=5) × sig-ms | semi-hard
+    >>> parse(str(spec)) == spec
+    True
+    """
+
+    recipe: Call | None = None
+    T: Call | None = None
+    P: Call | None = None
+    axes: tuple[tuple[str, Call], ...] = ()  # in the order of `AXES`
+
+    def __str__(self) -> str:
+        return self._text(str)
+
+    __repr__ = __str__
+
+    @property
+    def names(self) -> str:
+        """The text without parameters, and without axes but the mining rule: for the names of folders."""
+        short = dataclasses.replace(self, axes=tuple(axis for axis in self.axes if axis[0] == "mining"))
+        return short._text(lambda call: call.name)
+
+    def _text(self, show: Callable[[Call], str]) -> str:
+        head = " × ".join(show(call) for _, call in self._calls())
+        tail = [show(call) if axis == "mining" else f"{axis}={show(call)}" for axis, call in self.axes]
+        return " | ".join([head, *tail])
+
+    def _calls(self) -> list[tuple[str, Call]]:
+        """What stands before the first `|`, by its kind."""
+        calls = (("recipe", self.recipe), ("T", self.T), ("P", self.P))
+        return [(kind, call) for kind, call in calls if call is not None]
+
+    def axis(self, name: str) -> Call | None:
+        """What an axis was set to, where it was named."""
+        return dict(self.axes).get(name)
+
+    def with_axes(self, **axes: str | Call | None) -> Spec:
+        """The same with other axes; None leaves an axis to its default.
+
+        Raises:
+            ValueError, TypeError: no such axis, or a value that it does not take.
+
+        >>> parse("vse++").with_axes(mining="selective(eps=0.1)", reduction="mean")
+        vse++ | selective(eps=0.1) | reduction=mean
+        """
+        merged: dict[str, Call | None] = dict(self.axes)
+        for name, value in axes.items():
+            if name not in AXES:
+                raise ValueError(
+                    f"objective has no axis {name!r}.{nearest(name, list(AXES))} Known: {', '.join(AXES)}."
+                )
+            if value is not None and self.recipe is not None:
+                _check_axes(self.recipe.name, name)
+            merged[name] = call(name, value) if isinstance(value, str) else value
+        ordered = ((name, merged.get(name)) for name in AXES)
+        return dataclasses.replace(self, axes=tuple((name, call) for name, call in ordered if call is not None))
+
+    @property
+    def parameters(self) -> dict[str, float | bool]:
+        """What a search may change: the numbers of the terms or the recipe, and all of a mining rule that was named.
+
+        A name that T and P both have is `T.tau` and `P.tau`; those of the mining rule are `mining.margin`, ….
+
+        >>> parse("con(margin=0.3) × sig | semi-hard").parameters
+        {'margin': 0.3, 'alpha': 2.0, 'beta': 10.0, 'lam': 0.5, 'mining.margin': 0.2}
+        """
+        found: dict[str, float | bool] = {}
+        for kind, call in (*self._calls(), *self.axes):
+            values = {**member(kind, call.name).defaults, **dict(call.parameters)}
+            for name, value in values.items():
+                if value is None or (kind not in AXES and isinstance(value, bool)):
+                    continue
+                found[self._named(kind, name)] = value if isinstance(value, bool) else float(value)
+        return found
+
+    def _named(self, kind: str, name: str) -> str:
+        shared = kind in ("T", "P") and all(name in member(k, call.name).defaults for k, call in self._calls())
+        return f"{kind}.{name}" if shared or kind in AXES else name
+
+    def with_parameters(self, values: Mapping[str, Any]) -> Spec:
+        """The same with other parameters, by the names of `parameters`; a name on its own is of both terms.
+
+        Raises:
+            ValueError, TypeError: no such parameter, or a value that it does not take.
+
+        >>> parse("cir × sig-ms").with_parameters({"tau": 5, "beta": 20})
+        cir(tau=5) × sig-ms(beta=20)
+        """
+        calls = dict((*self._calls(), *self.axes))
+        left = dict(values)
+        for kind, call in calls.items():
+            given: dict[str, Any] = dict(call.parameters)
+            for name in member(kind, call.name).defaults:
+                for key in (f"{kind}.{name}", *([name] if kind not in AXES else [])):
+                    if key in values:
+                        given[name] = values[key]
+                        left.pop(key, None)
+            calls[kind] = _call(kind, call.name, given)
+        if left:
+            raise _no_parameter(self.names, next(iter(left)), list(self._known()))
+        axes = tuple((name, calls[name]) for name, _ in self.axes)
+        return Spec(calls.get("recipe"), calls.get("T"), calls.get("P"), axes)
+
+    def _known(self) -> Iterable[str]:
+        for kind, call in (*self._calls(), *self.axes):
+            yield from (self._named(kind, name) for name in member(kind, call.name).defaults)
+
+    def build(self, **rest: Any) -> nn.Module:
+        """The objective.
+
+        Args:
+            **rest: arguments of `goal.Objective`, or of the recipe, that the text does not set: `group=`, `impl=`, ….
+
+        Raises:
+            ValueError, TypeError: an argument that the text sets, or that is not known.
+
+        >>> parse("vse++ | reduction=mean").build(check_finite=False)
+        Objective(T.con(margin=0.2) × P.con(), mining.hardest(), mean, dot)
+        """
+        axes = {name: member(name, call.name).make(**dict(call.parameters)) for name, call in self.axes}
+        if twice := [name for name in rest if name in axes or (name in ("T", "P") and self.recipe is None)]:
+            raise TypeError(f"{twice[0]} is set by the objective {str(self)!r} already, got {rest[twice[0]]!r}.")
+        made: nn.Module
+        if self.recipe is not None:
+            made = _recipe(self.recipe.name, dict(self.recipe.parameters), {**axes, **rest})
+        else:
+            made = Objective(
+                **{k: member(k, c.name).make(**dict(c.parameters)) for k, c in self._calls()}, **axes, **rest
+            )
+        return made
+
+
+def objective(spec: str, **rest: Any) -> nn.Module:
+    """An objective from one line of text, the same that `goal train --objective` and a configuration file take.
+
+        objective  =  recipe  |  T × P                    × may be * or :
+                      [| mining] [| similarity=…] [| reduction=…]
+        each name  =  name  or  name(parameter=value, …)   values: numbers, true, false, none
+
+    Args:
+        spec: the text. Names are those of `goal.recipes()`, `goal.T`, `goal.P` and `goal.mining`, your own among them.
+        **rest: arguments of `goal.Objective`, or of the recipe, that the text does not set: `group=`, `impl=`, ….
+
+    Returns:
+        A module to call with (x, y), as `goal.Objective` and `goal.recipe` make them.
+
+    Raises:
+        ValueError, TypeError: an unknown name, a parameter out of range, a text of another form; with the place in it.
+
+    Example:
+        >>> import goal
+        >>> goal.objective("cir(tau=5) × sig-ms | semi-hard(margin=0.1)").settings.mining
+        mining.semi_hard(margin=0.1)
+        >>> goal.objective("infonce(tau=30)")
+        InfoNCE(tau=30.0)
+    """
+    return parse(spec).build(**rest)
+
+
+def parse(text: str) -> Spec:
+    """The objective that a text describes, checked; see `goal.objective` for what may be written.
+
+    Raises:
+        ValueError, TypeError: what is wrong, what is allowed, and ▶ at the place in the text.
+
+    >>> parse("nca * lin")
+    nca × lin
+    >>> parse("nca × sigg")
+    Traceback (most recent call last):
+    ValueError: P='sigg' is not known. Did you mean 'sig'? Known: con, lin, sig, lin-ms, sig-ms. At ▶ in 'nca × ▶sigg'.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"objective must be text such as 'cir × sig-ms', got {type(text).__name__} ({text!r}).")
+    return _Reader(text).spec()
+
+
+def split(text: str) -> list[str]:
+    """The objectives of a list that is separated by commas; those in brackets separate parameters.
+
+    >>> split("cir(tau=5, x=1):sig, vse++")
+    ['cir(tau=5, x=1):sig', 'vse++']
+    """
+    parts, depth, begin = [], 0, 0
+    for at, symbol in enumerate(text):
+        depth += (symbol == "(") - (symbol == ")")
+        if symbol == "," and depth <= 0:
+            parts.append(text[begin:at])
+            begin = at + 1
+    return [part.strip() for part in (*parts, text[begin:])]
+
+
+# ── the names that may stand in a text ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a name stands for."""
+
+    name: str
+    owner: str  # what errors call it
+    defaults: Mapping[str, Value]
+    make: Callable[..., Any]  # from its parameters; raises where one is not allowed
+
+
+def _term(kind: str) -> Callable[[str], Member]:
+    """The terms of a registry; one that a search found is spelled by its name, so that every process knows it."""
+    registry = {"T": terms.T, "P": terms.P}[kind]
+
+    def find(name: str) -> Member:
+        if spell(name).startswith(_FOUND) and name not in registry:
+            from goal.lab.grammar import definition as spelled
+
+            definition = spelled("T" if kind == "T" else "P", name)
+        else:
+            definition = registry[name]
+        return Member(definition.name, f"goal.{kind}.{definition.name}", definition.defaults, definition)
+
+    return find
+
+
+def _rule(name: str) -> Member:
+    if spell(name) not in mining.RULES:
+        raise unknown("mining", name, list(mining.RULES))
+    make = mining.RULES[spell(name)]
+    defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
+    return Member(spell(name), f"goal.mining.{make.__name__}", defaults, make)
+
+
+def _similarity(name: str) -> Member:
+    bound = similarity.bind(name)
+    return Member(bound.name, f"similarity {bound.name}", {}, lambda: bound.name)
+
+
+def _reduction(name: str) -> Member:
+    if name not in REDUCTIONS:
+        raise unknown("reduction", name, REDUCTIONS)
+    return Member(name, f"reduction {name}", {}, lambda: name)
+
+
+def _published(name: str) -> Member:
+    if spell(name) not in recipes():
+        raise unknown("recipe", name, recipes())
+    base = published(spell(name))
+    if isinstance(base, Objective):
+        product = base.settings.product
+        defaults = {**product.P.params, **product.T.params}
+    else:
+        own = inspect.signature(type(base)).parameters.items()
+        defaults = {key: p.default for key, p in own if p.kind is p.POSITIONAL_OR_KEYWORD}
+    return Member(spell(name), f"recipe {spell(name)}", defaults, lambda **given: _recipe(spell(name), given, {}))
+
+
+class Kind(NamedTuple):
+    """What may stand at one place of a text."""
+
+    find: Callable[[str], Member]  # raises for an unknown name, with the known ones
+    example: str
+
+
+AXES = {  # what may stand after |: an argument of `goal.Objective`, by its keyword
+    "mining": Kind(_rule, "semi-hard(margin=0.1)"),
+    "similarity": Kind(_similarity, "cosine"),
+    "reduction": Kind(_reduction, "sum"),
+}
+_KINDS = {
+    "recipe": Kind(_published, "vse++"),
+    "T": Kind(_term("T"), "cir(tau=5)"),
+    "P": Kind(_term("P"), "sig-ms"),
+    **AXES,
+}
+
+
+def member(kind: str, name: str) -> Member:
+    """What a name stands for: of "T", "P", "recipe", or one of `AXES`.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
+    return _KINDS[kind].find(name)
+
+
+def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
+    """A recipe with these parameters: of an objective, those of its terms, wherever they stand."""
+    base = published(name)
+    if not isinstance(base, Objective):
+        return published(name, **given, **rest)
+    product = base.settings.product
+    changed = {
+        kind: term.definition(**term.params | {key: value for key, value in given.items() if key in term.params})
+        for kind, term in (("T", product.T), ("P", product.P))
+    }
+    return published(name, **{**changed, **rest})
+
+
+def _check_axes(recipe: str, axis: str) -> None:
+    """Whether a recipe lets an axis be set: the yardsticks among them have their own."""
+    if not isinstance(published(recipe), Objective):
+        raise ValueError(f"{axis} cannot be set: {recipe} has its own.")
+
+
+def _call(kind: str, name: str, given: Mapping[str, Any]) -> Call:
+    """A checked name with its parameters."""
+    its = member(kind, name)
+    checked: dict[str, Value] = {}
+    for key, value in given.items():
+        if key not in its.defaults:
+            raise _no_parameter(its.name, key, list(its.defaults))
+        default = its.defaults[key]
+        if isinstance(default, bool):
+            checked[key] = check_bool(f"{its.owner}: parameter {key!r}", value)
+        elif value is None and default is None:
+            checked[key] = None
+        else:
+            checked[key] = check_number(its.owner, key, value)
+    its.make(**checked)
+    off = ((key, checked[key]) for key, default in its.defaults.items() if key in checked and checked[key] != default)
+    return Call(its.name, tuple(off))
+
+
+def _no_parameter(owner: str, name: object, known: Sequence[str]) -> ValueError:
+    listed = ", ".join(dict.fromkeys(known)) or "none"
+    return ValueError(f"{owner} has no parameter {name!r}.{nearest(name, known)} Known: {listed}.")
+
+
+def _literal(value: Value) -> str:
+    """A value as it is written, which reads back to the same."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(float(value)).removesuffix(".0")
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def call(kind: str, text: str) -> Call:
+    """One name with parameters on its own.
+
+    Args:
+        kind: "T", "P", "recipe", or one of `AXES`.
+        text: as it stands in an objective.
+
+    Raises:
+        ValueError, TypeError: as for `parse`.
+
+    >>> call("mining", "semi_hard(margin=0.2)")
+    Call(name='semi-hard', parameters=())
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{kind} must be text such as {_KINDS[kind].example!r}, got {type(text).__name__} ({text!r}).")
+    reader = _Reader(text, kind)
+    found = reader.call(kind, reader.raw(f"a name such as {_KINDS[kind].example}"))
+    reader.end()
+    return found
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A name with parameters as they were written, and where."""
+
+    name: str
+    at: int
+    arguments: tuple[tuple[str, int, Value], ...]  # name, place, value
+
+
+class _Reader:
+    """A text, and how far it has been read."""
+
+    def __init__(self, text: str, argument: str = "objective") -> None:
+        self.text, self.argument, self.at = text, argument, 0
+
+    def spec(self) -> Spec:
+        first = self.raw("a recipe, or T × P")
+        found = self._product(first) if self.took("×", "*", ":") else self._recipe(first)
+        while self.took("|"):
+            axis, call, at = self._axis()
+            if found.axis(axis) is not None:
+                raise self.wrong(at, f"sets {axis} twice.")
+            found = self.located(at, functools.partial(found.with_axes, **{axis: call}))
+        self.end()
+        return found
+
+    def _product(self, first: _Raw) -> Spec:
+        T = self.call("T", first)
+        return Spec(T=T, P=self.call("P", self.raw("a pair weight P")))
+
+    def _recipe(self, first: _Raw) -> Spec:
+        name = first.name
+        if spell(name) not in recipes() and (name in terms.T or name in terms.P):
+            form = f"{name} × sig-ms" if name in terms.T else f"cir × {name}"
+            raise self.wrong(
+                first.at, f"must have two terms, T × P, or be a recipe, got {name} alone: write {form}, say."
+            )
+        return Spec(recipe=self.call("recipe", first))
+
+    def _axis(self) -> tuple[str, Call, int]:
+        """An axis after |: its name, its value, and where it stands."""
+        raw = self.raw("a mining rule, or an axis such as reduction=sum")
+        if raw.arguments or not self.took("="):
+            others = [axis for axis, its in AXES.items() if axis != "mining" and _known(its.find, raw.name)]
+            if others and not _known(_rule, raw.name):
+                raise self.wrong(
+                    raw.at, f"must have a mining rule here, got {raw.name!r}: write {others[0]}={raw.name}."
+                )
+            return "mining", self.call("mining", raw), raw.at
+        if raw.name not in AXES:
+            raise self.wrong(
+                raw.at, f"has no axis {raw.name!r}.{nearest(raw.name, list(AXES))} Known: {', '.join(AXES)}."
+            )
+        return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_KINDS[raw.name].example}")), raw.at
+
+    def raw(self, wanted: str) -> _Raw:
+        """A name, and in brackets its parameters."""
+        name, at = self._match(_NAME, wanted)
+        arguments: list[tuple[str, int, Value]] = []
+        if self.took("("):
+            while not self.took(")"):
+                if arguments and not self.took(","):
+                    raise self.expected(", or )")
+                key, place = self._match(_NAME, f"a parameter of {name}, or )")
+                key = key.replace("-", "_")
+                if not self.took("="):
+                    raise self.expected(f"= and a value after {key}")
+                if key in (other for other, *_ in arguments):
+                    raise self.wrong(place, f"gives {key} twice.")
+                arguments.append((key, place, self._literal()))
+        return _Raw(name, at, tuple(arguments))
+
+    def call(self, kind: str, raw: _Raw) -> Call:
+        """What was written, as one of a kind."""
+        self.located(raw.at, lambda: member(kind, raw.name))
+        for key, at, value in raw.arguments:
+            self.located(at, functools.partial(_call, kind, raw.name, {key: value}))
+        return self.located(raw.at, lambda: _call(kind, raw.name, {key: value for key, _, value in raw.arguments}))
+
+    def _literal(self) -> Value:
+        word, at = self._match(_VALUE, "a value")
+        if word.lower() in _WORDS:
+            return _WORDS[word.lower()]
+        try:
+            return float(word)
+        except ValueError:
+            raise self.wrong(at, f"must have a number, true, false or none here, got {word!r}.") from None
+
+    def _match(self, pattern: re.Pattern[str], wanted: str) -> tuple[str, int]:
+        self._skip()
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            raise self.expected(wanted)
+        at, self.at = self.at, match.end()
+        return match.group(), at
+
+    def took(self, *symbols: str) -> bool:
+        """Whether one of these symbols comes next, which is then behind."""
+        self._skip()
+        comes = self.text[self.at : self.at + 1] in symbols
+        self.at += comes
+        return comes
+
+    def _skip(self) -> None:
+        while self.text[self.at : self.at + 1].isspace():
+            self.at += 1
+
+    def end(self) -> None:
+        self._skip()
+        if self.at < len(self.text):
+            raise self.expected("| or the end" if self.argument == "objective" else "the end")
+
+    def expected(self, wanted: str) -> ValueError:
+        came = repr(self.text[self.at]) if self.at < len(self.text) else "the end"
+        return self.wrong(self.at, f"must have {wanted} here, got {came}.")
+
+    def wrong(self, at: int, message: str) -> ValueError:
+        return ValueError(self._placed(at, f"{self.argument} {message}"))
+
+    def located(self, at: int, make: Callable[[], R]) -> R:
+        """What is made; an error says where in the text."""
+        try:
+            return make()
+        except (ValueError, TypeError) as error:
+            raise type(error)(self._placed(at, str(error))) from None
+
+    def _placed(self, at: int, message: str) -> str:
+        before, after = self.text[:at][-_CONTEXT:], self.text[at:][:_CONTEXT]
+        shown = "…" * (at > _CONTEXT) + f"{before}▶{after}" + "…" * (len(self.text) - at > _CONTEXT)
+        return f"{message} At ▶ in {shown!r}."
+
+
+def _known(find: Callable[[str], Member], name: str) -> bool:
+    try:
+        find(name)
+    except ValueError:
+        return False
+    return True

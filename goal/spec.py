@@ -41,7 +41,7 @@ _FOUND = "found-"  # how the terms begin that `goal.lab.discover` spells by thei
 
 
 @dataclass(frozen=True)
-class Call:
+class Named:
     """A name and its parameters, those that are not at their defaults, in the order of their definition."""
 
     name: str
@@ -65,10 +65,10 @@ class Spec:
     True
     """
 
-    recipe: Call | None = None
-    T: Call | None = None
-    P: Call | None = None
-    axes: tuple[tuple[str, Call], ...] = ()  # in the order of `AXES`
+    recipe: Named | None = None
+    T: Named | None = None
+    P: Named | None = None
+    axes: tuple[tuple[str, Named], ...] = ()  # in the order of `AXES`
 
     def __str__(self) -> str:
         return self._text(str)
@@ -81,21 +81,21 @@ class Spec:
         short = dataclasses.replace(self, axes=tuple(axis for axis in self.axes if axis[0] == "mining"))
         return short._text(lambda call: call.name)
 
-    def _text(self, show: Callable[[Call], str]) -> str:
+    def _text(self, show: Callable[[Named], str]) -> str:
         head = " × ".join(show(call) for _, call in self._calls())
         tail = [show(call) if axis == "mining" else f"{axis}={show(call)}" for axis, call in self.axes]
         return " | ".join([head, *tail])
 
-    def _calls(self) -> list[tuple[str, Call]]:
+    def _calls(self) -> list[tuple[str, Named]]:
         """What stands before the first `|`, by its kind."""
         calls = (("recipe", self.recipe), ("T", self.T), ("P", self.P))
         return [(kind, call) for kind, call in calls if call is not None]
 
-    def axis(self, name: str) -> Call | None:
+    def axis(self, name: str) -> Named | None:
         """What an axis was set to, where it was named."""
         return dict(self.axes).get(name)
 
-    def with_axes(self, **axes: str | Call | None) -> Spec:
+    def with_axes(self, **axes: str | Named | None) -> Spec:
         """The same with other axes; None leaves an axis to its default.
 
         Raises:
@@ -104,7 +104,7 @@ class Spec:
         >>> parse("vse++").with_axes(mining="selective(eps=0.1)", reduction="mean")
         vse++ | selective(eps=0.1) | reduction=mean
         """
-        merged: dict[str, Call | None] = dict(self.axes)
+        merged: dict[str, Named | None] = dict(self.axes)
         for name, value in axes.items():
             if name not in AXES:
                 raise ValueError(
@@ -112,7 +112,7 @@ class Spec:
                 )
             if value is not None and self.recipe is not None:
                 _check_axes(self.recipe.name, name)
-            merged[name] = call(name, value) if isinstance(value, str) else value
+            merged[name] = named(name, value) if isinstance(value, str) else value
         ordered = ((name, merged.get(name)) for name in AXES)
         return dataclasses.replace(self, axes=tuple((name, call) for name, call in ordered if call is not None))
 
@@ -359,7 +359,7 @@ def _check_axes(recipe: str, axis: str) -> None:
         raise ValueError(f"{axis} cannot be set: {recipe} has its own.")
 
 
-def _call(kind: str, name: str, given: Mapping[str, Any]) -> Call:
+def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
     """A checked name with its parameters."""
     its = member(kind, name)
     checked: dict[str, Value] = {}
@@ -375,7 +375,7 @@ def _call(kind: str, name: str, given: Mapping[str, Any]) -> Call:
             checked[key] = check_number(its.owner, key, value)
     its.make(**checked)
     off = ((key, checked[key]) for key, default in its.defaults.items() if key in checked and checked[key] != default)
-    return Call(its.name, tuple(off))
+    return Named(its.name, tuple(off))
 
 
 def _no_parameter(owner: str, name: object, known: Sequence[str]) -> ValueError:
@@ -393,7 +393,7 @@ def _literal(value: Value) -> str:
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def call(kind: str, text: str) -> Call:
+def named(kind: str, text: str) -> Named:
     """One name with parameters on its own.
 
     Args:
@@ -403,8 +403,8 @@ def call(kind: str, text: str) -> Call:
     Raises:
         ValueError, TypeError: as for `parse`.
 
-    >>> call("mining", "semi_hard(margin=0.2)")
-    Call(name='semi-hard', parameters=())
+    >>> named("mining", "semi_hard(margin=0.2)")
+    Named(name='semi-hard', parameters=())
     """
     if not isinstance(text, str):
         raise TypeError(f"{kind} must be text such as {_KINDS[kind].example!r}, got {type(text).__name__} ({text!r}).")
@@ -453,7 +453,7 @@ class _Reader:
             )
         return Spec(recipe=self.call("recipe", first))
 
-    def _axis(self) -> tuple[str, Call, int]:
+    def _axis(self) -> tuple[str, Named, int]:
         """An axis after |: its name, its value, and where it stands."""
         raw = self.raw("a mining rule, or an axis such as reduction=sum")
         if raw.arguments or not self.took("="):
@@ -486,7 +486,7 @@ class _Reader:
                 arguments.append((key, place, self._literal()))
         return _Raw(name, at, tuple(arguments))
 
-    def call(self, kind: str, raw: _Raw) -> Call:
+    def call(self, kind: str, raw: _Raw) -> Named:
         """What was written, as one of a kind."""
         self.located(raw.at, lambda: member(kind, raw.name))
         for key, at, value in raw.arguments:

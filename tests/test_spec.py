@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import goal
 from goal import spec
-from goal.spec import AXES, Call, Spec, parse, split
+from goal.spec import AXES, Named, Spec, parse, split
 
 # ── what is read ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -172,9 +172,9 @@ def test_a_long_text_is_shown_around_the_place() -> None:
 
 
 def test_one_name_on_its_own() -> None:
-    assert spec.call("mining", "semi-hard(margin=0.5)") == Call("semi-hard", (("margin", 0.5),))
+    assert spec.named("mining", "semi-hard(margin=0.5)") == Named("semi-hard", (("margin", 0.5),))
     with pytest.raises(ValueError, match=r"^mining must have the end here, got '\|'. At ▶ in 'all ▶\| sum'"):
-        spec.call("mining", "all | sum")
+        spec.named("mining", "all | sum")
     with pytest.raises(TypeError, match=r"^T must be text such as 'cir\(tau=5\)', got int"):
         spec.call("T", 3)  # type: ignore[arg-type]
 
@@ -200,7 +200,7 @@ def test_a_list_is_split_at_commas_outside_brackets(text: str, parts: list[str])
 def test_axes_are_changed_and_left_out() -> None:
     found = parse("cir × con | all")
     assert str(found.with_axes(mining=None, similarity="order")) == "cir × con | similarity=order"
-    assert found.axis("mining") == Call("all")
+    assert found.axis("mining") == Named("all")
     assert found.axis("reduction") is None
     with pytest.raises(ValueError, match=r"objective has no axis 'minning'\. Did you mean 'mining'"):
         found.with_axes(minning="all")
@@ -330,6 +330,6 @@ def test_every_name_and_parameter_has_its_default_left_out(kind: str) -> None:
 
 
 def test_specs_are_frozen_and_compared_by_what_they_say() -> None:
-    assert parse("vse++") == Spec(recipe=Call("vse++")) != parse("vse0")
+    assert parse("vse++") == Spec(recipe=Named("vse++")) != parse("vse0")
     with pytest.raises(AttributeError):
         parse("vse++").recipe = None  # type: ignore[misc]

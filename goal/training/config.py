@@ -29,7 +29,7 @@ import goal
 from goal.candidates import Augmented
 from goal.data.files import check_file, readable
 from goal.names import nearest, unknown
-from goal.spec import Call, Spec, call, parse
+from goal.spec import Named, Spec, named, parse
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
 from goal.training.systems import DEFAULT, SYSTEMS, System
 from goal.validation import real_number, whole_number
@@ -299,7 +299,7 @@ class TrainConfig:
         system = "" if self.model.name == DEFAULT else f"{self.model.name}-"
 
         def short(spec: Spec) -> str:
-            return (spec.with_axes(mining=None) if spec.axis("mining") == Call("hardest") else spec).names
+            return (spec.with_axes(mining=None) if spec.axis("mining") == Named("hardest") else spec).names
 
         return f"{system}{readable(self._label(short))}-s{self.seed}-"
 
@@ -453,7 +453,7 @@ def _spec(given: Mapping[str, Any], system: System) -> Spec:
     found = _chosen(given, system)
     for axis in ("mining", "reduction"):
         if axis in given:
-            found = found.with_axes(**{axis: call(axis, _text(axis, given[axis]))})
+            found = found.with_axes(**{axis: named(axis, _text(axis, given[axis]))})
     params = given.get("params", {})
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be numbers by name, got {type(params).__name__} ({params!r}).")
@@ -483,11 +483,11 @@ def _chosen(given: Mapping[str, Any], system: System) -> Spec:
     return found
 
 
-def _part(kind: Literal["T", "P"], given: Mapping[str, Any], system: System) -> Call:
+def _part(kind: Literal["T", "P"], given: Mapping[str, Any], system: System) -> Named:
     """T or P; one that is not named, or is but without parameters, is the model's own."""
     own = getattr(system.cell, kind)
-    named = call(kind, _text(kind, given[kind])) if kind in given else own
-    return own if named == Call(own.name) else named
+    term = named(kind, _text(kind, given[kind])) if kind in given else own
+    return own if term == Named(own.name) else term
 
 
 def _code(function: Any) -> str:

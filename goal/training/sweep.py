@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import goal
 from goal.data.files import alone, folder_name, folder_name_of, require
-from goal.spec import Call, Spec, parse
+from goal.spec import Named, Spec, parse
 from goal.training.config import CHOICES, MOST, TrainConfig, check_device, flat
 from goal.training.display import Lines, display
 from goal.training.features import Sampler
@@ -97,7 +97,7 @@ def _specs(objectives: Iterable[str]) -> list[Spec]:
     asked = [parse(text) for text in texts]
     if not asked:
         raise ValueError("objectives must be one at least, got none.")
-    return [dataclasses.replace(spec, T=_HINGE.T) if Call("con") == spec.T else spec for spec in asked]
+    return [dataclasses.replace(spec, T=_HINGE.T) if Named("con") == spec.T else spec for spec in asked]
 
 
 class Sweep:
@@ -221,7 +221,7 @@ class Sweep:
             "the weights with the best validation RSUM are the ones tested.",
         ]
         specs = [entry.config.objective.spec for entry in self.entries]
-        if any(spec.recipe is None and spec.axis("reduction") == Call("sum") for spec in specs):
+        if any(spec.recipe is None and spec.axis("reduction") == Named("sum") for spec in specs):
             sentences.append("T × P is summed over the batch, as the system's own objective is.")
         if self.quick:
             sentences.insert(0, QUICK_NOTE)

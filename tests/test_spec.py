@@ -176,7 +176,7 @@ def test_one_name_on_its_own() -> None:
     with pytest.raises(ValueError, match=r"^mining must have the end here, got '\|'. At ▶ in 'all ▶\| sum'"):
         spec.named("mining", "all | sum")
     with pytest.raises(TypeError, match=r"^T must be text such as 'cir\(tau=5\)', got int"):
-        spec.call("T", 3)  # type: ignore[arg-type]
+        spec.named("T", 3)  # type: ignore[arg-type]
 
 
 # ── lists, axes, parameters ─────────────────────────────────────────────────────────────────────────────

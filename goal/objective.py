@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from goal import mining, terms
-from goal.distributed.exchange import Ranks, ranks
+from goal.distributed.exchange import ranks
 from goal.engine import settings as engine
-from goal.engine.call import Arguments, Call
+from goal.engine.call import Arguments
 from goal.engine.path import Seen
 from goal.engine.settings import Settings
-from goal.functional import emitted, run
+from goal.functional import run
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -58,7 +58,7 @@ class Objective(nn.Module):
         super().__init__()
         self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
         self.check_finite = check_finite
-        self._ranks = ranks(group, averaged, exchange)
+        self.ranks = ranks(group, averaged, exchange)
         self._seen: tuple[Settings, Seen] | None = None
 
     def _bind(self, settings: Settings) -> None:
@@ -74,16 +74,14 @@ class Objective(nn.Module):
         weight: Tensor | None = None,
     ) -> Tensor:
         """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
-        return self._run(Arguments(x, y, ids, y_ids, weight, self.check_finite), self._ranks)
-
-    def _run(self, call: Arguments | Call, over: Ranks | None = None) -> Tensor:
-        """The scalar of a call, which may be checked already."""
-        settings = self.settings
-        if torch.compiler.is_compiling():  # a graph takes single numbers as its inputs, and settings as constants
-            settings = engine.renumbered(settings, *self._numbers)
-        loss, seen = emitted(call, settings) if isinstance(call, Call) else run(call, settings, over)
+        loss, seen = run(Arguments(x, y, ids, y_ids, weight, self.check_finite), self.traced, self.ranks)
         self._seen = self.settings, seen
         return loss
+
+    @property
+    def traced(self) -> Settings:
+        """The settings; in a graph, with every number as an input of it and the rest as constants."""
+        return engine.renumbered(self.settings, *self._numbers) if torch.compiler.is_compiling() else self.settings
 
     def apply_similarity(
         self, S: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None, weight: Tensor | None = None
@@ -115,5 +113,5 @@ class Objective(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.settings
-        ranks = "" if self._ranks is None else f", over ranks by {self._ranks.exchange}"
+        ranks = "" if self.ranks is None else f", over ranks by {self.ranks.exchange}"
         return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}{ranks}"

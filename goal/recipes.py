@@ -33,12 +33,12 @@ class Yardstick(nn.Module):
     def __init__(self, check_finite: bool | None, group: ProcessGroup | str | None, averaged: bool) -> None:
         super().__init__()
         self.check_finite = check_finite
-        self._ranks = ranks(group, averaged, "gather")
+        self.ranks = ranks(group, averaged, "gather")
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
         """The loss of (N, D) and (M, D) embeddings; 0-d."""
         arguments = Arguments(x, y, ids, y_ids, None, self.check_finite, ordinary=True)
-        call = batch_of(arguments, self._ranks, self._ranks and self._agreed())
+        call = batch_of(arguments, self.ranks, self.ranks and self._agreed())
         (x, y), rows, cols = call.inputs, call.ids, call.y_ids
         dtype = computing_dtype(x, y)
         with no_autocast(x.device.type):

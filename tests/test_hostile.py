@@ -369,7 +369,7 @@ def test_integers_of_any_kind_are_settings(name: str, make: Callable[[Any], Any]
 def test_bools_of_numpy_are_bools(registries: None) -> None:
     assert goal.mining.all_negatives(average=np.False_) == goal.mining.all_negatives(average=False)
     assert goal.P.sig_ms(self_term=np.True_) == goal.P.sig_ms(self_term=True)
-    assert goal.Objective(averaged=np.False_)._ranks is None
+    assert goal.Objective(averaged=np.False_).ranks is None
     with pytest.raises(ValueError, match="needs group="):
         goal.apply(X, Y, averaged=np.True_)
     for off in (False, np.False_):

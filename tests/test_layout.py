@@ -107,9 +107,18 @@ def test_caching_knows_no_objective() -> None:
 
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
-    below = {"distributed.exchange", "distributed.rows", "engine.call", "names", "objective", "stats", "validation"}
+    below = {
+        "distributed.exchange",
+        "distributed.rows",
+        "engine.call",
+        "functional",
+        "names",
+        "objective",
+        "stats",
+        "validation",
+    }
     for name in ("augment", "bank", "two_way"):
-        assert of(f"candidates.{name}") <= below | {"candidates.two_way"}
+        assert of(f"candidates.{name}") <= below
 
 
 def test_offline_mining_stands_beside_evaluation() -> None:

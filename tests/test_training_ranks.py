@@ -229,7 +229,7 @@ def test_the_gradient_is_averaged_as_the_models_is() -> None:
     for objective in (TrainConfig(), TrainConfig(recipe="vse++"), TrainConfig(model="vse-infinity")):
         made = objective.build_objective(group="world")
         for stage in getattr(made, "stages", [made]):
-            assert stage._ranks.averaged
-            assert stage._ranks.group == "world"
+            assert stage.ranks.averaged
+            assert stage.ranks.group == "world"
         alone = objective.build_objective()
-        assert all(stage._ranks is None for stage in getattr(alone, "stages", [alone]))
+        assert all(stage.ranks is None for stage in getattr(alone, "stages", [alone]))

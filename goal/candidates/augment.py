@@ -189,7 +189,7 @@ class Augmented(TwoWay):
             ValueError, TypeError: as `goal.apply`; x and y of different lengths; for `mixup`, one id for all. Where no
                 id has two items `interpolate` makes no rows.
         """
-        over = self.objective._ranks
+        over = self.objective.ranks
         call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, self)
         (x, y), k = call.inputs, len(call.x)
         if len(y) != k:

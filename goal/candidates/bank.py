@@ -106,7 +106,7 @@ class Bank(nn.Module):
         self, size: int, dim: int, dtype: torch.dtype = torch.float32, *, group: ProcessGroup | str | None = None
     ) -> None:
         super().__init__()
-        self._ranks = ranks(group, False, "gather")
+        self.ranks = ranks(group, False, "gather")
         size, dim = validation.whole_number("size", size), validation.whole_number("dim", dim)
         if dtype not in validation.DTYPES:
             known = ", ".join(map(str, validation.DTYPES))
@@ -132,7 +132,7 @@ class Bank(nn.Module):
         Raises:
             ValueError, TypeError: a shape, dtype or device that does not fit.
         """
-        call = batch_of(Arguments(x, y, ids, y_ids, check_finite=False), self._ranks, self)
+        call = batch_of(Arguments(x, y, ids, y_ids, check_finite=False), self.ranks, self)
         rows, cols = self._fitting(call)
         x, y = call.x.to(self.x.rows.dtype), call.y.to(self.y.rows.dtype)
         fine_x, fine_y = x.isfinite().all(1), y.isfinite().all(1)
@@ -223,7 +223,7 @@ class Banked(TwoWay):
         super().__init__(objective)
         if not isinstance(bank, Bank):
             raise TypeError(f"bank must be a goal.Bank, got {type(bank).__name__}.")
-        groups = [None if one is None else one.group for one in (objective._ranks, bank._ranks)]
+        groups = [None if one is None else one.group for one in (objective.ranks, bank.ranks)]
         if groups[0] != groups[1]:
             raise ValueError(f"objective and bank must have the same group, got {groups[0]!r} and {groups[1]!r}.")
         self.bank = bank
@@ -241,7 +241,7 @@ class Banked(TwoWay):
             ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device; where
                 finiteness is checked, a row of the bank that is not finite in the batch's dtype.
         """
-        over = self.objective._ranks
+        over = self.objective.ranks
         what = over and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
         call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, what)
         self.bank._fitting(call)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from goal.engine.call import Call
+from goal.functional import emitted
 from goal.objective import Objective
 from goal.stats import Stats, stats
 
@@ -35,8 +36,8 @@ class TwoWay(nn.Module):
         super().__init__()
         if not isinstance(objective, Objective):
             raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
-        if objective._ranks is not None and objective._ranks.exchange != "gather":
-            raise ValueError(f"exchange must be 'gather' where rows are added, got {objective._ranks.exchange!r}.")
+        if objective.ranks is not None and objective.ranks.exchange != "gather":
+            raise ValueError(f"exchange must be 'gather' where rows are added, got {objective.ranks.exchange!r}.")
         self.objective = objective
         self._seen: list[Any] = []  # what each of the two calls saw
 
@@ -59,8 +60,9 @@ class TwoWay(nn.Module):
         for (rows, cols, ids, y_ids), weight in zip(sides, one_way, strict=True):
             needs, detached = (rows.requires_grad, cols.requires_grad), (rows.detach(), cols.detach())
             one = Call(*detached, ids, y_ids, weight, needs, call.finite, (rows, cols))
-            losses.append(self.objective._run(one))
-            self._seen.append(self.objective._seen)
+            loss, seen = emitted(one, self.objective.traced)
+            losses.append(loss)
+            self._seen.append((self.objective.settings, seen))
         return losses[0] + losses[1]
 
     @property

@@ -108,6 +108,7 @@ def test_caching_knows_no_objective() -> None:
 
 def test_banks_and_made_rows_go_through_objectives() -> None:
     below = {
+        "candidates.two_way",
         "distributed.exchange",
         "distributed.rows",
         "engine.call",

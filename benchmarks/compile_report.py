@@ -5,7 +5,7 @@
     python -m benchmarks.compile_report --triton PATH         # with another Triton, from pip install --target PATH
     python -m benchmarks.compile_report --record              # keep the instructions per element as the new yardstick
 
-The variants are not written down here: stage.py itself runs, on tensors without memory, and what it launches is kept
+The variants are not written down here: launch.py itself runs, on tensors without memory, and what it launches is kept
 and compiled, with the argument types, divisibilities and options that a launch would have. The process ends with 1 and
 names every gate that fails: a stack, local memory, float atomics, locks, too much shared memory, a product without
 tensor cores, or more instructions per element of S than recorded.
@@ -49,7 +49,7 @@ RECORDED = RESULTS / "compile-recorded.json"  # Triton's version → variant →
 TOLERANCE = 1.05
 # sizes decide what is divisible by 16, as they would in a launch
 N, SMALL_N, TINY_N, D, ODD_D = 32768, 512, 128, 1024, 1001
-MODULES = ("mine", "emit", "dense", "weigh")
+MODULES = ("tile", "scan", "merge", "weigh", "dense", "emit")
 # compiled well within a minute: one of each kind of kernel, the scan's requests where registers are scarcest
 SUBSET = {
     80: ("scan argmax fp16",),
@@ -75,9 +75,9 @@ class Variant(NamedTuple):
 
     name: str
     fn: Any  # a triton.JITFunction
-    signature: dict[str, str]  # argument → Triton's name of its type
-    constexprs: dict[str, Any]
-    divisible: tuple[str, ...]  # arguments known to be multiples of 16
+    signature: dict[str, Any]  # argument → Triton's name of its type, or a tuple of such names
+    constexprs: dict[str, Any]  # what is compiled in; of a tuple "argument.field"
+    divisible: tuple[str, ...]  # what is known to be a multiple of 16, named likewise
     warps: int
     stages: int
     elements: float | None  # of S that a thread holds; None where it makes no tile of S on tensor cores
@@ -85,7 +85,7 @@ class Variant(NamedTuple):
 
 
 class _Recorder:
-    """Stands where a kernel stands while stage.py runs: it keeps what would be launched."""
+    """Stands where a kernel stands while launch.py runs: it keeps what would be launched."""
 
     def __init__(self, fn: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
         self.fn, self.launches = fn, launches
@@ -96,17 +96,17 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _recording(arch: int, bulk: bool) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches of stage.py are listed and not made, as on a device of `arch`; without `bulk`, with pointers alone."""
-    stage: Any = importlib.import_module("goal.kernels.stage")
+    """Launches of launch.py are listed and not made, as on a device of `arch`; without `bulk`, with pointers alone."""
+    launch: Any = importlib.import_module("goal.kernels.launch")
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    replaced: list[tuple[Any, str, Any]] = [(stage, key, getattr(stage, key)) for key in ("_capability", "_bulk")]
+    replaced: list[tuple[Any, str, Any]] = [(launch, key, getattr(launch, key)) for key in ("_capability", "_bulk")]
     for name in MODULES:
         module = importlib.import_module(f"goal.kernels.{name}")
         kernels = [key for key, value in vars(module).items() if hasattr(value, "arg_names") and key[0] != "_"]
         replaced += [(module, key, getattr(module, key)) for key in kernels]
     try:
-        stage._capability = lambda x: divmod(arch, 10)
-        stage._bulk = stage._bulk if bulk else lambda x: False
+        launch._capability = lambda x: divmod(arch, 10)
+        launch._bulk = launch._bulk if bulk else lambda x: False
         for module, key, value in replaced[2:]:
             setattr(module, key, _Recorder(value, launches))
         yield launches
@@ -120,37 +120,39 @@ def _inputs(dtype: torch.dtype, n: int = N, d: int = D) -> tuple[Tensor, Tensor]
 
 
 def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What stage.py is asked to do: (a label for kernels that carry terms, the call)."""
-    stage: Any = importlib.import_module("goal.kernels.stage")
+    """What launch.py is asked to do: (a label for kernels that carry terms, the call)."""
+    launch: Any = importlib.import_module("goal.kernels.launch")
     statistics: Any = importlib.import_module("goal.engine.statistics")
     terms: Any = importlib.import_module("goal.terms")
     types: Any = importlib.import_module("goal.engine.types")
-    Request, Masks = statistics.Request, types.Masks
+    Request, Masks, Block = statistics.Request, types.Masks, types.Block
     half = (torch.bfloat16, torch.float16)
     requests = [Request(), Request(semi_hard=0.2), Request(lin=True), Request(beta=10.0)]
 
     def mine(dtype: torch.dtype, request: Any, precision: str, ids: bool = False, n: int = N, d: int = D) -> None:
         x, y = _inputs(dtype, n, d)
         each = torch.empty(n, dtype=torch.int64, device="meta") if ids else None
-        pairs = stage.pair(x, y, n, apart=True)
-        stage.statistics(x, y, pairs, request, Masks(n, n, (n, n), ids=each, y_ids=each), precision)
+        pairs = launch.pair(x, y, n, apart=True)
+        launch.statistics(Block(x, y, Masks(n, n, (n, n), ids=each, y_ids=each)), pairs, request, precision)
 
     def dense(dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D) -> None:
         x, y = _inputs(dtype, d=d)
-        pairs, masks = stage.pair(x, y, N), Masks(N, N, (N, N))
+        pairs, block = launch.pair(x, y, N), Block(x, y, Masks(N, N, (N, N)))
         share = x.new_empty(2, N, dtype=torch.float32)
         relative = {name: torch.empty_like(share) for name in product.statistics}
-        stage.dense_value(x, y, pairs, share, masks, product, precision, every)
-        stage.dense_emit(x, y, pairs, share, relative, masks, product, (True, True), precision, every)
+        met = types.Dense(product, *pairs, share, relative, every)
+        launch.dense_value(block, met, precision)
+        launch.dense_block(block, met, (True, True), precision)
 
     def mined(dtype: torch.dtype, n: int, product: Any, weighed: bool) -> None:
         x, y = _inputs(dtype, n)
         of_pairs, index = x.new_empty(2, n, dtype=torch.float32), torch.empty(2, n, dtype=torch.int64, device="meta")
         if weighed:
             found = statistics.Statistics(of_pairs[0], of_pairs, index, None, None, of_pairs, of_pairs)
-            stage.weighed(found, product, 1 / n)
+            launch.weighed(found, product, 1 / n)
         given = types.Mined(index, of_pairs, of_pairs)
-        stage.mined_emit(x, y, given, x.new_empty((), dtype=torch.float32), (True, True))
+        block = Block(x, y, Masks(n, n, (n, n)))
+        launch.mined_emit(block, given, x.new_empty((), dtype=torch.float32), (True, True))
 
     for dtype in half:
         for request in requests:
@@ -195,45 +197,88 @@ def _argument(value: Any) -> tuple[str, bool]:
     return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
 
 
+def _fields(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What an argument holds: itself, or the fields of a tuple, by name."""
+    if not isinstance(value, tuple):
+        yield name, value
+        return
+    for field, part in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
+        yield from _fields(part, f"{name}.{field}")
+
+
+def _types(value: Any) -> Any:
+    """Triton's name of an argument's type; of a tuple, such names in its shape."""
+    if not isinstance(value, tuple):
+        return _argument(value)[0]
+    types = [_types(part) for part in value]
+    return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
+
+
+def _place(variant: Variant, name: str) -> tuple[int, ...]:
+    """Where something stands among the arguments, and in tuples."""
+    argument, *fields = name.split(".")
+    places, value = [variant.fn.arg_names.index(argument)], variant.signature[argument]
+    for field in fields:
+        places.append(value._fields.index(field) if hasattr(value, "_fields") else int(field))
+        value = value[places[-1]]
+    return tuple(places)
+
+
+def _flags(name: str, given: dict[str, Any]) -> Iterator[str]:
+    """What a launch is asked for, in words."""
+    words, arithmetic = given.get("WORDS"), given.get("ARITHMETIC")
+    asked = {"semi": words and words.semi, "lin": words and words.lin_sum, "exp": words and words.exp_sum}
+    if name == "scan" and all(word is None for word in asked.values()):
+        yield "argmax"
+    if name in ("value", "coefficients") and given["listed"] is None:
+        yield "both"
+    if given.get("ids") is not None:
+        yield "ids"
+    yield from (word for word, place in asked.items() if place is not None)
+    if arithmetic == "halved" or given.get("HALVED"):
+        yield "halved"
+    yield from (key.lower() for key, value in given.items() if value is True and key not in ("FOLD", "HALVED"))
+    yield ("", "wide", "general")[given.get("WIDE", 0)]
+    yield given.get("LISTED", "").replace("none", "")
+
+
 def _variant(fn: Any, args: Sequence[Any], options: dict[str, Any], label: str) -> Variant:
     """A launch as what it has compiled; its name is made of what tells it from the other launches of the kernel."""
     given = {**dict(zip(fn.arg_names, args, strict=False)), **options}
     warps, stages = given.get("num_warps", 4), given.get("num_stages", 3)
-    given = {key: value for key, value in given.items() if key in fn.arg_names}
+    given = {key: given[key] for key in fn.arg_names}
     compiled_in = {fn.arg_names[parameter.num] for parameter in fn.params if parameter.is_constexpr}
-    types = {key: ("constexpr", False) if key in compiled_in else _argument(value) for key, value in given.items()}
-    signature = {key: types[key][0] for key in fn.arg_names}
-    constexprs = {key: given[key] for key in fn.arg_names if signature[key] == "constexpr"}
-    loaded = next(kind for kind in signature.values() if kind[0] in "*t").lstrip("*").split("<")[-1].split("[")[0]
-    precision = constexprs.get("PRECISION")
-    shape = [constexprs[key] for key in ("HEIGHT", "WIDTH") if key in constexprs]
-    words = [fn.__name__]
-    if fn.__name__ == "scan" and not any(constexprs[key] for key in ("SEMI", "LIN", "EXP")):
-        words.append("argmax")
-    words += [key.lower() for key, value in constexprs.items() if value is True and key != "FOLD"]
-    words += [("", "wide", "general")[constexprs.get("WIDE", 0)], constexprs.get("LISTED", "").replace("none", "")]
-    words += [str(precision) if precision and loaded == "fp32" else loaded] if fn.__name__ != "merge" else []
-    words += ["parts"] if constexprs.get("PARTS", 1) > 1 else []
-    words += ["transposed" if signature.get("w_target") == "constexpr" else ""]
-    words += [label if any(hasattr(value, "arg_names") for value in given.values()) else ""]
-    words += ["odd"] if signature.get("D") == "i32" and not types["D"][1] else []
-    product = precision is not None and (loaded != "fp32" or precision != "ieee")
+    signature = {key: "constexpr" if key in compiled_in else _types(value) for key, value in given.items()}
+    held = dict(pair for key, value in given.items() if key not in compiled_in for pair in _fields(value, key))
+    arguments = {key: _argument(value) for key, value in held.items()}
+    constexprs = {key: value for key, value in held.items() if arguments[key][0] == "constexpr"}
+    constexprs |= {key: given[key] for key in compiled_in}
+    kinds = [kind for kind, _ in arguments.values()]
+    loaded = next(kind for kind in kinds if kind[0] in "*t").lstrip("*").split("<")[-1].split("[")[0]
+    arithmetic, cut = given.get("ARITHMETIC"), given.get("CUT")
+    words = [fn.__name__, *_flags(fn.__name__, given)]
+    words += [arithmetic if arithmetic and loaded == "fp32" else loaded] if fn.__name__ != "merge" else []
+    words += ["parts"] if given.get("PARTS", 1) > 1 else []
+    words += ["transposed"] if constexprs.get("w.row") == 1 else []
+    words += [label] if any(hasattr(value, "arg_names") for value in given.values()) else []
+    words += ["odd"] if ("i32", False) in (arguments.get(key) for key in ("D", "block.D", "size.D")) else []
+    product = arithmetic is not None and (loaded != "fp32" or arithmetic != "ieee")
     return Variant(
         name=" ".join(word for word in words if word),
         fn=fn,
         signature=signature,
         constexprs=constexprs,
-        divisible=tuple(key for key, (_, divisible) in types.items() if divisible),
+        divisible=tuple(key for key, (_, divisible) in arguments.items() if divisible),
         warps=warps,
         stages=stages,
-        elements=shape[0] * shape[1] / (32 * warps) if product and shape else None,
+        elements=cut.height * cut.width / (32 * warps) if product and cut else None,
         product=product,
     )
 
 
 @functools.cache
 def variants(arch: int) -> dict[str, Variant]:
-    """By name, everything that stage.py launches on an architecture."""
+    """By name, everything that launch.py launches on an architecture."""
     found: dict[str, Variant] = {}
     for bulk in (True, False) if arch >= 90 else (False,):
         for label, run in _runs(bulk):
@@ -251,10 +296,9 @@ def variants(arch: int) -> dict[str, Variant]:
 
 def _content(variant: Variant) -> tuple[object, ...]:
     """What makes two launches of a kernel different kernels, but for what Triton infers from numbers."""
-    types = [kind for key, kind in variant.signature.items() if key not in variant.constexprs]
+    types = [kind for key, value in variant.signature.items() for _, kind in _fields(value, key)]
     declared = {key: value for key, value in variant.constexprs.items() if key.isupper()}
-    inferred = sum(not key.isupper() for key in variant.constexprs)
-    return variant.fn, len(types) + inferred, set(types) - {"i32"}, declared, variant.warps, variant.stages
+    return variant.fn, len(types), set(types) - {"i32", "constexpr"}, declared, variant.warps, variant.stages
 
 
 # ── what it compiles to ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -357,12 +401,11 @@ def compiled(variant: Variant, arch: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    place = {name: index for index, name in enumerate(variant.fn.arg_names)}
     source = ASTSource(
         variant.fn,
         variant.signature,
-        constexprs={(place[name],): value for name, value in variant.constexprs.items()},
-        attrs={(place[name],): [["tt.divisibility", 16]] for name in variant.divisible},
+        constexprs={_place(variant, name): value for name, value in variant.constexprs.items()},
+        attrs={_place(variant, name): [["tt.divisibility", 16]] for name in variant.divisible},
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     start = time.perf_counter()
@@ -381,8 +424,8 @@ def compiled(variant: Variant, arch: int) -> Compiled:
 
 def measure(variant: Variant, arch: int) -> Row:
     """One line of the report."""
-    height, width, depth = (variant.constexprs.get(key, 0) for key in ("HEIGHT", "WIDTH", "DEPTH"))
-    tile = (height, width, depth) if depth else None
+    cut = variant.constexprs.get("CUT")
+    tile = tuple(cut) if cut and cut.depth and variant.product else None
     row = Row(variant.name, arch, variant.product, 32 * variant.warps, tile)
     try:
         found = compiled(variant, arch)

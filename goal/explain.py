@@ -82,7 +82,7 @@ def explain(
     size = size_of(group, ranks, exchange)
     if size is None:
         return _explanation(objective, x, y)
-    return _explanation_spread(settings(T, P, mining, similarity, "mean", "torch"), x, y, size, exchange)
+    return _explanation_spread(objective, x, y, size, exchange)
 
 
 def _explanation(objective: Settings, x: Tensor, y: Tensor) -> Explanation:
@@ -119,7 +119,6 @@ def _explanation_spread(objective: Settings, x: Tensor, y: Tensor, size: int, ex
     again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
     sent = traffic(objective, n, d, x.element_size(), width, computing_dtype(x, y).itemsize, size)
     return here._replace(
-        why="the kernels take whole batches, and the batch is spread over ranks",
         passes=here.passes + again,
         flops=here.flops * (1 if gathers else size) + again * strips,
         moved=(here.passes + again + 1) * d * n * (x.element_size() + size * width),

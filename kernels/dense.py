@@ -6,210 +6,248 @@
     product        ∂l/∂x = G y and ∂l/∂y = Gᵀ x from the tiles of G, some rows of tiles at a time
 
 T, P and l are the terms' own functions, lowered (lower.py). Either all anchors of both directions are met at once
-(BOTH), or those of x→y that a list names, the first `count` of it: what lies beyond is launched and ends at once, so
-that nobody waits for the count.
+(`listed` is None), or those of x→y that a list names, the first `count` of it: what lies beyond is launched and ends at
+once, so that nobody waits for the count.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import INTERPRET, _float, _poison, _power, _tile_of, _wide, beyond, negatives
+from goal.kernels.bits import beyond, halving, poison, power, unhalving, wide
+from goal.kernels.tile import dot, negatives, pairs_in, tile_of
+from goal.kernels.weigh import Relative, equation
+
+
+class Anchors(NamedTuple):
+    """What is known of one side's anchors in a block: pointers to the first one's."""
+
+    s_pos: Any
+    share: Any  # what each of their negatives weighs
+    relative: Any  # Relative
+
+
+class Listed(NamedTuple):
+    """Anchors that are met, and a pointer to how many of them there are."""
+
+    anchors: Any
+    count: Any
+
+
+class Pulls(NamedTuple):
+    """What tiles take from the pairs of their anchors."""
+
+    rows: Any  # (width, row_anchors), at the listed places
+    cols: Any  # (height, col_anchors)
+
+
+class Range(NamedTuple):
+    """Targets and sources of a product, counted within w, and where w begins; D features."""
+
+    targets: Any
+    sources: Any
+    first_target: Any
+    first_source: Any
+    D: Any
+
+
+# ── tiles, wherever their rows lie ──────────────────────────────────────────────────────────────────────────────────
 
 
 @triton.jit
-def _similarities(
-    x, y, row, col, here, inside, D, x_row, x_col, y_row, y_col, bounds,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, HALVED: tl.constexpr,
-):  # fmt: skip
-    """(HEIGHT, WIDTH) float32 of S at these rows and columns; 0 where they are not `here` and `inside`."""
-    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
-    depth = tl.arange(0, DEPTH)
-    p_x = x + row[:, None] * x_row + depth[None, :] * x_col
-    p_y = y + col[None, :] * y_row + depth[:, None] * y_col
-    for start in range(0, D, DEPTH):
+def _similarities(x, y, row, col, here, inside, D, bounds, CUT: tl.constexpr, ARITHMETIC: tl.constexpr):
+    """(height, width) float32 of S at these rows and columns; 0 where they are not `here` and `inside`."""
+    acc = tl.zeros([CUT.height, CUT.width], tl.float32)
+    depth = tl.arange(0, CUT.depth)
+    p_x = x.at + row[:, None] * x.row + depth[None, :] * x.col
+    p_y = y.at + col[None, :] * y.row + depth[:, None] * y.col
+    for start in range(0, D, CUT.depth):
         deep = depth + start < D
         a = tl.load(p_x, mask=here[:, None] & deep[None, :], other=0)
         b = tl.load(p_y, mask=inside[None, :] & deep[:, None], other=0)
-        if INTERPRET:  # its product of bfloat16 is wrong
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        p_x += DEPTH * x_col
-        p_y += DEPTH * y_col
-    if HALVED:
-        acc *= 1.0 / (_power(_float(tl.load(bounds + 1))) * _power(_float(tl.load(bounds + 2))))
+        acc = dot(a, b, acc, ARITHMETIC)
+        p_x += CUT.depth * x.col
+        p_y += CUT.depth * y.col
+    if ARITHMETIC == "halved":
+        acc *= unhalving(bounds)
     return acc
 
 
 @triton.jit
-def _relative(relative, field, side, at, on, K):
-    """(A,) one of the four relative similarities (4, 2, K) of some anchors."""
-    return tl.load(relative + (2 * field + side) * _wide(K) + at, mask=on, other=0)
+def _rows(listed, place, block):
+    """The rows that stand at some places, and whether there are any."""
+    if listed is None:
+        row, here = wide(0) + place, place < block.N
+    else:
+        here = place < tl.load(listed.count)
+        row = tl.load(listed.anchors + place, mask=here, other=0)
+    return row, here
 
 
 @triton.jit
-def _share(share, side, at, on, K, bounds):
+def _share(anchors, at, on, bounds):
     """(A,) what each negative of these anchors weighs; NaN where x or y holds a NaN or inf."""
-    return tl.load(share + side * _wide(K) + at, mask=on, other=0) + tl.where(on, _poison(bounds), 0.0)
+    return tl.load(anchors.share + at, mask=on, other=0) + tl.where(on, poison(bounds), 0.0)
 
 
 @triton.jit
-def out_of_range(
-    x, y, ids, y_ids, bounds, share,
-    N, M, K, D, x_row, x_col, y_row, y_col, height, width, limit,
-    IDS: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """NaN into share (2, K) where an anchor meets a similarity beyond a limit; ends at once where none can be."""
+def _one(relative, at, on, AXIS: tl.constexpr):
+    """A relative similarity of some anchors, along the other axis; anything where nobody reads it."""
+    if relative is None:
+        return 0.0
+    else:
+        return tl.expand_dims(tl.load(relative + at, mask=on, other=0), AXIS)
+
+
+@triton.jit
+def _relative(anchors, at, on, AXIS: tl.constexpr):
+    of = anchors.relative
+    return Relative(
+        _one(of.r_pos_lin, at, on, AXIS), _one(of.r_neg_lin, at, on, AXIS),
+        _one(of.r_pos_exp, at, on, AXIS), _one(of.r_neg_exp, at, on, AXIS),
+    )  # fmt: skip
+
+
+@triton.jit
+def out_of_range(x, y, ids, bounds, shares, block, tiles, limit, ARITHMETIC: tl.constexpr, CUT: tl.constexpr):
+    """NaN into shares where an anchor meets a similarity beyond a limit; ends at once where none can be."""
     if not beyond(bounds, limit):
         return
-    i, j = _tile_of(tl.program_id(0), height, width, GROUP)
-    row, col = _wide(i) * HEIGHT + tl.arange(0, HEIGHT), _wide(j) * WIDTH + tl.arange(0, WIDTH)
-    s = _similarities(
-        x, y, row, col, row < N, col < M, D, x_row, x_col, y_row, y_col, bounds, HEIGHT, WIDTH, DEPTH, PRECISION, HALVED
-    )
-    met = negatives(s, row, col, ids, y_ids, N, M, K, IDS) | (row[:, None] == col[None, :])
+    i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
+    row, first_col, c = wide(i) * CUT.height + tl.arange(0, CUT.height), wide(j) * CUT.width, tl.arange(0, CUT.width)
+    col = first_col + c
+    s = _similarities(x, y, row, col, row < block.N, col < block.M, block.D, bounds, CUT, ARITHMETIC)
+    pair = pairs_in(row, first_col, block)[:, None] == c[None, :]
+    met = negatives(row, first_col, ids, block, CUT.width) | pair
     bad = tl.where(met & ~(tl.abs(s) <= limit), 1, 0)
-    nan = tl.full([HEIGHT], float("nan"), tl.float32)
-    met_by = (tl.max(bad, 1) > 0) & (row < K)
-    tl.store(share + row, nan, mask=met_by & (tl.load(share + row, mask=row < K, other=0) != 0))
-    nan = tl.full([WIDTH], float("nan"), tl.float32)
-    met_by = (tl.max(bad, 0) > 0) & (col < K)
-    tl.store(share + K + col, nan, mask=met_by & (tl.load(share + K + col, mask=col < K, other=0) != 0))
+    nan, on = tl.full([CUT.height], float("nan"), tl.float32), row < block.row_anchors
+    share = tl.load(shares.rows + row, mask=on, other=0)
+    tl.store(shares.rows + row, nan, mask=(tl.max(bad, 1) > 0) & on & (share != 0))
+    nan, on = tl.full([CUT.width], float("nan"), tl.float32), col < block.col_anchors
+    share = tl.load(shares.cols + col, mask=on, other=0)
+    tl.store(shares.cols + col, nan, mask=(tl.max(bad, 0) > 0) & on & (share != 0))
+
+
+# ── the value ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _losses(anchors, at, on, s, bounds, numbers, VALUE: tl.constexpr, AXIS: tl.constexpr):
+    """A tile's losses of one direction, whether its entries are negatives or not."""
+    weight = tl.expand_dims(_share(anchors, at, on, bounds), AXIS)
+    own = tl.expand_dims(tl.load(anchors.s_pos + at, mask=on, other=0), AXIS)
+    return weight * VALUE(own, s, 0.0, 0.0, 0.0, 0.0, *numbers)
 
 
 @triton.jit
 def value(
-    x, y, ids, y_ids, s_pos, share, bounds, listed, count, out,
-    N, M, K, D, x_row, x_col, y_row, y_col, first, height, width, side,
-    p0, p1, p2, p3, p4, p5, p6, p7,
-    VALUE: tl.constexpr, BOTH: tl.constexpr, IDS: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    x, y, ids, rows, cols, bounds, listed, out, block, tiles, numbers,
+    VALUE: tl.constexpr, ARITHMETIC: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """out (height · width,): the tile's part of the value. `side`: which of share (2, K) belongs to the listed rows."""
-    i, j = _tile_of(tl.program_id(0), height, width, GROUP)
-    place, col = (first + i) * HEIGHT + tl.arange(0, HEIGHT), _wide(j) * WIDTH + tl.arange(0, WIDTH)
-    if BOTH:
-        row, here = _wide(0) + place, place < N
-    else:
-        if (first + i) * HEIGHT >= tl.load(count):
-            tl.store(out + _wide(i) * width + j, 0.0)
+    """out (height · width,): the tile's part of the value. rows, cols: Anchors."""
+    i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
+    begin = (tiles.first + i) * CUT.height
+    if listed is not None:  # noqa: SIM102
+        if begin >= tl.load(listed.count):
+            tl.store(out + wide(i) * tiles.width + j, 0.0)
             return
-        here = place < tl.load(count)
-        row = tl.load(listed + place, mask=here, other=0)
-    s = _similarities(
-        x, y, row, col, here, col < M, D, x_row, x_col, y_row, y_col, bounds, HEIGHT, WIDTH, DEPTH, PRECISION, HALVED
-    )
-    live = negatives(s, row, col, ids, y_ids, N, M, K, IDS) & here[:, None]
-    on = here & (row < K)
-    weight = _share(share, side, row, on, K, bounds)[:, None]
-    own = tl.load(s_pos + row, mask=on, other=0)[:, None]
-    loss = weight * VALUE(own, s, 0.0, 0.0, 0.0, 0.0, p0, p1, p2, p3, p4, p5, p6, p7)
-    if BOTH:
-        on = col < K
-        weight = _share(share, 1, col, on, K, bounds)[None, :]
-        own = tl.load(s_pos + col, mask=on, other=0)[None, :]
-        loss += weight * VALUE(own, s, 0.0, 0.0, 0.0, 0.0, p0, p1, p2, p3, p4, p5, p6, p7)
-    tl.store(out + _wide(i) * width + j, tl.sum(tl.where(live, loss, 0.0)))
+    place, first_col = begin + tl.arange(0, CUT.height), wide(j) * CUT.width
+    col = first_col + tl.arange(0, CUT.width)
+    row, here = _rows(listed, place, block)
+    s = _similarities(x, y, row, col, here, col < block.M, block.D, bounds, CUT, ARITHMETIC)
+    live = negatives(row, first_col, ids, block, CUT.width) & here[:, None]
+    loss = _losses(rows, row, here & (row < block.row_anchors), s, bounds, numbers, VALUE, 1)
+    if listed is None:
+        loss += _losses(cols, col, col < block.col_anchors, s, bounds, numbers, VALUE, 0)
+    tl.store(out + wide(i) * tiles.width + j, tl.sum(tl.where(live, loss, 0.0)))
+
+
+# ── the gradient ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _entries(anchors, at, on, s, live, bounds, numbers, WEIGHTS: tl.constexpr, AXIS: tl.constexpr):
+    """A tile's entries of G of one direction, negated those at the pairs: (pull, push), both of the tile's shape."""
+    own = tl.expand_dims(tl.load(anchors.s_pos + at, mask=on, other=0), AXIS)
+    weights = WEIGHTS(own, s, *_relative(anchors, at, on, AXIS), *numbers)
+    share = tl.expand_dims(_share(anchors, at, on, bounds), AXIS)
+    return equation(weights, share, live & tl.expand_dims(on, AXIS))
 
 
 @triton.jit
 def coefficients(
-    x, y, ids, y_ids, s_pos, share, relative, bounds, listed, count, w, scales, pull_rows, pull_cols,
-    N, M, K, D, x_row, x_col, y_row, y_col, w_row, first, height, width, side,
-    p0, p1, p2, p3, p4, p5, p6, p7,
-    WEIGHTS: tl.constexpr, BOTH: tl.constexpr, IDS: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
-    SCALED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    x, y, ids, rows, cols, bounds, listed, w, scales, pulls, block, tiles, numbers,
+    WEIGHTS: tl.constexpr, ARITHMETIC: tl.constexpr, SCALED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G into w (height · HEIGHT, w_row), times scales (height, width) if SCALED.
-
-    pull_rows (width, K) at the listed places, pull_cols (height, K): what the tile takes from the pairs of its anchors.
-    """
-    i, j = _tile_of(tl.program_id(0), height, width, GROUP)
-    place, col = (first + i) * HEIGHT + tl.arange(0, HEIGHT), _wide(j) * WIDTH + tl.arange(0, WIDTH)
-    if BOTH:
-        row, here = _wide(0) + place, place < N
-    else:
-        if (first + i) * HEIGHT >= tl.load(count):
+    """A tile of G into the matrix w, times scales (height, width) if SCALED; its pulls. rows, cols: Anchors."""
+    i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
+    begin = (tiles.first + i) * CUT.height
+    if listed is not None:  # noqa: SIM102
+        if begin >= tl.load(listed.count):
             return
-        here = place < tl.load(count)
-        row = tl.load(listed + place, mask=here, other=0)
-    s = _similarities(
-        x, y, row, col, here, col < M, D, x_row, x_col, y_row, y_col, bounds, HEIGHT, WIDTH, DEPTH, PRECISION, HALVED
-    )
-    live = negatives(s, row, col, ids, y_ids, N, M, K, IDS) & here[:, None]
-    on = here & (row < K)
-    own = tl.load(s_pos + row, mask=on, other=0)[:, None]
-    r0 = _relative(relative, 0, side, row, on, K)[:, None]
-    r1 = _relative(relative, 1, side, row, on, K)[:, None]
-    r2 = _relative(relative, 2, side, row, on, K)[:, None]
-    r3 = _relative(relative, 3, side, row, on, K)[:, None]
-    t, p_pos, p_neg = WEIGHTS(own, s, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
-    selected = tl.where(live & on[:, None], _share(share, side, row, on, K, bounds)[:, None] * t, 0.0)
-    tl.store(pull_rows + _wide(j) * K + place, tl.sum(selected * p_pos, 1), mask=here & (place < K))
-    g = selected * p_neg
-    if BOTH:
-        on = col < K
-        own = tl.load(s_pos + col, mask=on, other=0)[None, :]
-        r0 = _relative(relative, 0, 1, col, on, K)[None, :]
-        r1 = _relative(relative, 1, 1, col, on, K)[None, :]
-        r2 = _relative(relative, 2, 1, col, on, K)[None, :]
-        r3 = _relative(relative, 3, 1, col, on, K)[None, :]
-        t, p_pos, p_neg = WEIGHTS(own, s, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
-        selected = tl.where(live & on[None, :], _share(share, 1, col, on, K, bounds)[None, :] * t, 0.0)
-        tl.store(pull_cols + _wide(i) * K + col, tl.sum(selected * p_pos, 0), mask=on)
-        g += selected * p_neg
+    place, first_col = begin + tl.arange(0, CUT.height), wide(j) * CUT.width
+    col = first_col + tl.arange(0, CUT.width)
+    row, here = _rows(listed, place, block)
+    s = _similarities(x, y, row, col, here, col < block.M, block.D, bounds, CUT, ARITHMETIC)
+    live = negatives(row, first_col, ids, block, CUT.width) & here[:, None]
+    pull, g = _entries(rows, row, here & (row < block.row_anchors), s, live, bounds, numbers, WEIGHTS, 1)
+    p_pull = pulls.rows + wide(j) * block.row_anchors + place
+    tl.store(p_pull, tl.sum(pull, 1), mask=here & (place < block.row_anchors))
+    if listed is None:
+        on = col < block.col_anchors
+        pull, push = _entries(cols, col, on, s, live, bounds, numbers, WEIGHTS, 0)
+        tl.store(pulls.cols + wide(i) * block.col_anchors + col, tl.sum(pull, 0), mask=on)
+        g += push
     if SCALED:  # float16 has few exponents: the tile's largest coefficient goes near 100
-        power = _power(tl.max(tl.abs(g)))
-        tl.store(scales + _wide(i) * width + j, 1.0 / power)
-        g *= power
-    at = _wide(i) * HEIGHT + tl.arange(0, HEIGHT)
-    tl.store(w + at[:, None] * w_row + col[None, :], g.to(w.dtype.element_ty))
+        by = power(tl.max(tl.abs(g)))
+        tl.store(scales + wide(i) * tiles.width + j, 1.0 / by)
+        g *= by
+    at = wide(i) * CUT.height + tl.arange(0, CUT.height)
+    tl.store(w.at + at[:, None] * w.row + col[None, :] * w.col, g.to(w.at.dtype.element_ty))
 
 
 @triton.jit
 def product(
-    w, scales, other, out, bounds, listed, count,
-    targets, sources, D, w_target, w_source, o_row, o_col, scale_target, scale_source,
-    first_target, first_source, length,
-    LISTED: tl.constexpr, SCALED: tl.constexpr, HALVED: tl.constexpr, PRECISION: tl.constexpr,
+    w, scales, other, out, length, listed, size,
+    LISTED: tl.constexpr, SCALED: tl.constexpr, ARITHMETIC: tl.constexpr,
     TARGETS: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """TARGETS rows of out (·, D) float32, BLOCK of their columns: += Σ over sources of w · other[source].
 
-    Targets and sources count within w; `first_target` and `first_source` say where w begins. LISTED: whether the
-    "targets" or the "sources" are places of the list, of which there are `count`. length: which of bounds scaled other.
+    w, scales: matrices (target, source), of entries and of tiles. LISTED: whether the "targets" or the "sources" are
+    places of the list. length: of what scaled `other`, see `bits.halving`.
     """
     t = tl.program_id(0)
     target, column = t * TARGETS + tl.arange(0, TARGETS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    targets, sources = size.targets, size.sources
     if LISTED == "targets":
-        targets = tl.minimum(targets, tl.load(count) - first_target)
+        targets = tl.minimum(targets, tl.load(listed.count) - size.first_target)
     if LISTED == "sources":
-        sources = tl.minimum(sources, tl.load(count) - first_source)
+        sources = tl.minimum(sources, tl.load(listed.count) - size.first_source)
     if (t * TARGETS >= targets) | (sources <= 0):
         return
     total = tl.zeros([TARGETS, BLOCK], tl.float32)
     for step in range(0, tl.cdiv(sources, SOURCES)):
         source = step * SOURCES + tl.arange(0, SOURCES)
         on = source < sources
-        at = _wide(first_source) + source
+        at = wide(size.first_source) + source
         if LISTED == "sources":
-            at = tl.load(listed + at, mask=on, other=0)
+            at = tl.load(listed.anchors + at, mask=on, other=0)
         inside = (target < targets)[:, None] & on[None, :]
-        p_w = w + target[:, None] * _wide(w_target) + source[None, :] * _wide(w_source)
+        p_w = w.at + target[:, None] * wide(w.row) + source[None, :] * wide(w.col)
         g = tl.load(p_w, mask=inside, other=0)
-        inside = on[:, None] & (column < D)[None, :]
-        rows = tl.load(other + at[:, None] * o_row + column[None, :] * o_col, mask=inside, other=0)
-        if INTERPRET:
-            g, rows = g.to(tl.float32), rows.to(tl.float32)
-        part = tl.dot(g, rows, input_precision=PRECISION)
+        inside = on[:, None] & (column < size.D)[None, :]
+        rows = tl.load(other.at + at[:, None] * other.row + column[None, :] * other.col, mask=inside, other=0)
+        part = dot(g, rows, tl.zeros([TARGETS, BLOCK], tl.float32), ARITHMETIC)
         if SCALED:
-            part *= tl.load(scales + _wide(t) * scale_target + step * scale_source)
+            part *= tl.load(scales.at + wide(t) * scales.row + step * scales.col)
         total += part
-    if HALVED:
-        total *= 1.0 / _power(_float(tl.load(bounds + length)))
-    to = _wide(first_target) + target
+    if ARITHMETIC == "halved":
+        total *= 1.0 / halving(length)
+    to = wide(size.first_target) + target
     if LISTED == "targets":
-        to = tl.load(listed + to, mask=target < targets, other=0)
-    p_out = out + to[:, None] * D + column[None, :]
-    inside = (target < targets)[:, None] & (column < D)[None, :]
+        to = tl.load(listed.anchors + to, mask=target < targets, other=0)
+    p_out = out + to[:, None] * size.D + column[None, :]
+    inside = (target < targets)[:, None] & (column < size.D)[None, :]
     tl.store(p_out, total + tl.load(p_out, mask=inside, other=0), mask=inside)

@@ -10,7 +10,8 @@ targets, whose segments lie side by side, and sums them as a product: (targets �
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import _wide
+from goal.kernels.bits import wide
+from goal.kernels.tile import Matrix
 
 
 @triton.jit
@@ -25,41 +26,44 @@ def _first(targets, size, target):
 
 
 @triton.jit
-def _rows(x, at, x_row, x_col, on, column, D):
-    """Some rows of x, a block of their columns, float32; 0 where not `on`."""
-    inside = on[:, None] & (column < D)[None, :]
-    return tl.load(x + at[:, None] * x_row + column[None, :] * x_col, mask=inside, other=0).to(tl.float32)
+def _rows(x, at, size, on, column, D):
+    """Some rows of a matrix of `size` rows, a block of their columns, float32; 0 where not `on`, and beyond them."""
+    inside = (on & (at >= 0) & (at < size))[:, None] & (column < D)[None, :]
+    return tl.load(x.at + at[:, None] * x.row + column[None, :] * x.col, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def emit(
-    x, y, gx, gy, pull, push, index, targets, order, incoming,
-    N, M, K, D, x_row, x_col, y_row, y_col, blocks,
+    x, y, gx, gy, mined, targets, order, incoming, block, K, blocks,
     SORTED: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of ∂l/∂x (the first `blocks` programs) or of ∂l/∂y, BLOCK of their columns.
 
-    pull, push, index (2, K): as in `similarity.Mined`. incoming (1,): what everything is multiplied by.
-    targets, order (2, K): index sorted, stably; not SORTED: index itself, and every anchor is looked at.
+    mined: `goal.engine.types.Mined`, of the whole batch. incoming (1,): what everything is multiplied by.
+    targets, order (2, K): the negatives sorted, stably; not SORTED: as they are, and every anchor is looked at.
     """
     program = tl.program_id(0)
     if program < blocks:
-        other, row, col, out, size, side = y, y_row, y_col, gx, N, 0
+        at, row, col, out, size, side = y.at, y.row, y.col, gx, block.N, 0
+        first, begins, others = wide(block.row_offset), wide(block.col_offset), wide(block.M)
     else:
-        other, row, col, out, size, side = x, x_row, x_col, gy, M, 1
+        at, row, col, out, size, side = x.at, x.row, x.col, gy, block.M, 1
+        first, begins, others = wide(block.col_offset), wide(block.row_offset), wide(block.N)
         program -= blocks
-    target = _wide(program) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    other, D = Matrix(at, row, col), block.D
+    local = wide(program) * ROWS + tl.arange(0, ROWS)
+    target, column = first + local, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     anchor = target < K
-    own, away = _wide(side) * K, _wide(1 - side) * K
-    value = tl.load(pull + target, mask=anchor, other=0) + tl.load(pull + _wide(K) + target, mask=anchor, other=0)
-    total = value[:, None] * _rows(other, target, row, col, anchor, column, D)
-    value = tl.load(push + own + target, mask=anchor, other=0)
-    at = tl.load(index + own + target, mask=anchor, other=0)
-    total += value[:, None] * _rows(other, at, row, col, anchor, column, D)
+    own, away = wide(side) * K, wide(1 - side) * K
+    value = tl.load(mined.pull + target, mask=anchor, other=0)
+    value += tl.load(mined.pull + wide(K) + target, mask=anchor, other=0)
+    total = value[:, None] * _rows(other, target - begins, others, anchor, column, D)
+    value = tl.load(mined.push + own + target, mask=anchor, other=0)
+    negative = tl.load(mined.negative + own + target, mask=anchor, other=0)
+    total += value[:, None] * _rows(other, negative - begins, others, anchor, column, D)
     if SORTED:
-        begin = _first(targets + away, K, program * ROWS)
-        end = _first(targets + away, K, program * ROWS + ROWS)
+        begin = _first(targets + away, K, first + program * ROWS)
+        end = _first(targets + away, K, first + program * ROWS + ROWS)
     else:
         begin, end = 0, K
     for start in range(begin, end, SOURCES):
@@ -69,9 +73,9 @@ def emit(
         source = place.to(tl.int64)
         if SORTED:
             source = tl.load(order + away + place, mask=on, other=0)
-        each = tl.load(push + away + source, mask=on, other=0)
+        each = tl.load(mined.push + away + source, mask=on, other=0)
         g = tl.where(goal[None, :] == target[:, None], each[None, :], 0.0)  # (ROWS, SOURCES)
-        total += tl.dot(g, _rows(other, source, row, col, on, column, D), input_precision="ieee")
+        total += tl.dot(g, _rows(other, source - begins, others, on, column, D), input_precision="ieee")
     total *= tl.load(incoming).to(tl.float32)
-    inside = (target < size)[:, None] & (column < D)[None, :]
-    tl.store(out + target[:, None] * D + column[None, :], total.to(out.dtype.element_ty), mask=inside)
+    inside = (local < size)[:, None] & (column < D)[None, :]
+    tl.store(out + local[:, None] * D + column[None, :], total.to(out.dtype.element_ty), mask=inside)

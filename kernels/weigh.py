@@ -4,10 +4,32 @@ The terms are lowered (lower.py), R⁺ is taken from its definition, and one pro
 value is summed in a fixed order. Larger batches, and terms that do not lower, are weighed by `goal.engine`.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from goal.kernels.mine import SQUARE, _wide, lost
+from goal.kernels.bits import SQUARE, lost, wide
+
+
+class Relative(NamedTuple):
+    """The relative similarities of some anchors, in the order in which terms take them; None what no term reads."""
+
+    r_pos_lin: Any
+    r_neg_lin: Any
+    r_pos_exp: Any
+    r_neg_exp: Any
+
+
+@triton.jit
+def equation(weights, share, met):
+    """What triplets give the entries of G at their pairs, negated, and at their negatives: share · T · P±, or 0.
+
+    weights: T, P⁺ and P⁻. The one place in which kernels multiply them.
+    """
+    t, p_pos, p_neg = weights
+    selected = tl.where(met, share * t, 0.0)
+    return selected * p_pos, selected * p_neg
 
 
 @triton.jit
@@ -36,45 +58,46 @@ def _positives(
 
 @triton.jit
 def weigh(
-    s_pos, s_neg, selected, r_neg_lin, r_neg_exp, weight, pull, push, value,
-    K, scale, alpha, p0, p1, p2, p3, p4, p5, p6, p7,
-    WEIGHTS: tl.constexpr, VALUE: tl.constexpr, WEIGHTED: tl.constexpr,
-    R_POS_LIN: tl.constexpr, R_POS_EXP: tl.constexpr, R_NEG_LIN: tl.constexpr, R_NEG_EXP: tl.constexpr,
+    statistics, selected, weight, mined, value, K, scale, alpha, numbers,
+    WEIGHTS: tl.constexpr, VALUE: tl.constexpr, R_POS_LIN: tl.constexpr, R_POS_EXP: tl.constexpr,
     ANCHORS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """pull and push (2, K): the entries of G at the pairs and at the selected negatives; value (1,): their loss.
+    """mined.pull and mined.push (2, K): the entries of G at the pairs and at the negatives; value (1,): their loss.
 
-    s_neg (2, K): of the hardest negatives; selected (2, K): of those that are met. weight (K,), if WEIGHTED, or scale:
-    what an anchor weighs.
+    statistics: `goal.engine.Statistics`, R⁻ where the terms read it. selected (2, K): the similarities that are met.
+    weight (K,), or None and scale: what an anchor weighs.
     """
     loss = tl.zeros([ANCHORS], tl.float32)
     for start in range(0, 2 * K, ANCHORS):
         place = start + tl.arange(0, ANCHORS)
         on = place < 2 * K
         anchor = tl.where(place < K, place, place - K)
-        at = _wide(0) + place
-        own = tl.load(s_pos + anchor, mask=on, other=0)
-        hardest = tl.load(s_neg + at, mask=on, other=-float("inf"))
+        at = wide(0) + place
+        own = tl.load(statistics.s_pos + anchor, mask=on, other=0)
+        hardest = tl.load(statistics.s_neg + at, mask=on, other=-float("inf"))
         found = tl.load(selected + at, mask=on, other=-float("inf"))
         has = found != -float("inf")
         met = tl.where(has, found, own)  # a stand-in where there is no negative: its share is 0
         share = tl.zeros([ANCHORS], tl.float32) + scale
-        if WEIGHTED:
+        if weight is not None:
             share = tl.load(weight + anchor, mask=on, other=0)
         share = tl.where(has, share, 0.0)
-        r0, r2 = _positives(s_pos, own, anchor, hardest + 0.1, alpha, K, R_POS_LIN, R_POS_EXP, ANCHORS, BLOCK)
+        r0, r2 = _positives(
+            statistics.s_pos, own, anchor, hardest + 0.1, alpha, K, R_POS_LIN, R_POS_EXP, ANCHORS, BLOCK
+        )
         r1, r3 = r0, r2
-        if R_NEG_LIN:
-            r1 = tl.load(r_neg_lin + at, mask=on, other=0)
-        if R_NEG_EXP:
-            r3 = tl.load(r_neg_exp + at, mask=on, other=0)
-        t, p_pos, p_neg = WEIGHTS(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
-        each = VALUE(own, met, r0, r1, r2, r3, p0, p1, p2, p3, p4, p5, p6, p7)
+        if statistics.r_neg_lin is not None:
+            r1 = tl.load(statistics.r_neg_lin + at, mask=on, other=0)
+        if statistics.r_neg_exp is not None:
+            r3 = tl.load(statistics.r_neg_exp + at, mask=on, other=0)
+        weights = WEIGHTS(own, met, r0, r1, r2, r3, *numbers)
+        each = VALUE(own, met, r0, r1, r2, r3, *numbers)
         large = (tl.abs(own) > SQUARE) | (tl.abs(met) > SQUARE)
-        gone = lost(own, met, p_pos, p_neg) | (large & ~(tl.abs(each) < float("inf")))
+        gone = lost(own, met, weights[1], weights[2]) | (large & ~(tl.abs(each) < float("inf")))
         gone = gone | ~(tl.abs(tl.where(hardest == -float("inf"), own, hardest)) < float("inf"))
         share = tl.where(gone, float("nan"), share)
-        tl.store(pull + at, -t * share * p_pos, mask=on)
-        tl.store(push + at, t * share * p_neg, mask=on)
+        pull, push = equation(weights, share, on)
+        tl.store(mined.pull + at, -pull, mask=on)
+        tl.store(mined.push + at, push, mask=on)
         loss += tl.where(on & (share != 0), share * each, 0.0)
     tl.store(value, tl.sum(loss, 0))

@@ -64,7 +64,7 @@ import json, sys
 from benchmarks import compile_report as report
 report.prepare(sys.argv[1])
 import planted
-from goal.kernels import stage
+from goal.kernels import launch
 from goal.engine.statistics import Request
 
 def variant(name, out, block, warps, elements=None, product=False):
@@ -94,7 +94,7 @@ print(json.dumps({
     "kernels": sorted({f"{each.fn.fn.__module__}.{each.fn.__name__}" for each in launched[90].values()}),
     "scan": launched[90]["scan argmax tma bf16"][2:],
     "warps": [launched[90]["scan lin tma bf16"].warps, launched[100]["scan lin tma bf16"].warps],
-    "asked": [stage.tiling(Request(lin=True), "half", capability).warps for capability in ((9, 0), (10, 0))],
+    "asked": [launch.tiling(Request(lin=True), "half", capability).warps for capability in ((9, 0), (10, 0))],
 }))
 """
 
@@ -201,7 +201,7 @@ def test_an_exchange_is_a_lock_only_inside_a_loop() -> None:
 
 
 def test_every_kernel_that_is_launched_is_compiled(found: dict[str, Any]) -> None:
-    launched = re.findall(r"\b(\w+)\.(\w+)\[\(", (ROOT / "kernels" / "stage.py").read_text())
+    launched = re.findall(r"\b(\w+)\.(\w+)\[\(", (ROOT / "kernels" / "launch.py").read_text())
     assert len(launched) >= 11
     assert {f"goal.kernels.{module}.{name}" for module, name in launched} == set(found["kernels"])
 

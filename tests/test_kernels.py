@@ -30,7 +30,7 @@ from goal.engine.operators import Work, pack
 from goal.engine.settings import settings
 from goal.engine.statistics import Request, Statistics
 from goal.engine.types import Block, Dense, Masks, Mined
-from goal.kernels import stage
+from goal.kernels import launch
 from goal.similarity import Dot
 
 pytestmark = [
@@ -46,8 +46,8 @@ ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, so that whoever reads before writing is seen; and programs are few and large."""
-    monkeypatch.setattr(stage, "ROWS", 64)
-    monkeypatch.setitem(stage.SINGLE, "ROWS", 64)
+    monkeypatch.setattr(launch, "ROWS", 64)
+    monkeypatch.setitem(launch.SINGLE, "ROWS", 64)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -55,11 +55,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def in_tiles(monkeypatch: pytest.MonkeyPatch, height: int, width: int, chunked: bool = False) -> None:
     """S in tiles of this size, a row of tiles at a time if `chunked`."""
-    cut = stage.Tiling(height, width, 16, 4, 2)
-    monkeypatch.setattr(stage, "tiling", lambda *_: cut)
-    monkeypatch.setattr(stage, "dense_tiling", lambda *_: cut)
+    cut = launch.Tiling(height, width, 16, 4, 2)
+    monkeypatch.setattr(launch, "tiling", lambda *_: cut)
+    monkeypatch.setattr(launch, "dense_tiling", lambda *_: cut)
     if chunked:
-        monkeypatch.setattr(stage, "HELD", 1)
+        monkeypatch.setattr(launch, "HELD", 1)
 
 
 # ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -294,8 +294,8 @@ def test_every_name_is_met_in_every_way() -> None:
 
 def test_tiles_and_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """257 pairs with the sizes that are shipped."""
-    monkeypatch.setattr(stage, "ROWS", 16)
-    monkeypatch.setitem(stage.SINGLE, "ROWS", 8)
+    monkeypatch.setattr(launch, "ROWS", 16)
+    monkeypatch.setitem(launch.SINGLE, "ROWS", 8)
     case = Case("cir", {}, "sig-ms", {}, "hardest", {}, "dot", "mean", "fives", (257, 257, 12))
     inputs = random_inputs(case, 0)
     expected = truth(case, inputs)
@@ -309,10 +309,10 @@ def test_tiles_and_programs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def mined(inputs: Inputs, request: Request, precision: str = "exact") -> Statistics:
-    pairs = stage.pair(inputs.x, inputs.y, min(len(inputs.x), len(inputs.y)))
+    pairs = launch.pair(inputs.x, inputs.y, min(len(inputs.x), len(inputs.y)))
     n, m = len(inputs.x), len(inputs.y)
-    masks = Masks(n, m, (n, m), ids=inputs.ids, y_ids=inputs.y_ids)
-    return stage.statistics(inputs.x, inputs.y, pairs, request, masks, precision)
+    block = Block(inputs.x, inputs.y, Masks(n, m, (n, m), ids=inputs.ids, y_ids=inputs.y_ids))
+    return launch.statistics(block, pairs, request, precision)
 
 
 def true_statistics(inputs: Inputs, request: Request) -> Statistics:
@@ -410,7 +410,7 @@ def test_relative_similarities_are_as_exact_as_eager(
     d: int, precision: str, split: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the unit sphere, of any dimension; at anchors for which no decision is open."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     in_tiles(monkeypatch, *SPLITS[split])
     fast, k = precision == "fast", 40
     x, y = embeddings(np.random.default_rng(d), 90, k, d, torch.float32)
@@ -457,7 +457,7 @@ def clear_batch(case: Case, dtype: torch.dtype, within: float, most: float) -> I
 @pytest.mark.parametrize("small", [False, True])
 @spread
 def test_fast_is_as_exact_as_inputs_in_float16(terms: Any, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     if small:
         in_tiles(monkeypatch, 32, 32, chunked=True)
     case = Case(*terms, "dot", "mean", "none", (40, 33, 24))
@@ -537,7 +537,7 @@ def test_mined_similarities_are_exact(
     width: float, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the scan is computed in, s⁻ is the similarity of that pair in float32, and its regret is bounded."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     in_tiles(monkeypatch, 64, 16)
     rng = np.random.default_rng(5)
     x, y = (collapsed(rng, size, 24, width).to(dtype) for size in (63, 70))
@@ -560,7 +560,7 @@ def test_mined_similarities_are_exact(
 
 def test_the_best_of_several_tiles_is_found_by_its_exact_similarity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four candidates, each in a tile of its own, closer than float16 tells apart: no regret at all."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     in_tiles(monkeypatch, 64, 16)
     rng = np.random.default_rng(0)
     x, y = (torch.nn.functional.normalize(torch.from_numpy(rng.normal(size=(64, 24))), dim=1) for _ in range(2))
@@ -585,7 +585,7 @@ def test_the_best_of_several_tiles_is_found_by_its_exact_similarity(monkeypatch:
 def test_a_copy_of_the_positive_is_bit_equal(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     in_tiles(monkeypatch, 64, 64)
     x, _ = embeddings(np.random.default_rng(3), 45, 45, 140, torch.float32)
     x = x.to(dtype)
@@ -604,7 +604,7 @@ def test_the_fallback_is_decided_on_exact_similarities(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negatives 0, 2e-5 or 2e-4 from their positive, ε = 1e-5: only the equal ones are near, in any arithmetic."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     x = torch.eye(24)[:12].repeat_interleave(2, 0)
     y = x.clone()
     away = torch.tensor([0.0, 2e-5, 2e-4]).repeat(4)
@@ -669,7 +669,7 @@ LENGTHS = {
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_finite_in_finite_out(lengths: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     x, y = embeddings(np.random.default_rng(1), 33, 20, 9, torch.float32)
     by_x, by_y = LENGTHS[lengths]
     number = list(LENGTHS).index(lengths) + (precision == "fast")
@@ -711,7 +711,7 @@ def test_what_float32_does_not_hold_shows(
     mining: str, lengths: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gradient is finite only where it is that of the eager objective, which is so itself (tests/test_range.py)."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     x, y = embeddings(np.random.default_rng(5), 9, 9, 5, torch.float32)
     by_x, by_y, row = RANGES[lengths]
     x[slice(None) if row is None else row] *= by_x
@@ -770,7 +770,7 @@ class _Launches(TorchDispatchMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.names: list[str] = []
-        for module in (stage.mine, stage.emit, stage.dense, stage.weigh):
+        for module in (launch.tile, launch.scan, launch.merge, launch.emit, launch.dense, launch.weigh):
             for name, kernel in vars(module).items():
                 if hasattr(kernel, "arg_names") and name[0] != "_":
                     monkeypatch.setattr(module, name, _Launched(name, kernel, self.names))
@@ -817,7 +817,7 @@ def test_a_small_batch_takes_six_launches(T: str, P: str, dtype: torch.dtype, mo
 
 @spread
 def test_the_same_bits_in_every_run(terms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     case = Case(*terms, "dot", "mean", "none", (40, 33, 24))
     inputs = Inputs(*embeddings(np.random.default_rng(2), 40, 33, 24, torch.float32))
     first, second = (objective(case, "triton", inputs) for _ in range(2))
@@ -826,10 +826,10 @@ def test_the_same_bits_in_every_run(terms: Any, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_chunks_are_one_chunk(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     inputs = Inputs(*embeddings(np.random.default_rng(4), 70, 50, 10, torch.float32))
     launched: list[Any] = []
-    monkeypatch.setattr(stage.mine, "scan", _Counting(stage.mine.scan, launched))
+    monkeypatch.setattr(launch.scan, "scan", _Counting(launch.scan.scan, launched))
     found = []
     for chunked in (False, True):
         with monkeypatch.context() as patch:
@@ -861,7 +861,7 @@ def test_sorted_emission_is_unsorted(hub: bool, monkeypatch: pytest.MonkeyPatch)
         inputs.x[:, 0] = 0.5
     found = []
     for few in (1 << 20, 0):
-        monkeypatch.setattr(stage, "FEW", few)
+        monkeypatch.setattr(launch, "FEW", few)
         grads, _, module = objective(case, "triton", inputs, precision="exact")
         found.append(grads)
     assert not hub or (module.stats.index[0] == 77).sum() >= 120
@@ -885,7 +885,7 @@ DENSE = [  # each mining in three of the four; and a number that spreads shapes,
 @pytest.mark.parametrize(("mining", "arithmetic", "number"), DENSE)
 def test_dense_tiles(mining: str, arithmetic: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 and 16-bit tiles of G, one row of tiles at a time or all at once; both shapes of S."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(arithmetic, torch.float32)
     chosen = ("selective", {"eps": NEAR[mining]}) if mining in NEAR else ("all", {"average": mining == "average"})
     in_tiles(monkeypatch, 32, 64, chunked=number % 2 == 0)
@@ -912,7 +912,7 @@ def test_dense_tiles(mining: str, arithmetic: str, number: int, monkeypatch: pyt
 @pytest.mark.parametrize("mining", ["all", "selective"])
 def test_coefficients_that_no_16_bits_hold(mining: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of G are scaled by what suits them."""
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     inputs = on_a_grid(8, 40, 33, 9, step=0.125)
     options: dict[str, Any] = {"T": "nca", "P": "con", "mining": mining, "reduction": "sum"}
     weight = torch.full((33,), size)
@@ -924,7 +924,7 @@ def test_coefficients_that_no_16_bits_hold(mining: str, size: float, monkeypatch
 @pytest.mark.parametrize("mining", ["all", "selective"])
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["x", "y"])
 def test_one_side_alone(needs: tuple[bool, bool], mining: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "SMALL", 0)
+    monkeypatch.setattr(launch, "SMALL", 0)
     in_tiles(monkeypatch, 32, 32)
     options: dict[str, Any] = {"mining": mining, "impl": "triton", "similarity": "cosine"}
     sides = embeddings(np.random.default_rng(6), 33, 50, 10, torch.float32)
@@ -938,7 +938,7 @@ def test_one_side_alone(needs: tuple[bool, bool], mining: str, monkeypatch: pyte
 
 def test_no_work_is_done_for_a_side_that_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
-    monkeypatch.setattr(stage.dense, "product", _Counting(stage.dense.product, launched))
+    monkeypatch.setattr(launch.dense, "product", _Counting(launch.dense.product, launched))
     x, y = embeddings(np.random.default_rng(6), 33, 50, 10, torch.float32)
     goal.apply(x.requires_grad_(), y, mining="all", impl="triton").backward()
     assert len(launched) == 1
@@ -1001,7 +1001,7 @@ def test_operators_keep_the_rules(P: str, mining: str, with_ids: bool) -> None:
     x, y = embeddings(np.random.default_rng(0), 7, 10, 6, torch.float32)
     chosen = settings("nca", P, mining, "dot", "mean", "triton", "exact")
     ids = {"ids": torch.arange(7) // 2, "y_ids": torch.arange(10) // 2} if with_ids else {}
-    block, pairs = Block(x, y, Masks(7, 10, (7, 10), **ids)), stage.pair(x, y, 7)
+    block, pairs = Block(x, y, Masks(7, 10, (7, 10), **ids)), launch.pair(x, y, 7)
     share, relative = torch.full((2, 7), 0.1), {name: torch.full((2, 7), 0.3) for name in chosen.product.statistics}
     dense = Dense(chosen.product, *pairs, share, relative, every=not with_ids)
     work = Work(Backend("triton", "exact", chosen.similarity), block, needs=(True, with_ids))

@@ -133,7 +133,7 @@ def test_the_eager_path_and_the_kernels_do_not_know_each_other() -> None:
 
 
 def test_there_are_kernels() -> None:
-    assert {"goal.kernels.mine", "goal.kernels.emit", "goal.kernels.dense", "goal.kernels.stage"} <= set(KERNELS)
+    assert {"goal.kernels.scan", "goal.kernels.emit", "goal.kernels.dense", "goal.kernels.launch"} <= set(KERNELS)
 
 
 def test_only_the_operators_know_both() -> None:

@@ -15,7 +15,6 @@ What is sent goes through `goal.distributed.exchange`, as rows of bytes, and is 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,9 +42,7 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
     ready: Ready | None = None
     try:
         call = arguments.checked(even=True)
-        if settings.impl == "triton":
-            raise ValueError("impl='triton' cannot be used with group=: the kernels take whole batches, no blocks.")
-        does, _ = backend(dataclasses.replace(settings, impl="torch"), call.x, call.y)
+        does, _ = backend(settings, call.x, call.y)
         n = len(call.x)
         block = does.block(call.x, call.y, Masks(n, n, (n, n)))
         pairs = does.pair(block.x, block.y, n)

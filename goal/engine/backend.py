@@ -81,45 +81,46 @@ class Backend(NamedTuple):
 
     def limits(self, block: Block, pairs: Pairs, request: Request) -> Limits:
         """What partials of blocks are merged by."""
+        if self.kernels:
+            limits: Limits = _kernels().limits(pairs.bounds, block.x.shape[1])
+            return limits
         return eager.limits(self.similarity, block, pairs, request)
 
     def statistics(self, block: Block, pairs: Pairs, request: Request) -> Statistics:
         """What the request asks for of a whole batch."""
         if self.kernels:
-            x, y, masks = block
-            statistics: Statistics = _kernels().statistics(x, y, pairs, request, masks, self.precision)
+            statistics: Statistics = _kernels().statistics(block, pairs, request, self.precision)
             return statistics
         return eager.statistics(self.similarity, block, pairs, request)
 
     def mine(self, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
         """Both directions' partials of a block of S."""
+        if self.kernels:
+            partials: tuple[Partial, Partial] = _kernels().mine(block, pairs, request, self.precision)
+            return partials
         return eager.mine(self.similarity, block, pairs, request)
 
     def dense_value(self, block: Block, dense: Dense) -> Tensor:
         """Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ) over the negatives in a block of S, 0-d."""
         if self.kernels:
-            (x, y, masks), pairs = block, Pairs(dense.s_pos, dense.bounds)
-            value: Tensor = _kernels().dense_value(
-                x, y, pairs, dense.share, masks, dense.product, self.precision, dense.every
-            )
+            value: Tensor = _kernels().dense_value(block, dense, self.precision)
             return value
         return eager.dense_value(self.similarity, block, dense)
 
     def dense_block(self, block: Block, dense: Dense, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """What the negatives in a block of S give its rows and columns, and the pairs (2, K); see `eager`."""
         if self.kernels:
-            (x, y, masks), pairs = block, Pairs(dense.s_pos, dense.bounds)
-            gx, gy = _kernels().dense_emit(
-                x, y, pairs, dense.share, dense.relative, masks, dense.product, needs, self.precision, dense.every
+            emitted: tuple[Tensor | None, Tensor | None, Tensor] = _kernels().dense_block(
+                block, dense, needs, self.precision
             )
-            return gx, gy, torch.zeros_like(dense.share)
+            return emitted
         return eager.dense_block(self.similarity, block, dense, needs)
 
     def mined_emit(self, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
         """What the mined entries in a block of S give its rows and columns, times the incoming gradient (0-d)."""
         if self.kernels:
             incoming = mined.pull.new_ones(()) if incoming is None else incoming
-            gradients: Gradients = _kernels().mined_emit(block.x, block.y, mined, incoming, needs)
+            gradients: Gradients = _kernels().mined_emit(block, mined, incoming, needs)
             return gradients
         return eager.mined_emit(self.similarity, block, mined, incoming, needs)
 
@@ -141,9 +142,9 @@ def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:
 
 
 def _kernels() -> ModuleType:
-    from goal.kernels import stage
+    from goal.kernels import launch
 
-    return stage
+    return launch
 
 
 # ── the choice ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,220 @@
+"""Tiles of S and single similarities: what every other kernel reads x and y through.
+
+    pair     s⁺, min s⁺, max ‖x‖ and max ‖y‖                                 one read of x and y
+    copy     aligned copies where rows are not; float16 ones, if the scan of float32 inputs is to run in them
+
+The named tuples say what kernels are given; a launch makes them, and a helper takes one of them as one argument.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from goal.kernels.bits import INTERPRET, LOWEST, halving, ordered, unhalving, visible, wide
+
+GROUP: tl.constexpr = tl.constexpr(8)  # rows of tiles that are taken together
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: a pointer and the strides of its rows and columns."""
+
+    at: Any
+    row: Any
+    col: Any
+
+
+class Sides(NamedTuple):
+    """The same thing for x→y, or of the rows of S, and for y→x, or of its columns."""
+
+    rows: Any
+    cols: Any
+
+
+class Block(NamedTuple):
+    """A block of S, S itself among them. Kernels count rows and columns from its first ones."""
+
+    N: Any  # rows
+    M: Any  # columns
+    D: Any
+    row_anchors: Any  # the first so many rows are anchors of x→y
+    col_anchors: Any  # the first so many columns are anchors of y→x
+    row_offset: Any  # global index of the first row
+    col_offset: Any  # of the first column
+    ahead: Any  # row i's pair is column i + ahead, which may lie outside
+
+
+class Tiles(NamedTuple):
+    """Some rows of tiles of a block."""
+
+    first: Any  # row of tiles
+    height: Any  # how many rows of tiles
+    width: Any  # tiles in each
+    anchors: Any  # of their rows, those that are anchors
+
+
+class Cut(NamedTuple):
+    """A tile's rows and columns, and how many features are loaded at once; compiled in."""
+
+    height: int
+    width: int
+    depth: int
+
+
+# ── tiles ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def tile_of(program, height, width):
+    """Row and column of a tile: GROUP rows of tiles at a time, so that what they load stays in the L2 cache."""
+    in_group = GROUP * width
+    first = (program // in_group) * GROUP
+    size = tl.minimum(height - first, GROUP)
+    return first + (program % in_group) % size, (program % in_group) // size
+
+
+@triton.jit
+def dot(a, b, acc, ARITHMETIC: tl.constexpr):
+    """acc + a b, in `ieee`, or in what the operands' dtype makes of tensor cores."""
+    if INTERPRET:  # its product of bfloat16 is wrong
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    PRECISION: tl.constexpr = "ieee" if ARITHMETIC == "ieee" else "tf32"
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tile(x, y, first_row, first_col, block, CUT: tl.constexpr, ARITHMETIC: tl.constexpr, TMA: tl.constexpr):
+    """(height, width) float32 of S; 0 beyond its edges. With TMA, x and y are tensor descriptors."""
+    acc = tl.zeros([CUT.height, CUT.width], tl.float32)
+    if TMA:
+        for start in range(0, block.D, CUT.depth):
+            a = x.load([first_row, start])
+            b = y.load([first_col, start])
+            acc = tl.dot(a, b.T, acc)
+    else:
+        row = first_row + tl.arange(0, CUT.height)
+        col = first_col + tl.arange(0, CUT.width)
+        depth = tl.arange(0, CUT.depth)
+        p_x = x.at + row.to(tl.int64)[:, None] * x.row + depth[None, :] * x.col
+        p_y = y.at + col.to(tl.int64)[None, :] * y.row + depth[:, None] * y.col
+        for start in range(0, block.D, CUT.depth):
+            inside = depth + start < block.D
+            a = tl.load(p_x, mask=(row < block.N)[:, None] & inside[None, :], other=0)
+            b = tl.load(p_y, mask=(col < block.M)[None, :] & inside[:, None], other=0)
+            acc = dot(a, b, acc, ARITHMETIC)
+            p_x += CUT.depth * x.col
+            p_y += CUT.depth * y.col
+    return acc
+
+
+@triton.jit
+def same_ids(row, col, ids, block):
+    """Where entries have equal ids."""
+    own = tl.load(ids.rows + row, mask=row < block.N, other=0)
+    other = tl.load(ids.cols + col, mask=col < block.M, other=0)
+    return own[:, None] == other[None, :]
+
+
+@triton.jit
+def pairs_in(row, first_col, block):
+    """The columns of a tile, counted from its first, in which rows have their pairs; outside of it for rows without.
+
+    Where both of a pair are in S, they are anchors.
+    """
+    return (row + (block.ahead - first_col)).to(tl.int32)
+
+
+@triton.jit
+def negatives(row, first_col, ids, block, WIDTH: tl.constexpr):
+    """Where entries of a tile are negatives: inside the block, no pair, ids that differ (None: there are none)."""
+    place = tl.arange(0, WIDTH)
+    live = (row < block.N)[:, None] & (first_col + place < block.M)[None, :]
+    live = live & (pairs_in(row, first_col, block)[:, None] != place[None, :])
+    if ids is not None:
+        live = live & ~same_ids(row, first_col + place, ids, block)
+    return live
+
+
+# ── single similarities ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def similarities(x, row, y, col, on, D, BLOCK: tl.constexpr):
+    """(B,) float32 S[row, col], the same bits for equal pairs wherever they stand; 0 where not `on`."""
+    total = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x.at + row[:, None] * x.row + at[None, :] * x.col, mask=inside, other=0).to(tl.float32)
+        v = tl.load(y.at + col[:, None] * y.row + at[None, :] * y.col, mask=inside, other=0).to(tl.float32)
+        total += u * v
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _norm(x, row, on, D, BLOCK: tl.constexpr):
+    """(B,) ‖x‖ of rows, for any representable norm; NaN for a row that holds one."""
+    largest = tl.zeros([row.shape[0]], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x.at + row[:, None] * x.row + at[None, :] * x.col, mask=inside, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(u), 1))
+    unit = tl.where(largest > 0, largest, 1.0)
+    total = tl.zeros([row.shape[0]], tl.float32)
+    for start in range(0, D, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = on[:, None] & (at < D)[None, :]
+        u = tl.load(x.at + row[:, None] * x.row + at[None, :] * x.col, mask=inside, other=0).to(tl.float32)
+        u = u / unit[:, None]
+        total += tl.sum(u * u, 1)
+    return unit * tl.sqrt(total)
+
+
+@triton.jit
+def _leave(bounds, which, words, PARTS: tl.constexpr):
+    if PARTS == 1:
+        tl.atomic_max(bounds + which, tl.max(words, 0))
+    else:
+        tl.store(bounds + which * PARTS + tl.program_id(0), tl.max(words, 0))
+
+
+@triton.jit
+def pair(x, y, s_pos, bounds, N, M, K, D, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """s⁺ (K,), and bounds (3, PARTS) int32: −min s⁺ as an ordered integer, the bits of max ‖x‖ and max ‖y‖.
+
+    A single part begins as LOWEST; of several, each program writes its own, and who reads takes their maximum.
+    """
+    row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    _leave(bounds, 1, visible(_norm(x, row, row < N, D, BLOCK)), PARTS)
+    _leave(bounds, 2, visible(_norm(y, row, row < M, D, BLOCK)), PARTS)
+    on = row < K
+    s = similarities(x, row, y, row, on, D, BLOCK)
+    tl.store(s_pos + row, s, mask=on)
+    _leave(bounds, 0, tl.where(on, ordered(visible(-s)), LOWEST), PARTS)
+
+
+# ── copies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def copy(x, out, length, N, D, width, HALVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies (N, width) of rows, 0 beyond D.
+
+    HALVED: float16, times the power of two that suits the longest; `length` its bits.
+    """
+    row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = (row < N)[:, None]
+    u = tl.load(x.at + row[:, None] * x.row + at[None, :] * x.col, mask=here & (at < D)[None, :], other=0)
+    if HALVED:
+        u = (u * halving(length)).to(tl.float16)
+    tl.store(out + row[:, None] * width + at[None, :], u, mask=here & (at < width)[None, :])
+
+
+@triton.jit
+def scale_back(s, out, bounds, K, BLOCK: tl.constexpr):
+    """(K,) similarities of 16-bit copies, without the powers of two that `copy` multiplied by."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    by = unhalving(bounds)
+    tl.store(out + at, tl.load(s + at, mask=at < K, other=0) * by, mask=at < K)

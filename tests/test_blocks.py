@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 import goal
 import goal.distributed
+from goal.distributed.exchange import as_bytes, pack, unpack
 from goal.engine.backend import Backend
 from goal.engine.partials import Partial, finish, merge
 from goal.engine.statistics import Request, Statistics
@@ -248,3 +249,12 @@ def test_the_plan_names_the_kernels() -> None:
     plan = goal.explain(x, y, ranks=3, impl="triton")
     assert plan.impl == "triton"
     assert plan.ranks == 3
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_column_with_any_stride_is_sent(rows: int) -> None:
+    """PyTorch calls a single column contiguous whatever its stride, and yet does not view it as bytes."""
+    column = torch.arange(20.0).view(5, 4)[0, :rows].as_strided((rows, 1), (1, 7))
+    (back,) = unpack(pack(column), [column])
+    assert torch.equal(back, column)
+    assert torch.equal(as_bytes(column).view(torch.float32), column.clone(memory_format=torch.contiguous_format))

@@ -1,6 +1,7 @@
 """Where training code breaks: odd batches, odd numbers, autograd's corners, what is left alone and what is stored."""
 
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -866,9 +867,15 @@ def everything() -> list[Any]:
 SPACES: tuple[Any, ...] = ("plane", "sphere")
 
 
+@functools.cache
+def usually() -> list[Any]:
+    """What it is under the usual defaults, for all tests."""
+    return everything()
+
+
 @pytest.mark.parametrize("default", [torch.device("meta"), torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_torch_change_nothing(default: Any) -> None:
-    before = everything()
+    before = usually()
     device, dtype = torch.get_default_device(), torch.get_default_dtype()
     try:
         if isinstance(default, torch.device):

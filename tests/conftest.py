@@ -6,6 +6,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Tri
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of PyTorch: there is a worker for each core
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,23 @@ import goal
 
 settings.register_profile("deterministic", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("deterministic")
+
+# Files of few tests that take long, the longest first: begun last they would be waited for while other cores idle.
+LONG = ("distributed", "cli", "training_ranks", "compile_report", "lab_search", "interrupted", "compile")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist hands files out in the order below, not by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of most tests."""
+    sizes = Counter(item.path for item in items)
+    long = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: (long.get(item.path.name, len(LONG)), -sizes[item.path], str(item.path)))
 
 
 @pytest.fixture

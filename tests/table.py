@@ -1,14 +1,17 @@
 """The one table that drives the contract tests: every term, miner, similarity, reduction, ids and shape.
 
-`cases()` covers every combination of T × P × mining × similarity × reduction × ids once, and spreads the
-parameters and shapes over them. The inputs lie on a binary grid coarse enough that every dot product, squared
-norm and difference is exact in float64, in whatever order it is summed: a tie is a tie and no threshold is
-decided by rounding, so float64 results may be compared anchor by anchor, none left out.
+`cases()` is every combination of T × P × mining × similarity × reduction × ids once, with parameters and shapes
+spread over them. `covering()` is the small part of it that the suite runs unless it is asked for the full product
+(`pytest -m full`): what goes wrong where any three of the six meet goes wrong in one of its cases.
+
+The inputs lie on a binary grid coarse enough that every dot product, squared norm and difference is exact in float64,
+in whatever order it is summed: a tie is a tie and no threshold is decided by rounding, so float64 results may be
+compared anchor by anchor, none left out.
 """
 
 import random
 from collections.abc import Iterator, Mapping
-from itertools import product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,13 +122,54 @@ def _fits(shape: tuple[int, int, int], ids_case: str) -> bool:
 
 def cases() -> Iterator[Case]:
     """Every T × P × mining × similarity × reduction × ids, each with one choice of parameters and shape."""
-    combinations = product(_families(TERMS_T), _families(TERMS_P), _families(MINING), SIMILARITIES, REDUCTIONS, IDS)
-    for number, (Ts, Ps, minings, similarity, reduction, ids_case) in enumerate(combinations):
+    every = product(_families(TERMS_T), _families(TERMS_P), _families(MINING), SIMILARITIES, REDUCTIONS, IDS)
+    for number, (Ts, Ps, minings, similarity, reduction, ids_case) in enumerate(every):
         choose = random.Random(f"case {number}").choice
         shapes = [shape for shape in SHAPES if _fits(shape, ids_case)]
         (T, T_params), (P, P_params), (mining, mining_params) = choose(Ts), choose(Ps), choose(minings)
         shape = choose(shapes)
         yield Case(T, T_params, P, P_params, mining, mining_params, similarity, reduction, ids_case, shape)
+
+
+FACTORS = ("T", "P", "mining", "similarity", "reduction", "ids_case")
+Covered = set[tuple[tuple[str, Any], ...]]
+
+
+def covers(case: Case) -> Covered:
+    """What a case is an example of: values that meet in it.
+
+    Every three of the six factors, T × P × mining with the similarity, P × mining × similarity with the ids; and each
+    variant of a term with each shape, and with each layout of ids.
+    """
+    T = "con with a margin" if "margin" in case.T_params else case.T
+    factors = [("T", T), *((name, getattr(case, name)) for name in FACTORS[1:])]
+    of_T, P, mining, similarity, _, ids_case = factors
+    met: Covered = {*combinations(factors, 3), (of_T, P, mining, similarity), (P, mining, similarity, ids_case)}
+    variants = [(name, f"{getattr(case, name)}{getattr(case, f'{name}_params')}") for name in ("T", "P", "mining")]
+    return met | {(variant, other) for variant in variants for other in (("shape", case.shape), ids_case)}
+
+
+def covering() -> list[Case]:
+    """Few cases that cover what all do, in the order of `cases()`.
+
+    For each T × P × mining × similarity first the case that adds most, then whatever still adds something.
+    """
+    every = list(cases())
+    met = [covers(case) for case in every]
+    missing: Covered = set().union(*met)
+    taken: set[int] = set()
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, case in enumerate(every):
+        groups.setdefault((case.T, "margin" in case.T_params, case.P, case.mining, case.similarity), []).append(number)
+    for numbers in groups.values():
+        best = max(numbers, key=lambda number: len(met[number] & missing))
+        taken.add(best)
+        missing -= met[best]
+    for number in range(len(every)):
+        if met[number] & missing:
+            taken.add(number)
+            missing -= met[number]
+    return [every[number] for number in sorted(taken)]
 
 
 # ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────

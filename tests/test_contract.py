@@ -1,4 +1,7 @@
-"""The engine against the oracle and against the literature: every case of the table, on every path of the engine."""
+"""The engine against the oracle and against the literature: the cases of the table, on every path of the engine.
+
+The covering cases by default, the full product by `pytest -m full tests/test_contract.py`.
+"""
 
 import functools
 import itertools
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import Result, oracle, oracle_similarity, relative_similarities
-from table import INTEGRABLE, Case, Params, cases, make_inputs
+from table import INTEGRABLE, Case, Params, cases, covering, make_inputs
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -36,8 +39,10 @@ def group(case: Case) -> str:
     return f"{case.T}{margin}-{case.P}-{case.mining}-{case.similarity}"
 
 
-GROUPS = {name: list(of) for name, of in itertools.groupby(cases(), group)}
+GROUPS = {name: list(of) for name, of in itertools.groupby(covering(), group)}
+PRODUCT = {name: list(of) for name, of in itertools.groupby(cases(), group)}
 every_group = pytest.mark.parametrize("of", GROUPS.values(), ids=GROUPS)
+every_product = pytest.mark.parametrize("of", PRODUCT.values(), ids=PRODUCT)
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +122,7 @@ def check(case: Case) -> list[str]:
     return [f"{case.id}: {what}" for what in wrong]
 
 
-# ── every case of the table, in float64 to 1e-10 ────────────────────────────────────────────────────────
+# ── the cases of the table, in float64 to 1e-10 ─────────────────────────────────────────────────────────
 
 
 @every_group
@@ -125,8 +130,16 @@ def test_the_oracle_in_float64(of: list[Case]) -> None:
     assert [wrong for case in of for wrong in check(case)] == []
 
 
+@pytest.mark.full
+@every_product
+def test_the_full_product_in_float64(of: list[Case]) -> None:
+    assert [wrong for case in of for wrong in check(case)] == []
+
+
 def test_every_case_is_in_a_group() -> None:
-    assert sum(map(len, GROUPS.values())) == len(BY_ID) >= 2400
+    assert sum(map(len, PRODUCT.values())) == len(BY_ID) >= 2400
+    assert sum(map(len, GROUPS.values())) == len(covering())
+    assert GROUPS.keys() == PRODUCT.keys()
     assert len(GROUPS) == 240
 
 
@@ -139,13 +152,26 @@ def in_tiles(monkeypatch: pytest.MonkeyPatch, height: int) -> None:
     monkeypatch.setattr(eager, "tiles", lambda n, m: (slice(i, min(i + height, n)) for i in range(0, n, height)))
 
 
+HEIGHTS = dict(zip(BY_ID, itertools.cycle((1, 2, 3, 4, 5, 6, 7)), strict=False))  # 7: in step with no factor
+
+
+def check_in_small_tiles(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    wrong = []
+    for case in of:
+        in_tiles(monkeypatch, height=HEIGHTS[case.id])
+        wrong += check(case)
+    return wrong
+
+
 @every_group
 def test_the_oracle_in_small_tiles(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = []
-    for number, case in enumerate(of[::2]):  # both reductions, all layouts of ids
-        in_tiles(monkeypatch, height=(1, 3, 4, 7)[number % 4])
-        wrong += check(case)
-    assert wrong == []
+    assert check_in_small_tiles(of, monkeypatch) == []
+
+
+@pytest.mark.full
+@every_product
+def test_the_full_product_in_small_tiles(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_in_small_tiles(of, monkeypatch) == []
 
 
 # ── matrices ────────────────────────────────────────────────────────────────────────────────────────────
@@ -165,6 +191,16 @@ MATRIX_GROUPS = {name.removesuffix("-dot"): of for name, of in GROUPS.items() if
 
 @pytest.mark.parametrize("of", MATRIX_GROUPS.values(), ids=MATRIX_GROUPS)
 def test_a_matrix_against_the_oracle(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_matrices(of, monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("of", [of for name, of in PRODUCT.items() if name.endswith("-dot")], ids=MATRIX_GROUPS)
+def test_the_full_product_of_a_matrix(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    check_matrices(of, monkeypatch)
+
+
+def check_matrices(of: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     for case, height in itertools.product(of, (None, 2)):
         _, _, *rest = make_inputs(case, 0)
         named = dict(zip(("ids", "y_ids", "weight"), rest, strict=True))
@@ -449,7 +485,7 @@ def embeddings(rng: np.random.Generator, n: int, m: int, d: int, dtype: torch.dt
 
 @pytest.mark.parametrize("number", range(8))
 def test_the_dense_yardstick_is_the_oracle(number: int) -> None:
-    for case in list(BY_ID.values())[number::32]:
+    for case in covering()[number::8]:
         expected = truth(case.id)
         for actual, of in zip(dense(case, *tensors(*make_inputs(case, 0))), (expected.gx, expected.gy), strict=True):
             assert gap(actual, of) <= 1e-10, case.id
@@ -492,7 +528,7 @@ def on_a_grid(rng: np.random.Generator, n: int, m: int) -> tuple[Tensor, Tensor]
 def test_float32_sees_every_tie_that_float64_sees(of: list[Case]) -> None:
     """Where products are exact no anchor has to be left out."""
     rng = np.random.default_rng(0)
-    for case in of[::2]:
+    for case in of:
         x, y = on_a_grid(rng, 24, 19)
         gx, gy, _ = goal.gradients(x.float(), y.float(), **arguments(case))
         expected = dense(case, x, y)

@@ -1,7 +1,9 @@
 """Who imports whom, what is public, and what a plain `import goal` pulls in."""
 
 import ast
+import functools
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -35,7 +37,8 @@ KERNELS = {f"goal.{name}": path for name, path in modules(ROOT / "kernels").item
 MODULES = {name: path for name, path in modules(LIBRARY).items() if not name.startswith("goal.kernels")} | KERNELS
 
 
-def imports(path: Path) -> Iterator[tuple[str, str | None, bool]]:
+@functools.cache
+def imports(path: Path) -> list[tuple[str, str | None, bool]]:
     """(module, name imported from it or None, whether at the top level), wherever in the file they stand."""
     tree = ast.parse(path.read_text())
     lazy = {
@@ -44,12 +47,14 @@ def imports(path: Path) -> Iterator[tuple[str, str | None, bool]]:
         if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
         for inner in ast.walk(outer)
     }
+    found: list[tuple[str, str | None, bool]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None, node not in lazy) for alias in node.names)
+            found += [(alias.name, None, node not in lazy) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield from ((node.module or "", alias.name, node not in lazy) for alias in node.names)
+            found += [(node.module or "", alias.name, node not in lazy) for alias in node.names]
+    return found
 
 
 def known(path: Path) -> set[str]:
@@ -262,25 +267,37 @@ def test_something_is_outside() -> None:
 # ── importing ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_import_goal_is_light() -> None:
-    code = f"""
-import sys, torch, numpy
+IMPORTED = f"""
+import json, sys, torch, numpy
 before = set(sys.modules)
 import goal
 new = set(sys.modules) - before
-print([name for name in {HEAVY} if name in new])
+seen = {{"heavy": [name for name in {HEAVY} if name in new]}}
+for package in ("models", "lab"):
+    name = f"goal.{{package}}"
+    seen[package] = [name in sys.modules]
+    getattr(goal, package)
+    seen[package] += [name in sys.modules]
+print(json.dumps(seen))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What a fresh interpreter has imported, step by step."""
+    found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stderr == ""
+    seen: dict[str, Any] = json.loads(found.stdout)
+    return seen
+
+
+def test_import_goal_is_light(imported: dict[str, Any]) -> None:
+    assert imported["heavy"] == []
 
 
 @pytest.mark.parametrize("package", ["lab", "models"])
-def test_what_comes_when_it_is_asked_for(package: str) -> None:
-    name = f"goal.{package}"
-    code = f"import sys, goal; assert {name!r} not in sys.modules; {name}; print({name!r} in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert found.stdout.strip() == "True"
+def test_what_comes_when_it_is_asked_for(package: str, imported: dict[str, Any]) -> None:
+    assert imported[package] == [False, True]
 
 
 def test_no_package_of_ours_is_called_kernels() -> None:

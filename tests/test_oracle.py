@@ -4,7 +4,8 @@ In the comments a = ln 2 / 2 and b = ln 2 / 10, so that e^{2a} = e^{10b} = 2.
 """
 
 from collections import Counter
-from itertools import product
+from collections.abc import Iterable
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from table import (
     SIMILARITIES,
     TERMS_P,
     TERMS_T,
+    Case,
     cases,
+    covering,
     make_inputs,
 )
 
@@ -544,6 +547,45 @@ def test_table_covers_every_combination_once() -> None:
     assert set(seen.values()) == {1}
     assert len({c.id for c in CASES}) == len(CASES)
     assert [c.id for c in cases()] == [c.id for c in CASES]
+
+
+def factors(case: Case) -> tuple[Any, ...]:
+    T = (case.T, "margin" in case.T_params and case.T == "con")
+    return T, case.P, case.mining, case.similarity, case.reduction, case.ids_case
+
+
+def uncovered(some: Iterable[Case]) -> set[Any]:
+    """The values of any three factors, or of two sets of four, that never meet in these cases."""
+    Ts = {(T, "margin" in params and T == "con") for T, params in TERMS_T}
+    Ps, minings = ({name for name, _ in terms} for terms in (TERMS_P, MINING))
+    values, rows = (Ts, Ps, minings, SIMILARITIES, REDUCTIONS, IDS), [factors(case) for case in some]
+    missing: set[Any] = set()
+    for of in [*combinations(range(6), 3), (0, 1, 2, 3), (1, 2, 3, 5)]:
+        every = set(product(*(values[i] for i in of)))
+        missing |= {(of, one) for one in every - {tuple(row[i] for i in of) for row in rows}}
+    return missing
+
+
+def test_covering_cases_cover() -> None:
+    some = covering()
+    assert uncovered(some) == set()
+    assert some == covering()
+    assert len(some) < len(CASES) / 7
+    variants = [("T", "T_params", TERMS_T), ("P", "P_params", TERMS_P), ("mining", "mining_params", MINING)]
+    for name, params, terms in variants:
+        for term in terms:
+            chosen = [case for case in some if (getattr(case, name), getattr(case, params)) == term]
+            assert {case.shape for case in chosen} == set(SHAPES)
+            assert {case.ids_case for case in chosen} == set(IDS)
+
+
+def test_a_covering_case_is_missed() -> None:
+    some = covering()
+    alike = Counter(factors(case)[:4] for case in some)
+    alone = [number for number, case in enumerate(some) if alike[factors(case)[:4]] == 1]
+    assert len(alone) > 100
+    for number in alone[::10]:
+        assert uncovered(some[:number] + some[number + 1 :]), some[number].id
 
 
 def test_table_spreads_parameters_and_shapes() -> None:

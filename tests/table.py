@@ -138,13 +138,18 @@ Covered = set[tuple[tuple[str, Any], ...]]
 def covers(case: Case) -> Covered:
     """What a case is an example of: values that meet in it.
 
-    Every three of the six factors, T × P × mining with the similarity, P × mining × similarity with the ids; and each
-    variant of a term with each shape, and with each layout of ids.
+    Every three of the six factors, T × P × mining × similarity with and without ids, P × mining × similarity with each
+    layout of them; and each variant of a term with each shape, and with each layout of ids.
     """
     T = "con with a margin" if "margin" in case.T_params else case.T
     factors = [("T", T), *((name, getattr(case, name)) for name in FACTORS[1:])]
     of_T, P, mining, similarity, _, ids_case = factors
-    met: Covered = {*combinations(factors, 3), (of_T, P, mining, similarity), (P, mining, similarity, ids_case)}
+    with_ids = "ids", case.ids_case != "none"
+    met: Covered = {
+        *combinations(factors, 3),
+        (of_T, P, mining, similarity, with_ids),
+        (P, mining, similarity, ids_case),
+    }
     variants = [(name, f"{getattr(case, name)}{getattr(case, f'{name}_params')}") for name in ("T", "P", "mining")]
     return met | {(variant, other) for variant in variants for other in (("shape", case.shape), ids_case)}
 

@@ -1,6 +1,6 @@
 """The engine against the oracle and against the literature: the cases of the table, on every path of the engine.
 
-The covering cases by default, the full product by `pytest -m full tests/test_contract.py`.
+In float64 all; in tiles and as matrices the covering cases, and all by `pytest -m full tests/test_contract.py`.
 """
 
 import functools
@@ -125,14 +125,9 @@ def check(case: Case) -> list[str]:
 # ── the cases of the table, in float64 to 1e-10 ─────────────────────────────────────────────────────────
 
 
-@every_group
-def test_the_oracle_in_float64(of: list[Case]) -> None:
-    assert [wrong for case in of for wrong in check(case)] == []
-
-
-@pytest.mark.full
 @every_product
-def test_the_full_product_in_float64(of: list[Case]) -> None:
+def test_the_oracle_in_float64(of: list[Case]) -> None:
+    """All of them: a transposed mask of ids passes the covering cases."""
     assert [wrong for case in of for wrong in check(case)] == []
 
 

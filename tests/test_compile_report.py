@@ -93,6 +93,7 @@ print(json.dumps({
     "names": {arch: list(found) for arch, found in launched.items()},
     "kernels": sorted({f"{each.fn.fn.__module__}.{each.fn.__name__}" for each in launched[90].values()}),
     "scan": launched[90]["scan argmax tma bf16"][2:],
+    "pointers": launched[90]["scan argmax bf16"][2:],
     "warps": [launched[90]["scan lin tma bf16"].warps, launched[100]["scan lin tma bf16"].warps],
     "asked": [launch.tiling(Request(lin=True), "half", capability).warps for capability in ((9, 0), (10, 0))],
 }))
@@ -208,14 +209,18 @@ def test_every_kernel_that_is_launched_is_compiled(found: dict[str, Any]) -> Non
 
 def test_a_variant_is_what_a_launch_would_compile(found: dict[str, Any]) -> None:
     signature, constexprs, divisible, warps, _, elements, product = found["scan"]
-    height, width, depth = (constexprs[key] for key in ("HEIGHT", "WIDTH", "DEPTH"))
+    height, width, depth = constexprs["CUT"]
     assert signature["x"] == f"tensordesc<bf16[{height},{depth}]>"
     assert signature["y"] == f"tensordesc<bf16[{width},{depth}]>"
-    assert signature["s_pos"] == "*fp32"
-    assert signature["margin"] == "fp32"
-    assert (constexprs["TMA"], constexprs["INNER"], constexprs["x_col"]) == (True, False, 1)
-    assert {"N", "D", "s_pos", "x_row"} <= set(divisible)
-    assert not {"margin", "x_col"} & set(divisible)
+    assert signature["s_pos"] == ["*fp32", "*fp32"]
+    assert signature["numbers"] == ["fp32"] * 4
+    assert (constexprs["TMA"], constexprs["INNER"], constexprs["ids"]) == (True, False, None)
+    assert {"block.N", "block.D", "s_pos.rows", "block.row_offset"} <= set(divisible)
+    assert not {"numbers.margin", "ids"} & set(divisible)
+    signature, constexprs, divisible, *_ = found["pointers"]
+    assert signature["x"] == ["*bf16", "i32", "constexpr"]  # a pointer, a row's stride, and a column's, which is 1
+    assert constexprs["x.col"] == 1
+    assert {"x.at", "x.row"} <= set(divisible)
     assert elements == height * width / (32 * warps)
     assert product
 

@@ -321,7 +321,7 @@ def disagreement(group: Any) -> list[str]:
         "NaN": ({"y": y.clone().fill_(torch.nan)}, "y has a non-finite value"),
         "weight": ({"weight": -torch.ones(6)}, "weight must be finite"),
         "type": ({"x": x.int()}, "TypeError: x must have one of the dtypes"),
-        "impl": ({"impl": "triton"}, "impl='triton' cannot be used with group="),
+        "impl": ({"impl": "triton"}, "impl='triton' cannot be used here"),
     }
     for name, (change, text) in refused.items():
         arguments = {"x": x, "y": y, "group": group, **(change if last else {})}

@@ -480,7 +480,7 @@ def test_another_package_is_refused(deb: Path, tmp_path: Path) -> None:
 
 def test_only_tuxpaint_is_made_of_a_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "build", "emoji", "--package", "a.deb"]) == 2
-    assert "--package: emoji is not made from one, tuxpaint is" in capsys.readouterr().err
+    assert "--package must go with tuxpaint: emoji is not made from one" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_said_once(

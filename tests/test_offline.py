@@ -864,11 +864,11 @@ def test_what_killed_calls_have_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--memory", "inf"], "--memory: must be a finite number of gigabytes > 0, got inf"),
-        (["--memory", "nan"], "--memory: must be .* got nan"),
-        (["--memory", "-1"], "--memory: must be .* got -1"),
-        (["--memory", "0"], "--memory: must be .* got 0"),
-        (["--memory", "1e300"], "--memory: must be .* got 1e[+]300"),
+        (["--memory", "inf"], "--memory must be a finite number of gigabytes > 0, got inf"),
+        (["--memory", "nan"], "--memory must be .* got nan"),
+        (["--memory", "-1"], "--memory must be .* got -1"),
+        (["--memory", "0"], "--memory must be .* got 0"),
+        (["--memory", "1e300"], "--memory must be .* got 1e[+]300"),
         (["--save-every", "nan"], "--save-every.* got nan"),
         (["--save-every", "inf"], "--save-every.* got inf"),
         (["--save-every", "-1"], "--save-every.* got -1"),

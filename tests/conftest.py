@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -36,14 +37,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (long.get(item.path.name, len(LONG)), -sizes[item.path], str(item.path)))
 
 
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """Terms that a test registers are gone after it."""
+@contextmanager
+def kept_registries() -> Iterator[None]:
     kept = [(registry, dict(registry._definitions)) for registry in (goal.T, goal.P)]
     yield
     for registry, definitions in kept:
         registry._definitions.clear()
         registry._definitions.update(definitions)
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Terms that a test registers are gone after it."""
+    with kept_registries():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registries_of_a_file() -> Iterator[None]:
+    """And those of a file after that, such as what a search finds, which stays registered."""
+    with kept_registries():
+        yield
 
 
 @pytest.fixture(scope="module")

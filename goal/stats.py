@@ -9,6 +9,7 @@ from torch import Tensor
 
 from goal.engine.path import Seen
 from goal.engine.settings import Settings
+from goal.engine.weigh import weights_of
 
 
 class Stats(NamedTuple):
@@ -45,10 +46,7 @@ def stats(settings: Settings, seen: Seen) -> Stats:
         statistics = seen.miner.mine(settings)
     s_pos, (s_neg, index) = statistics.s_pos, statistics.selected
     has = s_neg != -torch.inf
-    weights = seen.weights
-    if weights is None:
-        stand_in = torch.where(has, s_neg, s_pos)
-        weights = settings.product.weights(s_pos, stand_in, settings.relative(statistics))
+    weights = weights_of(settings, statistics) if seen.weights is None else seen.weights
     t, p_pos, p_neg = (torch.where(has, _full(weight, s_neg), 0) for weight in weights)
     on_fallback = torch.zeros_like(has) if seen.fallback is None else seen.fallback
     return Stats(

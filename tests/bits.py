@@ -32,14 +32,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import Case, cases, make_inputs
 
 import goal
+import goal.candidates
 
 Call = tuple[str, dict[str, Any]]  # a name, and what came out: tensors by name
-MININGS = {
-    "hardest": goal.mining.hardest,
-    "semi-hard": goal.mining.semi_hard,
-    "all": goal.mining.all_negatives,
-    "selective": goal.mining.selective,
-}
+MININGS = goal.mining.RULES
 P_NAMES = ("con", "lin", "sig", "lin-ms", "sig-ms")
 
 
@@ -126,7 +122,7 @@ def objectives() -> Iterator[Call]:
             yield f"bank {mining} {P}", _backward(goal.Banked(objective, bank), x, y, ids)
             for made in ("interpolate", "mixup"):
                 torch.manual_seed(5)
-                augmented = _augmented()(objective, made, 2)
+                augmented = goal.candidates.Augmented(objective, made, 2)
                 yield f"{made} {mining} {P}", _backward(augmented, x, y, ids)
     model = torch.nn.Linear(16, 8)
     with torch.no_grad():
@@ -135,14 +131,6 @@ def objectives() -> Iterator[Call]:
     objective = goal.Objective(T="nca", P="lin-ms", mining="selective")
     step = goal.cached_step(model, model, (x, y), objective, chunk=7)
     yield "cached step", {"value": step.loss, "weight": model.weight.grad, "bias": model.bias.grad}
-
-
-def _augmented() -> Any:
-    try:
-        from goal.candidates import Augmented
-    except ImportError:
-        from goal.augment import Augmented
-    return Augmented
 
 
 def kernels() -> Iterator[Call]:

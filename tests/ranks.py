@@ -32,12 +32,7 @@ from goal.similarity import Dot
 
 WORLD = 4
 MEMBERS = {1: [1], 2: [1, 3], 3: [0, 2, 3], 4: [0, 1, 2, 3]}  # ranks of the world in the group of each size
-MININGS: dict[str, Callable[..., Any]] = {
-    "hardest": goal.mining.hardest,
-    "semi-hard": goal.mining.semi_hard,
-    "all": goal.mining.all_negatives,
-    "selective": goal.mining.selective,
-}
+MININGS = goal.mining.RULES
 
 
 class Job(NamedTuple):

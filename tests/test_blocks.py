@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.multiprocessing as mp
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -18,6 +20,7 @@ from goal.engine.partials import Partial, finish, merge
 from goal.engine.statistics import Request, Statistics
 from goal.engine.types import Block, Dense, Masks, Mined, Pairs
 from goal.kernels import launch
+from goal.kernels.bits import reach_of, threshold, tie_of
 from goal.similarity import Dot
 from goal.terms import Product
 
@@ -125,6 +128,21 @@ def test_the_half_precision_scan_of_blocks(dtype: torch.dtype, monkeypatch: pyte
         torch.testing.assert_close(found.r_neg_exp, whole.r_neg_exp, rtol=1e-5, atol=1e-6)
 
 
+@triton.jit
+def _limits_of_kernels(bounds, out, slack):
+    tl.store(out, threshold(bounds))
+    tl.store(out + 1, tie_of(reach_of(bounds), slack))
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 3e-3, 1.0, 7.0, 1e3, 1e30])
+def test_blocks_are_merged_by_the_limits_that_kernels_reduce_by(length: float) -> None:
+    x, y, _ = batch(20, 20, False).whole
+    pairs = launch.pair(length * x, y, 20)
+    out = torch.empty(2)
+    _limits_of_kernels[(1,)](pairs.bounds, out, launch._slack(24))
+    assert list(launch.limits(pairs.bounds, 24)) == out.tolist()
+
+
 def dense_of(of: Batch, P: str, every: bool) -> Dense:
     product = Product(goal.T.cir(), goal.P[P]())
     share = torch.rand(2, of.whole.masks.pairs, generator=torch.Generator().manual_seed(1))
@@ -213,8 +231,8 @@ def _rank(rank: int, folder: str) -> None:
                 objective = goal.Objective(T="cir", P=P, mining=mining, group="world", **rest)
                 loss = objective(a, b, ids[own])
                 (1.5 * loss).backward()
-                index = None if mining == "all" and exchange == "ring" else objective.stats.index
-                found[exchange, mining, P] = loss.detach(), a.grad, b.grad, index
+                stats = None if mining == "all" and exchange == "ring" else objective.stats
+                found[exchange, mining, P] = loss.detach(), a.grad, b.grad, stats
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -235,13 +253,17 @@ def test_ranks_on_kernels_are_one_process_on_kernels(tmp_path: Path) -> None:
         loss = objective(a, b, ids)
         (1.5 * loss).backward()
         for exchange in ("gather", "ring"):
-            values, gx, gy, index = zip(*(each[exchange, mining, P] for each in ranks), strict=True)
+            values, gx, gy, stats = zip(*(each[exchange, mining, P] for each in ranks), strict=True)
             assert len({value.item() for value in values}) == 1, "the value is the same bits on all ranks"
             torch.testing.assert_close(values[0].double(), loss.detach(), rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(torch.cat(gx).double(), a.grad, rtol=1e-4, atol=2e-7)
             torch.testing.assert_close(torch.cat(gy).double(), b.grad, rtol=1e-4, atol=2e-7)
-            if index[0] is not None:
-                assert torch.equal(torch.cat(index, 1), objective.stats.index)
+            if stats[0] is None:
+                continue
+            assert torch.equal(torch.cat([each.index for each in stats], 1), objective.stats.index)
+            for name in ("s_neg", "T", "P_pos", "P_neg"):
+                shown, right = torch.cat([getattr(each, name) for each in stats], 1), getattr(objective.stats, name)
+                torch.testing.assert_close(shown.double(), right, rtol=1e-4, atol=1e-6)
 
 
 def test_the_plan_names_the_kernels() -> None:

@@ -26,12 +26,7 @@ from goal.similarity import Dot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MININGS: dict[str, Callable[..., Any]] = {
-    "hardest": goal.mining.hardest,
-    "semi-hard": goal.mining.semi_hard,
-    "all": goal.mining.all_negatives,
-    "selective": goal.mining.selective,
-}
+MININGS = goal.mining.RULES
 
 
 def group(case: Case) -> str:

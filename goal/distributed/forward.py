@@ -33,7 +33,7 @@ from goal.engine.path import Outcome, Seen, pulled_back, weighed_by
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
 from goal.engine.types import Block, Gradients, Masks, Needs, Pairs
-from goal.engine.weigh import Weighed, share_of
+from goal.engine.weigh import Weighed, share_of, weights_of
 
 
 def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) -> Outcome:
@@ -106,15 +106,14 @@ def _described(settings: Settings, does: Backend) -> dict[str, object]:
 
 def _seen(spread: Spread, weighed: Weighed, own: Statistics | None, statistics: Statistics | None, blocks: Any) -> Seen:
     """What `Stats` shows of the own anchors."""
-    here, s_pos, weights, settings = spread.here, spread.pairs.s_pos, weighed.weights, spread.settings
+    here, weights = spread.here, weighed.weights
     if weights is None and statistics is not None:  # R⁺ is over all pairs: not to be made again from the own ones
-        stand_in = torch.where(statistics.s_neg == -torch.inf, s_pos, statistics.s_neg)
-        weights = settings.product.weights(s_pos, stand_in, settings.relative(statistics))
+        weights = weights_of(spread.settings, statistics)
     if weights is not None:
         own_ones = (one[..., here] if isinstance(one, Tensor) and one.dim() else one for one in weights)
         weights = type(weights)(*own_ones)
     fallback = None if weighed.fallback is None else weighed.fallback[:, here]
-    return Seen(s_pos[here], own, weights, fallback, blocks)  # the last keeps all rows alive
+    return Seen(spread.pairs.s_pos[here], own, weights, fallback, blocks)  # the last keeps all rows alive
 
 
 def _shared(spread: Spread, own: Statistics) -> Statistics:

@@ -64,11 +64,6 @@ def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Lim
     return Limits(-least - BAND, 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * size)
 
 
-def s_pos(similarity: Dot, x: Tensor, y: Tensor, pairs: int) -> Tensor:
-    """(K,) similarity of each pair."""
-    return similarity.pairs(x[:pairs], y[:pairs], None, None)
-
-
 def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Statistics:
     """The mining stage over a whole batch: what `finish` makes of `mine`.
 

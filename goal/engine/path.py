@@ -160,8 +160,9 @@ def emit_blocks(
     if mined is not None:
         for block, (rows, cols) in blocks:
             wanted = needs[0] and rows, needs[1] and cols
-            at_x, at_y = operators.mined_emit(does, block, mined, incoming, wanted)
-            gx, gy = total(gx, at_x), total(gy, at_y)
+            if any(wanted):
+                at_x, at_y = operators.mined_emit(does, block, mined, incoming, wanted)
+                gx, gy = total(gx, at_x), total(gy, at_y)
     return gx, gy
 
 

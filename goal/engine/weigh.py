@@ -61,6 +61,13 @@ def weigh(settings: Settings, masks: Masks, pairs: Pairs, statistics: Statistics
     return weighed
 
 
+def weights_of(settings: Settings, statistics: Statistics) -> Weights:
+    """T and P± of all anchors at the negatives that mining selects; at s⁺ where an anchor has none."""
+    s_pos, (s_neg, _) = statistics.s_pos, statistics.selected
+    stand_in = torch.where(s_neg == -torch.inf, s_pos, s_neg)
+    return settings.product.weights(s_pos, stand_in, settings.relative(statistics))
+
+
 def _mined(
     settings: Settings,
     masks: Masks,

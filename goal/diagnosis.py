@@ -285,7 +285,7 @@ def read(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file.")
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or half a line
     rows = []
     for number, line in enumerate(lines):

@@ -26,7 +26,6 @@ Array = Tensor | NDArray[Any]
 Labels = Array | Sequence[int] | Sequence[str]
 Scores = Callable[[slice], Tensor]  # rows of queries -> (rows, candidates)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CUTOFFS = (1, 5, 10)
 _CANDIDATES = 4096  # scored at once; bounds the working memory of order embeddings
 
@@ -146,7 +145,7 @@ def evaluate(
     Source: the protocol of Karpathy and Fei-Fei (2015) and VSE++ (Faghri et al., 2018); ties made explicit.
     """
     x, y = _embeddings("x (images)", x), _embeddings("y (captions)", y)
-    _check_fit(x, y)
+    validation.check_comparable(x, y)
     if not leave_one_out:
         _warn_of_one_set(x, y)
     owner, metric = _owners(image_of, len(x), len(y), leave_one_out).to(x.device), bind(similarity)
@@ -154,7 +153,7 @@ def evaluate(
     def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
         return _pair_scores(x[images], y[captions], metric)
 
-    with torch.inference_mode(), _exact_float32(x.device):
+    with torch.inference_mode(), exact_float32(x.device):
         return _evaluate(scores, owner, len(x), folds, chunk, leave_one_out)
 
 
@@ -173,7 +172,7 @@ def evaluate_similarity(
     >>> evaluate_similarity(np.array([[0.9, 0.2], [0.3, 0.1]])).i2t_ranks
     array([1, 2])
     """
-    matrix = _matrix("S", S)
+    matrix = validation.similarity_matrix(floating("S", S))
     owner = _owners(image_of, len(matrix), matrix.shape[1], leave_one_out).to(matrix.device)
 
     def scores(images: Tensor, captions: Tensor) -> tuple[Scores, Scores]:
@@ -230,7 +229,7 @@ def map_at_all(
     Source: Zhen et al., Deep Supervised Cross-modal Retrieval (2019), §4.2, with ties made explicit.
     """
     x, y = _embeddings("x", x), _embeddings("y", y)
-    _check_fit(x, y)
+    validation.check_comparable(x, y)
     codes = _codes(_labels("x_labels", x_labels, len(x)), _labels("y_labels", y_labels, len(y))).to(x.device)
     rows = torch.arange(max(len(x), len(y)), device=x.device)
     x_side, y_side = _Side("x", rows[: len(x)], codes[: len(x)]), _Side("y", rows[: len(y)], codes[len(x) :])
@@ -242,7 +241,7 @@ def map_at_all(
     else:
         _warn_of_one_set(x, y)
     metric, chunk = bind(similarity), validation.whole_number("chunk", chunk)
-    with torch.inference_mode(), _exact_float32(x.device):
+    with torch.inference_mode(), exact_float32(x.device):
         x2y, y2x = _pair_scores(x, y, metric)
         x2y_ap = 100 * _average_precision(x2y, x_side, y_side, chunk, leave_one_out)
         y2x_ap = 100 * _average_precision(y2x, y_side, x_side, chunk, leave_one_out)
@@ -378,7 +377,7 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Products in float32 proper: no autocast, no TF32, no bfloat16, whatever the training loop has set."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -413,14 +412,11 @@ def floating(name: str, value: Any, first: int = 0) -> Tensor:
     torch.Size([2, 3])
     """
     tensor = validation.dense(name, value if isinstance(value, Tensor) else _from_array(name, value, first))
-    if tensor.dtype not in _FLOATS:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}; allowed are {allowed}.")
-    return tensor.detach()
+    return validation.floating(name, tensor).detach()
 
 
 def _from_array(name: str, value: Any, first: int) -> Tensor:
-    array = _array(name, value, first)
+    array = validation.as_array(name, value, first)
     if array.dtype.kind not in "iufcb":
         kind = "" if isinstance(value, np.ndarray) else f"{type(value).__name__} of "
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {kind}{array.dtype}.")
@@ -435,40 +431,14 @@ def _from_array(name: str, value: Any, first: int) -> Tensor:
         raise TypeError(f"{name} must be floating point of at most 64 bits, got {array.dtype}.") from None
 
 
-def _array(name: str, value: Any, first: int = 0) -> NDArray[Any]:
-    """A NumPy array of any kind, of which nothing is masked."""
-    if isinstance(value, np.ma.MaskedArray) and value.ndim and np.ma.is_masked(value):
-        row = first + int(np.ma.getmaskarray(value).reshape(len(value), -1).any(1).argmax())
-        raise ValueError(f"{name} must not be masked, but row {row} is: leave such rows out, or fill them.")
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # uneven rows, tensors with gradients in a list
-        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}: {error}") from None
-
-
-def _matrix(name: str, value: Array) -> Tensor:
-    """A floating-point matrix with at least one row and column, detached."""
-    tensor = floating(name, value)
-    if tensor.ndim != 2 or 0 in tensor.shape:
-        raise ValueError(f"{name} must be a matrix with rows and columns, got shape {tuple(tensor.shape)}.")
-    return tensor
-
-
 def _embeddings(name: str, value: Array) -> Tensor:
     """(N, D) finite float32."""
-    rows = _matrix(name, value).float()
+    rows = validation.matrix(name, floating(name, value), "(N, D)").float()
     finite = rows.isfinite().all(1)
     if not finite.all():
         row, bad = int(finite.byte().argmin()), int((~finite).sum())
         raise ValueError(f"{name} must be finite in float32, but row {row} (the first of {bad}) has NaN or inf.")
     return rows
-
-
-def _check_fit(x: Tensor, y: Tensor) -> None:
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"x and y must have equal width, got shapes {tuple(x.shape)} and {tuple(y.shape)}.")
-    if x.device != y.device:
-        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}.")
 
 
 def _check_one_set(n: int, m: int) -> None:
@@ -525,7 +495,7 @@ def _labels(name: str, value: Labels, n: int) -> list[int] | list[str]:
             raise TypeError(f"{name} must be integers or strings, got {value.dtype}.")
         value = value.numpy()
     if hasattr(value, "__array__"):
-        array = _array(name, value)
+        array = validation.as_array(name, value)
         if array.shape != (n,):
             raise ValueError(f"{name} must have shape ({n},), one per row, got {array.shape}.")
         if array.dtype.kind not in "iuUTO":

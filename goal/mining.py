@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,10 +25,15 @@ class Mining:
     margin: float | None = None
     eps: float | None = None
 
-    def __repr__(self) -> str:
+    @property
+    def params(self) -> dict[str, float | bool]:
+        """The parameters of its rule."""
         given = {"margin": self.margin, "eps": self.eps, "average": self.average if self.name == "all" else None}
-        shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-        return f"mining.{ {'all': 'all_negatives'}.get(self.name, self.name.replace('-', '_')) }({shown})"
+        return {name: value for name, value in given.items() if value is not None}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value}" for name, value in self.params.items())
+        return f"mining.{RULES[self.name].__name__}({shown})"
 
 
 def hardest() -> Mining:
@@ -94,6 +100,11 @@ RULES: dict[str, Callable[..., Mining]] = {
     "all": all_negatives,
     "selective": selective,
 }
+
+
+def defaults(name: str) -> dict[str, float | bool]:
+    """The parameters of a rule, as they are where nobody sets them."""
+    return {key: parameter.default for key, parameter in inspect.signature(RULES[name]).parameters.items()}
 
 
 def bind(mining: str | Mining) -> Mining:

@@ -1,7 +1,41 @@
-"""Names of terms, rules and settings: one spelling, and one error for a name that nobody registered."""
+"""Names of terms, rules and settings: one spelling, one text with parameters, one error for a name that is unknown."""
+
+from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Value = float | bool | None
+
+
+@dataclass(frozen=True)
+class Named:
+    """A name and its parameters, those that are not at their defaults, in the order of their definition.
+
+    >>> str(Named.of("sig", {"alpha": 2.0, "beta": 20.0}, {"alpha": 2.0, "beta": 10.0}))
+    'sig(beta=20)'
+    """
+
+    name: str
+    parameters: tuple[tuple[str, Value], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Value], defaults: Mapping[str, Value]) -> Named:
+        """Without the values that are defaults."""
+        off = ((key, values[key]) for key, default in defaults.items() if key in values and values[key] != default)
+        return cls(name, tuple(off))
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{name}={_literal(value)}" for name, value in self.parameters)
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def _literal(value: Value) -> str:
+    """A value as it is written, which reads back to the same."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(float(value)).removesuffix(".0")
 
 
 def spell(name: str) -> str:

@@ -15,6 +15,7 @@ from goal.engine.call import Arguments
 from goal.engine.path import Seen
 from goal.engine.settings import Settings
 from goal.functional import run
+from goal.names import Named
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -112,6 +113,14 @@ class Objective(nn.Module):
             return stats(*self._seen)
 
     def extra_repr(self) -> str:
+        """The objective as `goal.objective` reads it, without what is at its default."""
         s = self.settings
-        ranks = "" if self.ranks is None else f", over ranks by {self.ranks.exchange}"
-        return f"{s.product.T} × {s.product.P}, {s.mining}, {s.reduction}, {s.similarity.name}{ranks}"
+        T, P = (Named.of(term.name, term.params, term.definition.defaults) for term in (s.product.T, s.product.P))
+        rule = Named.of(s.mining.name, s.mining.params, mining.defaults(s.mining.name))
+        axes = (
+            (rule != Named("hardest"), str(rule)),
+            (s.similarity.name != "dot", f"similarity={s.similarity.name}"),
+            (s.reduction != "mean", f"reduction={s.reduction}"),
+        )
+        spec = " | ".join([f"{T} × {P}", *(text for changed, text in axes if changed)])
+        return spec if self.ranks is None else f"{spec}, over ranks by {self.ranks.exchange}"

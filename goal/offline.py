@@ -41,7 +41,7 @@ from goal.data.files import (
     write_atomically,
 )
 from goal.data.terminal import bar
-from goal.evaluation import _exact_float32, floating
+from goal.evaluation import exact_float32, floating
 from goal.similarity import Dot, bind
 
 BLOCK = 4096  # rows of y read at once, and in one file of what is known so far
@@ -119,7 +119,7 @@ def search(
             raise TypeError(f"y_ids must be integers, one for each row of the stream, got {type(y_ids).__name__}.")
         others = validation.identity("y_ids", y_ids, len(y_ids), "the stream", x.device)
     keys, first = _no_keys(len(x), k, x.device), 0
-    with torch.inference_mode(), _exact_float32(x.device):
+    with torch.inference_mode(), exact_float32(x.device):
         queries = _Rows(scan.measure.embed(_float32("x", x, 0, x.shape[1], x.device)), own, 0)
         for block in blocks:
             found = _float32("the stream", block, first, x.shape[1], x.device)
@@ -202,7 +202,7 @@ def mine(
     rows = _rows_in(memory, n, m, d, k)
     exists = f"out: {str(out)!r} exists. Delete it, or choose another."
     folder = path.with_name(f"{path.name}.partial")
-    with _workplace(folder), torch.inference_mode(), _exact_float32(device):
+    with _workplace(folder), torch.inference_mode(), exact_float32(device):
         if not (folder / "job.json").exists():
             _clear(folder)  # what a call has left that was stopped before its first line or at its last
             if path.exists():

@@ -209,7 +209,7 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
     Example:
         >>> import goal
         >>> goal.recipe("vse++", reduction="mean")
-        Objective(T.con(margin=0.2) × P.con(), mining.hardest(), mean, dot)
+        Objective(con(margin=0.2) × con)
     """
     if not isinstance(name, str) or name not in _RECIPES:
         raise unknown("name", name, recipes())

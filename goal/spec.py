@@ -24,32 +24,19 @@ from torch import nn
 
 from goal import mining, similarity, terms
 from goal.engine.settings import REDUCTIONS
-from goal.names import nearest, spell, unknown
+from goal.names import Named, Value, nearest, spell, unknown
 from goal.objective import Objective
 from goal.recipes import recipe as published
 from goal.recipes import recipes
 from goal.validation import check_bool, check_number
 
 R = TypeVar("R")
-Value = float | bool | None
 
 _NAME = re.compile(r"[\w+-]+")
 _VALUE = re.compile(r"[^\s,()|=×*:]+")
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 _CONTEXT = 40  # characters of a long text that an error shows on either side of the place
 _FOUND = "found-"  # how the terms begin that `goal.lab.discover` spells by their names
-
-
-@dataclass(frozen=True)
-class Named:
-    """A name and its parameters, those that are not at their defaults, in the order of their definition."""
-
-    name: str
-    parameters: tuple[tuple[str, Value], ...] = ()
-
-    def __str__(self) -> str:
-        inside = ", ".join(f"{name}={_literal(value)}" for name, value in self.parameters)
-        return f"{self.name}({inside})" if inside else self.name
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,7 +163,7 @@ class Spec:
             ValueError, TypeError: an argument that the text sets, or that is not known.
 
         >>> parse("vse++ | reduction=mean").build(check_finite=False)
-        Objective(T.con(margin=0.2) × P.con(), mining.hardest(), mean, dot)
+        Objective(con(margin=0.2) × con)
         """
         axes = {name: member(name, call.name).make(**dict(call.parameters)) for name, call in self.axes}
         if twice := [name for name in rest if name in axes or (name in ("T", "P") and self.recipe is None)]:
@@ -283,8 +270,7 @@ def _rule(name: str) -> Member:
     if spell(name) not in mining.RULES:
         raise unknown("mining", name, list(mining.RULES))
     make = mining.RULES[spell(name)]
-    defaults = {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
-    return Member(spell(name), f"goal.mining.{make.__name__}", defaults, make)
+    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make)
 
 
 def _similarity(name: str) -> Member:
@@ -374,20 +360,12 @@ def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
         else:
             checked[key] = check_number(its.owner, key, value)
     its.make(**checked)
-    off = ((key, checked[key]) for key, default in its.defaults.items() if key in checked and checked[key] != default)
-    return Named(its.name, tuple(off))
+    return Named.of(its.name, checked, its.defaults)
 
 
 def _no_parameter(owner: str, name: object, known: Sequence[str]) -> ValueError:
     listed = ", ".join(dict.fromkeys(known)) or "none"
     return ValueError(f"{owner} has no parameter {name!r}.{nearest(name, known)} Known: {listed}.")
-
-
-def _literal(value: Value) -> str:
-    """A value as it is written, which reads back to the same."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return repr(float(value)).removesuffix(".0")
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────

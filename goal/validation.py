@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._C import _functorch
 
@@ -26,11 +27,16 @@ _LIMIT = 2**63  # identities are sent, kept and written as int64
 def embeddings(x: object, y: object, meta: bool = False) -> tuple[Tensor, Tensor]:
     """x (N, D) and y (M, D) as tensors that belong together; `meta` says that shapes without values will do."""
     x, y = matrix("x", x, "(N, D)", meta), matrix("y", y, "(M, D)", meta)
+    check_comparable(x, y)
+    return x, y
+
+
+def check_comparable(x: Tensor, y: Tensor) -> None:
+    """Rows that a similarity can compare: of one width, on one device."""
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same D, got x {tuple(x.shape)} and y {tuple(y.shape)}.")
     if x.device != y.device:
         raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}.")
-    return x, y
 
 
 def similarity_matrix(s: object) -> Tensor:
@@ -39,19 +45,24 @@ def similarity_matrix(s: object) -> Tensor:
 
 
 def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
-    """A dense floating-point matrix under its argument's name."""
+    """A dense floating-point matrix under its argument's name, with at least one row and one column."""
     if not isinstance(value, Tensor):
         hint = f": torch.as_tensor({name}) makes one" if type(value) in (np.ndarray, list, tuple) else ""
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}{hint}.")
-    value = dense(name, value, meta)
-    if value.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {known}, got {value.dtype}.")
+    value = floating(name, dense(name, value, meta))
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
     if 0 in value.shape:
         raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(value.shape)}.")
     return value
+
+
+def floating(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it is of a floating-point dtype that PyTorch computes in."""
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}.")
+    return tensor
 
 
 def dense(name: str, tensor: Tensor, meta: bool = False) -> Tensor:
@@ -119,7 +130,7 @@ def _integers(name: str, value: object, side: str) -> Tensor:
     """Integers that came as no tensor, as one on the CPU."""
     what = f"{name} must be integers, one for each row of {side}"
     if hasattr(value, "__array__"):  # an array, or a column of a table
-        array = _array(what, value)
+        array = as_array(name, value)
         if array.dtype.kind in "iu":
             if array.dtype.kind == "u" and (array >= _LIMIT).any():
                 row = int((array >= _LIMIT).argmax())
@@ -160,15 +171,20 @@ _ADVICE = {  # by the letter that NumPy has for a kind of dtype
 }
 
 
-def _array(what: str, value: object) -> np.ndarray[Any, Any]:
-    """An array, or what NumPy makes of a column; in memory's own order of bytes or not."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what}: {error}") from None
+def as_array(name: str, value: object, first: int = 0) -> NDArray[Any]:
+    """An array, or what NumPy makes of a column, in either byte order, of which nothing is masked.
+
+    Args:
+        first: the number of the first row, for errors.
+    """
     if np.ma.is_masked(value):
-        raise ValueError(f"{what}, got an array of which entries are masked: leave them out.")
-    return array
+        masked = np.atleast_1d(np.ma.getmaskarray(np.ma.asarray(value)))
+        row = first + int(masked.reshape(len(masked), -1).any(1).argmax())
+        raise ValueError(f"{name} must not be masked, but row {row} is: leave such rows out, or fill them.")
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # uneven rows, tensors with gradients in a list
+        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}: {error}") from None
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -200,7 +216,7 @@ def _reals(value: object) -> Tensor:
     """Numbers that came as no tensor, as one on the CPU, in float64 unless they came in less."""
     what = "weight must be numbers, one for each pair"
     if hasattr(value, "__array__"):
-        array = _array(what, value)
+        array = as_array("weight", value)
         if array.dtype.kind not in "iufO":
             raise TypeError(f"{what}, got dtype {array.dtype}.")
         if array.dtype.kind != "O":

@@ -55,7 +55,7 @@ def test_clips_are_read_as_written(tmp_path: Path, ending: str) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": None}, "no array 'labels'; it holds audio, visual"),
     ({"audio": np.zeros((6, 4), np.int32)}, "audio must be floating point, got int32"),
-    ({"audio": np.zeros((6, 10, 4))}, r"audio must be \(n, D\), not empty, got \(6, 10, 4\); average over a time axis"),
+    ({"audio": np.zeros((6, 10, 4))}, r"audio must be \(n, D\), not empty, got \(6, 10, 4\); average over time first"),
     ({"visual": np.zeros((0, 5))}, r"visual must be \(n, D\), not empty"),
     ({"audio": np.zeros((5, 4))}, "one of each, got 5 audio, 6 visual, 6 labels"),
     ({"labels": np.arange(5)}, "6 visual, 5 labels"),

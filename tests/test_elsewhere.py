@@ -156,8 +156,8 @@ def test_a_name_stays_in_its_root(name: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for command in ("train", "sweep", "discover"):
         assert cli.main([command, *FEW, f"--name={name}"]) == 2
-        assert "name: must name one folder" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="name: must name one folder"):
+        assert "name must name one folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="name must name one folder"):
         Sweep(name=name)
     assert not list(tmp_path.iterdir())
 

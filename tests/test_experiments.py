@@ -161,10 +161,10 @@ def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest
     options = argparse.Namespace(data="emoji", epochs=3, limit=None)
     shown = [str(config.build_objective()) for config in hinges.configs(options, 1.0)]
     assert shown == [
-        "Objective(T.con(margin=0.2) × P.con(), mining.all_negatives(average=False), sum, dot)",
-        "Objective(T.con(margin=0.2) × P.con(), mining.hardest(), sum, dot)",
-        "Objective(T.con(margin=0.05) × P.con(), mining.all_negatives(average=False), sum, order)",
-        "Objective(T.con(margin=0.2) × P.con(), mining.hardest(), sum, order)",
+        "Objective(con(margin=0.2) × con | all(average=false) | reduction=sum)",
+        "Objective(con(margin=0.2) × con | reduction=sum)",
+        "Objective(con(margin=0.05) × con | all(average=false) | similarity=order | reduction=sum)",
+        "Objective(con(margin=0.2) × con | similarity=order | reduction=sum)",
     ]
 
 

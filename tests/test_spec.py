@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from table import covering
 
 import goal
 from goal import spec
-from goal.spec import AXES, Named, Spec, parse, split
+from goal.names import Named
+from goal.spec import AXES, Spec, parse, split
 
 # ── what is read ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -53,7 +55,29 @@ def test_a_text_is_read_printed_and_built(text: str, canonical: str, built: str)
     found = parse(text)
     assert str(found) == repr(found) == canonical
     assert parse(canonical) == found
-    assert repr(goal.objective(text)) == f"Objective({built})"
+    objective: Any = goal.objective(text)
+    settings = objective.settings
+    product = f"{settings.product.T} × {settings.product.P}"
+    assert f"{product}, {settings.mining}, {settings.reduction}, {settings.similarity.name}" == built
+    again: Any = goal.objective(repr(objective).removeprefix("Objective(").removesuffix(")"))
+    assert again.settings == settings
+
+
+def test_an_objective_prints_as_its_text() -> None:
+    made = goal.Objective(T=goal.T.cir(tau=5.0), P="lin-ms", mining=goal.mining.semi_hard(margin=0.3))
+    assert repr(made) == "Objective(cir(tau=5) × lin-ms | semi-hard(margin=0.3))"
+    assert repr(goal.recipe("vse++")) == "Objective(con(margin=0.2) × con | reduction=sum)"
+    assert repr(goal.objective("vse++ | reduction=mean")) == "Objective(con(margin=0.2) × con)"
+    for case in covering():
+        objective = goal.Objective(
+            T=goal.T[case.T](**case.T_params),
+            P=goal.P[case.P](**case.P_params),
+            mining=goal.mining.RULES[case.mining](**case.mining_params),
+            similarity=case.similarity,
+            reduction=case.reduction,
+        )
+        again: Any = goal.objective(objective.extra_repr())
+        assert again.settings == objective.settings, objective
 
 
 def test_yardsticks_have_parameters() -> None:

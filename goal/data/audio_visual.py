@@ -70,27 +70,27 @@ def clips(folder: str | Path, split: str) -> Clips:
     found = {ending: path for ending in ENDINGS if os.path.lexists(path := folder / f"{split}{ending}")}
     if not found:
         known = sorted({path.stem for path in folder.glob("*") if path.suffix in ENDINGS})
-        raise ValueError(f"split: {folder} has no {split}.npz, .h5 or .hdf5; known: {', '.join(known) or 'none'}")
+        raise ValueError(f"split: {folder} has no {split}.npz, .h5 or .hdf5; known: {', '.join(known) or 'none'}.")
     if len(found) > 1:
-        raise ValueError(f"{folder}: {' and '.join(path.name for path in found.values())} both exist, keep one")
+        raise ValueError(f"{folder}: {' and '.join(path.name for path in found.values())} both exist, keep one.")
     ((ending, path),) = found.items()
     check_file(path)
     arrays = read_npz(path) if ending == ".npz" else read_hdf5(path)
     for name in FIELDS:
         if name not in arrays:
-            raise ValueError(f"{path}: no array {name!r}; it holds {', '.join(sorted(arrays)) or 'none that is read'}")
+            raise ValueError(f"{path}: no array {name!r}; it holds {', '.join(sorted(arrays)) or 'none that is read'}.")
     audio, visual = (checked_features(path, name, arrays[name]) for name in ("audio", "visual"))
     labels = arrays["labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         hint = NUMBERING if labels.dtype.kind in "US" else ""
-        raise ValueError(f"{path}: labels must be (n,) integers, got {labels.shape} {labels.dtype}{hint}")
+        raise ValueError(f"{path}: labels must be (n,) integers, got {labels.shape} {labels.dtype}{hint}.")
     if not len(audio) == len(visual) == len(labels):
         counts = f"{len(audio)} audio, {len(visual)} visual, {len(labels)} labels"
-        raise ValueError(f"{path}: every clip has one of each, got {counts}")
+        raise ValueError(f"{path}: every clip has one of each, got {counts}.")
     beyond = labels > np.iinfo(np.int64).max
     if beyond.any():
         row = int(beyond.argmax())
-        raise ValueError(f"{path}: row {row} of labels is {labels[row]}, they must fit int64")
+        raise ValueError(f"{path}: row {row} of labels is {labels[row]}, they must fit int64.")
     return Clips(folder.resolve().name, split, audio, visual, labels.astype(np.int64))
 
 
@@ -161,12 +161,12 @@ def check_size(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], stored: 
 
 def checked_features(path: Path, name: str, array: NDArray[Any]) -> NDArray[np.float32]:
     if array.dtype.kind != "f":
-        raise ValueError(f"{path}: {name} must be floating point, got {array.dtype}")
+        raise ValueError(f"{path}: {name} must be floating point, got {array.dtype}.")
     if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{path}: {name} must be (n, D), not empty, got {array.shape}; average over a time axis first")
+        raise ValueError(f"{path}: {name} must be (n, D), not empty, got {array.shape}; average over time first.")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinity
         features = array.astype(np.float32)
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
-        raise ValueError(f"{path}: row {int(finite.argmin())} of {name} holds NaN or infinity in float32")
+        raise ValueError(f"{path}: row {int(finite.argmin())} of {name} holds NaN or infinity in float32.")
     return features

@@ -61,7 +61,7 @@ def drawings(split: str) -> list[Path]:
             continue
         path = next((path for path in drawing_paths(folder, image["emoji"]) if path.exists()), None)
         if path is None:
-            raise ValueError(f"{folder}: no drawing of {image['emoji']} ({image['name']}); {PINNED}")
+            raise ValueError(f"{folder}: no drawing of {image['emoji']} ({image['name']}); {PINNED}.")
         found.append(path)
     return found
 
@@ -80,4 +80,4 @@ def check_mean(grid: NDArray[np.float16], pairs: Pairs) -> None:
         row = int(cosine.argmin())
         name = pairs.captions[5 * row] if pairs.captions else row
         drawing = f"drawing {row} of {pairs.split} ({name})"
-        raise ValueError(f"{drawing} is not the shipped one, their features' cosine is {cosine[row]:.3f}; {PINNED}")
+        raise ValueError(f"{drawing} is not the shipped one, their features' cosine is {cosine[row]:.3f}; {PINNED}.")

@@ -84,27 +84,27 @@ def fetched(folder: Path) -> Path:
     """The package's file, which the package client downloads into a folder."""
     by_hand = f"or get the file of Debian's package {DEBIAN} elsewhere and name it: --package FILE.deb"
     if shutil.which("apt-get") is None:
-        raise ValueError(f"package: there is no apt-get here to fetch it; build on Debian or Ubuntu, {by_hand}")
+        raise ValueError(f"package: there is no apt-get here to fetch it; build on Debian or Ubuntu, {by_hand}.")
     try:
         run("apt-get", "download", DEBIAN, folder=folder)
     except ValueError as error:
-        raise ValueError(f"package: {error}; run apt-get update and try again, {by_hand}") from error
+        raise ValueError(f"package: {error}; run apt-get update and try again, {by_hand}.") from error
     return next(folder.glob("*.deb"))
 
 
 def unpacked(deb: Path, folder: Path) -> Path:
     """The folder, with the package's files in it; nothing is installed."""
     if not deb.is_file():
-        raise ValueError(f"{deb}: no such file")
+        raise ValueError(f"{deb}: no such file.")
     if shutil.which("dpkg-deb") is None:
-        raise ValueError(f"{deb}: there is no dpkg-deb here to unpack it; install dpkg, or build on Debian or Ubuntu")
+        raise ValueError(f"{deb}: there is no dpkg-deb here to unpack it; install dpkg, or build on Debian or Ubuntu.")
     try:
         run("dpkg-deb", "--extract", str(deb), str(folder))
     except ValueError as error:
         raise ValueError(f"{deb}: no Debian package: {error}") from error
     for needed in (STAMPS, *(DOC / name for name in LICENCES)):
         if not (folder / needed).exists():
-            raise ValueError(f"{deb}: holds no {needed}; it must be Debian's package {DEBIAN}")
+            raise ValueError(f"{deb}: holds no {needed}; it must be Debian's package {DEBIAN}.")
     return folder
 
 

@@ -46,11 +46,11 @@ def check_file(path: Path) -> Path:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL in the name
-        raise ValueError(f"{path}: no such file") from error
+        raise ValueError(f"{path}: no such file.") from error
     except OSError as error:  # links that go round, a name too long, no permission
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: no file, but {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}")
+        raise ValueError(f"{path}: no file, but {'a folder' if stat.S_ISDIR(mode) else 'a device or a pipe'}.")
     return path
 
 
@@ -66,10 +66,10 @@ def read_lines(path: Path) -> list[str]:
     for block in blocks(check_file(path)):
         content += block
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8")
+            raise ValueError(f"{path}: is UTF-16 or UTF-32; save it as UTF-8.")
         if 0 in block:  # before more of them is read: a file may have a hole of any size
             row = content[: content.index(0)].count(b"\n")
-            raise ValueError(f"{path}: row {row} holds NUL bytes, so it is no UTF-8 text; save it as UTF-8")
+            raise ValueError(f"{path}: row {row} holds NUL bytes, so it is no UTF-8 text; save it as UTF-8.")
     end = b"\n" if b"\n" in content else b"\r"
     rows = content.removesuffix(end).split(end)
     lines = []
@@ -111,22 +111,22 @@ def read_features(path: Path, tensor: str, ndim: Sequence[int], tokens: bool = F
     features = read_array(path, tensor)
     if features.dtype.kind != "f" or features.dtype.itemsize > 8:
         raise ValueError(
-            f"{path}: features must be floating point, got {features.dtype}; float16, float32 and float64 are read"
+            f"{path}: features must be floating point, got {features.dtype}; float16, float32 and float64 are read."
         )
     if features.ndim not in ndim:
         allowed = " or ".join(map(str, ndim))
-        raise ValueError(f"{path}: features must have {allowed} dimensions, got shape {features.shape}")
+        raise ValueError(f"{path}: features must have {allowed} dimensions, got shape {features.shape}.")
     if features.size == 0:
-        raise ValueError(f"{path}: features must not be empty, got shape {features.shape}")
+        raise ValueError(f"{path}: features must not be empty, got shape {features.shape}.")
     for start, chunk in chunks(features, f"checking {path.name}"):
         with np.errstate(over="ignore", under="ignore"):
             rows = np.asarray(chunk, np.float32).reshape(len(chunk), -1)
         finite = np.isfinite(rows).all(axis=1)
         if not finite.all():
-            raise ValueError(f"{path}: row {start + int(finite.argmin())} holds NaN or infinity in float32")
+            raise ValueError(f"{path}: row {start + int(finite.argmin())} holds NaN or infinity in float32.")
         if tokens and features.ndim == 3 and not (some := rows.any(axis=1)).all():
             row = start + int(some.argmin())
-            raise ValueError(f"{path}: row {row} holds no token: all of its {features.shape[1]} are zeros in float32")
+            raise ValueError(f"{path}: row {row} holds no token: all of its {features.shape[1]} are zeros in float32.")
     return features
 
 
@@ -136,7 +136,7 @@ def read_array(path: Path, tensor: str) -> NDArray[Any]:
     if path.suffix == ".safetensors":
         return read_safetensors(path, tensor)
     if path.suffix != ".npy":
-        raise ValueError(f"{path}: must be a .npy or a .safetensors file")
+        raise ValueError(f"{path}: must be a .npy or a .safetensors file.")
     try:
         with np.errstate(over="ignore"):
             return mapped(np.lib.format.open_memmap(path, mode="r"))
@@ -158,7 +158,7 @@ def read_safetensors(path: Path, tensor: str) -> NDArray[Any]:
     except Exception as error:
         raise ValueError(f"{path}: not in safetensors format: {error}") from error
     if array is None:
-        raise ValueError(f"{path}: must hold one tensor, or one named {tensor!r}; it holds {names}")
+        raise ValueError(f"{path}: must hold one tensor, or one named {tensor!r}; it holds {names}.")
     return array
 
 
@@ -309,7 +309,7 @@ def folder_name(argument: str, name: str) -> str:
     'mine'
     """
     if not isinstance(name, str):
-        raise TypeError(f"{argument}: must be text, got {type(name).__name__} ({name!r})")
+        raise TypeError(f"{argument} must be text, got {type(name).__name__} ({name!r}).")
     if not name or not name.isprintable() or len(name.encode()) > 200:  # surrogates are not printable
         why = "of at most 200 bytes that can be printed"
     elif set(name) & FORBIDDEN:
@@ -320,7 +320,7 @@ def folder_name(argument: str, name: str) -> str:
         why = "that is no device's on Windows"
     else:
         return name
-    raise ValueError(f"{argument}: must name one folder, {why}, got {name!r}")
+    raise ValueError(f"{argument} must name one folder, {why}, got {name!r}.")
 
 
 def folder_name_of(text: str) -> str:

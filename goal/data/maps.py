@@ -56,7 +56,7 @@ class OnDisk(NamedTuple):
         try:
             now = stamp_of(self.path)
             if now != self.stamp:
-                raise ValueError(f"{self.path}: has changed since it was mapped; read the data anew")
+                raise ValueError(f"{self.path}: has changed since it was mapped; read the data anew.")
             whole = np.memmap(self.path, np.uint8, mode="r")
         except OSError as error:
             raise ValueError(f"{self.path}: was mapped, and cannot be any more: {error.strerror}") from error

@@ -64,14 +64,14 @@ def load(name_or_path: str | Path, split: str) -> Pairs:
         return emoji(split)
     folder = Path(name_or_path)
     if not os.path.isdir(folder):
-        raise ValueError(f"name_or_path: {str(name_or_path)!r} is no folder and no dataset; known: 'emoji'")
+        raise ValueError(f"name_or_path: {str(name_or_path)!r} is no folder and no dataset; known: 'emoji'.")
     if any(splits_of(root, "_ims.npy") for root in precomp_roots(folder)):
         return precomp(folder, split)
     if any(splits_of(folder, f"_x{suffix}") for suffix in FORMATS):
         return paired_folder(folder, split)
     raise ValueError(
         f"name_or_path: {folder} holds no {{split}}_ims.npy, no precomp/{{split}}_ims.npy, "
-        "no {split}_x.npy and no {split}_x.safetensors"
+        "no {split}_x.npy and no {split}_x.safetensors."
     )
 
 
@@ -88,7 +88,7 @@ def emoji(split: str) -> Pairs:
     {'train': 1157, 'val': 165, 'test': 330}
     """
     if split not in EMOJI_SPLITS:
-        raise ValueError(f"split: emoji has no {split!r}; known: {', '.join(map(repr, EMOJI_SPLITS))}")
+        raise ValueError(f"split: emoji has no {split!r}; known: {', '.join(map(repr, EMOJI_SPLITS))}.")
     images = np.flatnonzero([image["split"] == split for image in emoji_images()])  # (n,)
     captions = read_lines(EMOJI / "captions.txt")
     chosen = (5 * images[:, None] + np.arange(5)).ravel()  # (5 n,)
@@ -146,9 +146,9 @@ def precomp(folder: str | Path, split: str) -> Pairs:
     captions = tuple(read_lines(texts_file)) if os.path.lexists(texts_file) else None
     count = y if captions is None else captions
     if count is None:
-        raise ValueError(f"{texts_file}: no such file, and no {y_file.name} either")
+        raise ValueError(f"{texts_file}: no such file, and no {y_file.name} either.")
     if y is not None and len(y) != len(count):
-        raise ValueError(f"{y_file}: {len(y)} rows for the {len(count)} captions of {texts_file.name}")
+        raise ValueError(f"{y_file}: {len(y)} rows for the {len(count)} captions of {texts_file.name}.")
     x = read_features(images_file, "x", ndim=(2, 3))
     if len(x) == len(count) and are_copies(x, images_file.name):
         x = x[::COPIES]
@@ -174,7 +174,7 @@ def paired_folder(folder: str | Path, split: str) -> Pairs:
     x_file, y_file = only_file(folder, f"{split}_x"), only_file(folder, f"{split}_y")
     if x_file is None or y_file is None:
         missing = "x" if x_file is None else "y"
-        raise ValueError(f"{folder / f'{split}_{missing}'}.npy or .safetensors: no such file")
+        raise ValueError(f"{folder / f'{split}_{missing}'}.npy or .safetensors: no such file.")
     image_of_file = only_file(folder, f"{split}_image_of")
     return paired(x_file, y_file, image_of_file, name=folder.resolve().name, split=split)
 
@@ -233,14 +233,14 @@ def split_on_disk(folder: Path, split: str, endings: Sequence[str]) -> str:
     spelled = "dev" if split == "val" and "val" not in known else split
     if spelled not in known:
         wanted = " or ".join(f"{split}{ending}" for ending in endings)
-        raise ValueError(f"split: {folder} has no {wanted}; known: {', '.join(map(repr, known)) or 'none'}")
+        raise ValueError(f"split: {folder} has no {wanted}; known: {', '.join(map(repr, known)) or 'none'}.")
     return spelled
 
 
 def only_file(folder: Path, stem: str) -> Path | None:
     found = [path for suffix in FORMATS if os.path.lexists(path := folder / f"{stem}{suffix}")]
     if len(found) > 1:
-        raise ValueError(f"{folder}: {found[0].name} and {found[1].name} both exist, keep one")
+        raise ValueError(f"{folder}: {found[0].name} and {found[1].name} both exist, keep one.")
     return found[0] if found else None
 
 
@@ -259,7 +259,7 @@ def consecutive(n_images: int, images_file: Path, n_captions: int, captions_file
     """(n_captions,) 0 … 0, 1 … 1, …: equally many captions for each image, in order."""
     if n_captions == 0 or n_captions % n_images:
         images = f"{n_images} images of {images_file.name}"
-        raise ValueError(f"{captions_file}: {n_captions} captions, no multiple of the {images}")
+        raise ValueError(f"{captions_file}: {n_captions} captions, no multiple of the {images}.")
     return np.arange(n_images, dtype=np.int64).repeat(n_captions // n_images)
 
 
@@ -267,7 +267,7 @@ def check_ids(path: Path, n_images: int, image_of: NDArray[np.int64]) -> None:
     """Refuse ids, of images or of captions, that say something else than `image_of`."""
     ids = [unicodedata.normalize("NFC", identity) for identity in read_lines(path)]
     if len(ids) not in (n_images, len(image_of)):
-        raise ValueError(f"{path}: {len(ids)} ids for {n_images} images and {len(image_of)} captions")
+        raise ValueError(f"{path}: {len(ids)} ids for {n_images} images and {len(image_of)} captions.")
     if len(set(ids)) == len(ids):  # each image's, or each caption's own
         return
     images = (image_of if len(ids) == len(image_of) else np.arange(n_images)).tolist()
@@ -276,18 +276,18 @@ def check_ids(path: Path, n_images: int, image_of: NDArray[np.int64]) -> None:
     for row, (identity, image) in enumerate(zip(ids, images, strict=True)):
         first, own = image_with.setdefault(identity, image), id_of.setdefault(image, identity)
         if first != image:
-            raise ValueError(f"{path}: row {row} gives image {image} the id {identity!r} of image {first}")
+            raise ValueError(f"{path}: row {row} gives image {image} the id {identity!r} of image {first}.")
         if own != identity:
-            raise ValueError(f"{path}: row {row} gives image {image} the id {identity!r}, it had {own!r}")
+            raise ValueError(f"{path}: row {row} gives image {image} the id {identity!r}, it had {own!r}.")
 
 
 def read_image_of(path: Path, n_images: int, n_captions: int) -> NDArray[np.int64]:
     image_of = read_array(path, "image_of")
     if image_of.shape != (n_captions,) or image_of.dtype.kind not in "iu":
         got = f"{image_of.shape} {image_of.dtype}"
-        raise ValueError(f"{path}: must be ({n_captions},) integers, one for each caption; got {got}")
+        raise ValueError(f"{path}: must be ({n_captions},) integers, one for each caption; got {got}.")
     bad = (image_of < 0) | (image_of >= n_images)
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(f"{path}: row {row} is {image_of[row]}, there are images 0 to {n_images - 1}")
+        raise ValueError(f"{path}: row {row} is {image_of[row]}, there are images 0 to {n_images - 1}.")
     return image_of.astype(np.int64)

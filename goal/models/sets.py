@@ -7,16 +7,15 @@ from numbers import Real
 import torch
 from torch import Generator, Tensor
 
+from goal import validation
+
 
 def features(name: str, value: object, shape: str, width: int) -> Tensor:
     """A floating-point tensor of a shape such as "(N, R, D)", whose last dimension is `width`."""
     dims = shape.count(",") + 1
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be dense, got {value.layout}; call to_dense().")
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}.")
+    value = validation.floating(name, validation.dense(name, value, meta=True))
     if value.dim() != dims or value.shape[-1] != width or value.numel() == 0:
         raise ValueError(f"{name} must have shape {shape}, not empty, D = {width}, got {tuple(value.shape)}.")
     return value

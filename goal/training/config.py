@@ -28,8 +28,8 @@ from torch import nn
 import goal
 from goal.candidates import Augmented
 from goal.data.files import check_file, readable
-from goal.names import nearest, unknown
-from goal.spec import Named, Spec, named, parse
+from goal.names import Named, nearest, unknown
+from goal.spec import Spec, named, parse
 from goal.training.schedule import Curriculum, FewSemiHard, Plateau, Until
 from goal.training.systems import DEFAULT, SYSTEMS, System
 from goal.validation import real_number, whole_number
@@ -424,7 +424,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     readers = {".toml": tomllib.loads, ".json": json.loads}
     if path.suffix not in readers:
-        raise ValueError(f"{path}: must be a .toml or a .json file")
+        raise ValueError(f"{path}: must be a .toml or a .json file.")
     return _object(str(path), _decoded(str(path), readers[path.suffix], check_file(path).read_bytes()))
 
 
@@ -437,7 +437,7 @@ def _decoded(what: str, decode: Callable[[str], Any], text: str | bytes) -> Any:
 
 def _object(what: str, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{what}: must hold settings by name, got {type(values).__name__}")
+        raise ValueError(f"{what}: must hold settings by name, got {type(values).__name__}.")
     return values
 
 

@@ -107,7 +107,7 @@ class Mapped(ByPath):
         """
         place = on_disk(self.array)
         if isinstance(place, OnDisk) and (not Path(place.path).exists() or stamp_of(place.path) != place.stamp):
-            raise ValueError(f"{place.path}: has changed while it was read; run it again, on what is there now")
+            raise ValueError(f"{place.path}: has changed while it was read; run it again, on what is there now.")
 
     def __getitem__(self, rows: Any) -> Input:
         read = self.array[rows.numpy() if isinstance(rows, Tensor) else rows]
@@ -209,7 +209,7 @@ def _check_alike(data: str, splits: Mapping[str, Split], vocabulary: Vocabulary 
     trained = inputs_of(splits["train"], vocabulary)
     for name, part in splits.items():
         if (found := inputs_of(part, vocabulary)) != trained:
-            raise ValueError(f"{data}: {name!r} has {found}, and 'train' has {trained}")
+            raise ValueError(f"{data}: {name!r} has {found}, and 'train' has {trained}.")
 
 
 def inputs_of(part: Split, vocabulary: Vocabulary | None) -> Inputs:
@@ -230,7 +230,7 @@ def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | Non
     """
     bare = np.bincount(pairs.image_of, minlength=len(pairs.x)) == 0
     if bare.any():
-        raise ValueError(f"{pairs.name}: image {int(bare.argmax())} of {pairs.split!r} has no caption")
+        raise ValueError(f"{pairs.name}: image {int(bare.argmax())} of {pairs.split!r} has no caption.")
     if vocabulary is None:
         y = _features_of(pairs)
     else:
@@ -242,7 +242,7 @@ def split(pairs: Pairs, images: Images = "vectors", vocabulary: Vocabulary | Non
         if pairs.x.ndim != 3:
             raise ValueError(
                 f"{pairs.name}: the model takes regions, (n, R, D), and the images of {pairs.split!r} are "
-                f"{pairs.x.shape}; `goal data build emoji-grid` makes a small dataset that has them"
+                f"{pairs.x.shape}; `goal data build emoji-grid` makes a small dataset that has them."
             )
         x = Mapped(pairs.x)
     else:
@@ -256,7 +256,7 @@ def _features_of(pairs: Pairs) -> Any:
     if pairs.y is None:
         raise ValueError(
             f"{pairs.name}: the captions of {pairs.split!r} are only text; put their features beside them "
-            f"({pairs.split}_caps.npy, one row per caption)"
+            f"({pairs.split}_caps.npy, one row per caption)."
         )
     if pairs.y.ndim == 3:
         return Mapped(pairs.y, padded=True)
@@ -271,12 +271,12 @@ def _check_norms(pairs: Pairs, source: NDArray[Any], rows: Tensor) -> None:
     if not finite.all():
         row = int(finite.logical_not().nonzero()[0])
         file = getattr(source, "filename", None) or f"{pairs.name}, {pairs.split!r}"
-        raise ValueError(f"{file}: row {row} is too large, its norm is infinite in float32")
+        raise ValueError(f"{file}: row {row} is too large, its norm is infinite in float32.")
 
 
 def _texts_of(pairs: Pairs) -> tuple[str, ...]:
     if pairs.captions is None:
-        raise ValueError(f"{pairs.name}: the captions of {pairs.split!r} are only features; give texts='features'")
+        raise ValueError(f"{pairs.name}: the captions of {pairs.split!r} are only features; give texts='features'.")
     return pairs.captions
 
 

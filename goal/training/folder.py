@@ -96,7 +96,7 @@ def ended(config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -
     if owner != config:
         theirs, ours = flat(owner.values()), flat(config.values())
         differ = ", ".join(name for name in SETTINGS if theirs[name] != ours[name])
-        raise ValueError(f"{run_dir}: holds a run of another configuration ({differ}); move it away, or name another")
+        raise ValueError(f"{run_dir}: holds a run of another configuration ({differ}); move it away, or name another.")
     path = run_dir / "record.json"
     if not path.is_file():
         return None
@@ -105,9 +105,9 @@ def ended(config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -
         raise Damaged(f"{run_dir / 'versions.json'}: is damaged: it holds {type(versions).__name__}")
     then = versions.get("data")
     if not isinstance(then, dict) or any(then.get(name, value) != value for name, value in fingerprints.items()):
-        raise ValueError(f"{run_dir}: was trained on other features of {config.data!r}; move it away, or name another")
+        raise ValueError(f"{run_dir}: was trained on other features of {config.data!r}; move it away, or name another.")
     if versions.get("terms", {}) != config.definitions():
-        raise ValueError(f"{run_dir}: was trained with another definition of {config.label}; move it away")
+        raise ValueError(f"{run_dir}: was trained with another definition of {config.label}; move it away.")
     try:
         record: Record = read_json(path)
         _check_record(record, config)
@@ -115,7 +115,7 @@ def ended(config: TrainConfig, run_dir: Path, fingerprints: Mapping[str, str]) -
         warn_damaged(path, error.__cause__ or error)
         return None
     if "test" in fingerprints and "test" not in record:
-        raise ValueError(f"{run_dir}: holds a run without a test; move it away, or name another")
+        raise ValueError(f"{run_dir}: holds a run without a test; move it away, or name another.")
     return record
 
 

@@ -130,7 +130,7 @@ class Scheduled(goal.Objective):
         ...     mining=piecewise({0: "semi-hard", 50: "hardest"}),
         ... )
         >>> objective.at(60)
-        Scheduled(T.cir(tau=14.0) × P.lin(), mining.hardest(), mean, dot)
+        Scheduled(cir(tau=14) × lin)
     """
 
     def __init__(self, T: Any = "cir", P: Any = "sig-ms", **arguments: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import goal
 from goal.data.files import alone, folder_name, folder_name_of, require
-from goal.spec import Named, Spec, parse
+from goal.names import Named
+from goal.spec import Spec, parse
 from goal.training.config import CHOICES, MOST, TrainConfig, check_device, flat
 from goal.training.display import Lines, display
 from goal.training.features import Sampler

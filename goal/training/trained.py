@@ -45,7 +45,7 @@ class Trained(NamedTuple):
         else:
             part = split(data.load(self.config.data, name), system.images, self.vocabulary)
         if (found := inputs_of(part, self.vocabulary)) != self.inputs:
-            raise ValueError(f"{self.config.data}: {name!r} has {found}, and the model reads {self.inputs}")
+            raise ValueError(f"{self.config.data}: {name!r} has {found}, and the model reads {self.inputs}.")
         known = None if name == "train" and self.config.limit else self.fingerprints.get(name)
         if known is not None and known != fingerprint(part, self.vocabulary):
             warnings.warn(f"{self.config.data}: {name!r} is not what it was when the model was trained", stacklevel=2)
@@ -66,7 +66,7 @@ def load_trained(run_dir: Path, *, device: str | None = None, data: str | None =
     """
     path = Path(run_dir) / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors)")
+        raise ValueError(f"{run_dir}: holds no finished run (there is no model.safetensors).")
     try:
         told, tensors = read_tensors(path, "run")
         config, inputs = TrainConfig.from_json(json.dumps(told["config"])), Inputs(**told["inputs"])

@@ -1,4 +1,4 @@
-"""Names of terms, rules and settings: one spelling, and one error for a name that nobody registered."""
+"""Names of terms, rules and settings: a canonical spelling, and a common error for unknown names."""
 
 import difflib
 from collections.abc import Sequence

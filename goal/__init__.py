@@ -1,7 +1,7 @@
 """goal: objectives that live in gradient space.
 
 A gradient is the product of a triplet weight T(s⁺, s⁻) and a pair weight P±(s); `goal.apply(x, y, T=..., P=...)`
-emits ∂l/∂x and ∂l/∂y straight from the chosen terms.
+emits ∂l/∂x and ∂l/∂y directly from these two weights.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""`python -m goal`, and so `torchrun … -m goal`: the command `goal`."""
+"""`python -m goal`, and so `torchrun … -m goal`, runs the command `goal`."""
 
 import sys
 

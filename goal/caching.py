@@ -1,4 +1,4 @@
-"""Batches whose activations no memory holds: encoded in chunks, one gradient for all, each chunk encoded again."""
+"""Gradients of batches whose activations do not fit in memory: encode in chunks, then encode each chunk again."""
 
 from __future__ import annotations
 

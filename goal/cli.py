@@ -1,4 +1,4 @@
-"""The command `goal`: train one objective, compare all of them, evaluate, look at data."""
+"""The command `goal`: train an objective, compare all objectives, evaluate embeddings, inspect data."""
 
 import argparse
 import importlib

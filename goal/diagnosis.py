@@ -1,4 +1,4 @@
-"""What becomes of similarities and gradients while a model trains, and alarms where embeddings collapse."""
+"""Records of similarities and gradients while a model trains, with alarms when embeddings collapse."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Retrieval metrics: Recall@K, ranks and mean average precision of embeddings or of a given score matrix.
+"""Retrieval metrics: Recall@K, ranks and mean average precision, from embeddings or from a given score matrix.
 
-Every query is ranked in one way only (`_rank`): its positive's score is read out of the same tile as the
-scores of all wrong items, a wrong item that scores the same counts as ranked first, and a score that is not
-finite is an error. Identical embeddings are scored once and share the result: a matrix product does not
-promise equal rows bit-equal results, so otherwise rounding would decide an exact tie.
+All metrics rank a query by the same function, `_rank`. It reads the positive's score from the same tile as the scores
+of all wrong items, ranks a wrong item with an equal score first, and raises if a score is not finite. Identical
+embeddings are scored once and share the result. A matrix product does not promise bit-equal results for equal rows, so
+otherwise rounding would decide an exact tie.
 """
 
 from __future__ import annotations

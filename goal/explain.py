@@ -1,4 +1,4 @@
-"""What `goal.apply` would do with its arguments, and what that costs."""
+"""How `goal.apply` would compute its arguments, and what that would cost."""
 
 from __future__ import annotations
 

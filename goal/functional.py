@@ -1,4 +1,4 @@
-"""The public face over the engine: `apply`, `apply_similarity`, `gradients`, and the gradient's way into autograd."""
+"""The public functions over the engine, `apply`, `apply_similarity` and `gradients`, and the link to autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which negatives an anchor meets: hardest, semi-hard, all, selective."""
+"""Mining rules, which select the negatives of an anchor: hardest, semi-hard, all, selective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of terms, rules and settings: one spelling, one text with parameters, one error for a name that is unknown."""
+"""Names of terms, rules and settings: a canonical spelling, a text with parameters, a common error for unknown names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives as modules, and the recipes of the literature by name."""
+"""`Objective`: an objective as a module, checked once."""
 
 from __future__ import annotations
 

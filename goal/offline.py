@@ -1,8 +1,8 @@
-"""Hard negatives of whole datasets: the exact k most similar of every row, both ways, from files larger than memory.
+"""Hard negatives of complete datasets: the exact k most similar of every row, both ways, from files larger than memory.
 
-The unit of work is a tile of S, as everywhere in the library: made, reduced along both sides, dropped. What a tile
-leaves of a row is its k best negatives as sorted *keys*, integers that order by similarity and then by the lowest
-index. So merging is taking the k largest: associative, commutative, and repeatable, as a key that comes twice counts
+The unit of work is a tile of S, as everywhere in the library: computed, reduced along both sides, dropped. A tile gives
+each row its k best negatives as sorted *keys*, integers that order by similarity and then by the lowest index. So
+merging means taking the k largest keys. It is associative, commutative and repeatable, because a repeated key counts
 once.
 """
 

@@ -1,4 +1,4 @@
-"""What all pictures share: an empty figure, a palette, and writing a file whole."""
+"""Shared parts of all pictures: an empty figure, a palette, and writing a file completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes of the literature by name, and the yardsticks among them: ordinary losses of the whole matrix S."""
+"""The objectives of the literature by name, including ordinary losses of the full matrix S for comparison."""
 
 from __future__ import annotations
 

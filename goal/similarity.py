@@ -1,12 +1,12 @@
-"""Similarities: how S is made from x and y, tile by tile, and how ∂l/∂S goes back.
+"""Similarities: how S is computed from x and y, tile by tile, and how ∂l/∂S is propagated back.
 
-A similarity answers six questions; whoever makes coefficients never knows which similarity they belong to.
+A similarity has six methods. The code that computes coefficients never knows which similarity they belong to.
 
-    embed(x)                      what the tiles are made of: x itself, or x / ‖x‖      (N, D) → (N, D)
+    embed(x)                      the rows from which tiles are computed: x itself, or x / ‖x‖  (N, D) → (N, D)
     tile(x_block, y_block)        a block of S                                        (n, D), (m, D) → (n, m)
     pairs(x, y, row, col)         single entries S[row, col]; equal pairs are bit-equal  → (E,)
     vjp(x, y, entries, needs)     ∂l/∂x and ∂l/∂y of entries of G = ∂l/∂S; repeated entries add
-    tile_vjp(x, y, g, needs)      the same for a whole tile of G
+    tile_vjp(x, y, g, needs)      the same for a full tile of G
     pull_back(x, embedded, g)     the gradient at x from the gradient at embed(x)
 """
 

@@ -1,4 +1,4 @@
-"""An objective as one line of text, which Python, the command line and a configuration file share.
+"""An objective as a line of text, for Python, the command line and configuration files alike.
 
     vse++                                            a recipe
     infonce(tau=30)                                  a recipe with another parameter
@@ -6,8 +6,8 @@
     cir × sig-ms | semi-hard(margin=0.1)             its mining rule
     vse++ | reduction=mean | similarity=cosine       every other axis by its keyword
 
-`parse` reads a line and checks all of it; the `Spec` that it returns prints as the line, without the parameters that
-are at their defaults, and builds the objective. What users register is known here as what comes with the library is.
+`parse` reads a line, checks all of it and returns a `Spec`. The `Spec` builds the objective and prints as the line,
+without parameters at their defaults. Members that a user has registered work like built-in ones.
 """
 
 from __future__ import annotations

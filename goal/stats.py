@@ -1,4 +1,4 @@
-"""What an objective saw in a batch, for logs and diagnosis."""
+"""Statistics of an objective's last batch, for logs and diagnosis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The public edge: every argument is checked before any work, and an error says what came and what is allowed."""
+"""Checks of every public argument, before any work; an error says what was given and what is allowed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Numbers as kernels hold them: ordered integers, keys of a similarity and its place, the bounds of a batch.
+"""Representations of numbers in kernels: ordered integers, keys of a similarity and its position, bounds of a batch.
 
-Nothing here knows of tiles or of matrices. Bounds (3, PARTS) int32 are what `tile.pair` leaves of a batch: −min s⁺ as
-an ordered integer, the bits of max ‖x‖ and of max ‖y‖; of several parts the maximum counts, whoever reads takes it.
+Nothing here knows of tiles or matrices. Bounds (3, PARTS) int32 are the result of `tile.pair` for a batch: −min s⁺ as
+an ordered integer, and the bits of max ‖x‖ and of max ‖y‖. If there are several parts, their maximum counts, and the
+reader takes it.
 """
 
 import triton

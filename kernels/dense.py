@@ -1,13 +1,13 @@
-"""Objectives that meet all negatives, on an accelerator: their value, and G tile by tile.
+"""Objectives with all negatives, on an accelerator: their value, and G tile by tile.
 
     value          Σ shareᵢ · l(s⁺ᵢ, sᵢⱼ), a number for each tile
-    coefficients   a tile of G, written in 16 bit where the inputs have no more, and what its anchors' pairs get
-    out_of_range   a NaN for anchors with similarities that float32 does not hold
+    coefficients   a tile of G, stored in 16 bit if the inputs have no more, and its part of G at the anchors' pairs
+    out_of_range   a NaN for anchors with similarities beyond the range of float32
     product        ∂l/∂x = G y and ∂l/∂y = Gᵀ x from the tiles of G, some rows of tiles at a time
 
-T, P and l are the terms' own functions, lowered (lower.py). Either all anchors of both directions are met at once
-(`listed` is None), or those of x→y that a list names, the first `count` of it: what lies beyond is launched and ends at
-once, so that nobody waits for the count.
+T, P and l are the terms' own functions, lowered (lower.py). The kernels process either all anchors of both directions
+(`listed` is None), or the first `count` anchors of x→y in a list. The host does not wait for the count: programs beyond
+it are launched too and end at once.
 """
 
 from typing import Any, NamedTuple

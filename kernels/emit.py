@@ -1,10 +1,11 @@
-"""The gradient of mined objectives on an accelerator: three entries of G for each pair, gathered without atomics.
+"""The gradient of mined objectives on an accelerator: three entries of G for each pair, summed without atomics.
 
     ∂l/∂xᵢ = gᵢᵢ yᵢ + g_{i,h(i)} y_{h(i)} + Σ over the anchors j of y→x whose negative is i of g_{ji} yⱼ
 
 and the same for y. The last sum is over a segment of the anchors sorted by their negative. A program takes a block of
-targets, whose segments lie side by side, and sums them as a product: (targets × sources) coefficients times
-(sources × D) rows, source after source. So the order of summing is fixed, and the bits are the same in every run.
+targets, whose segments are adjacent, and computes their sums as a product: (targets × sources) coefficients times
+(sources × D) rows, in the order of the sources. So the order of summing is fixed, and the bits are the same in every
+run.
 """
 
 import triton

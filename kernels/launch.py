@@ -1,8 +1,8 @@
 """The quadratic stages on an accelerator, as `goal.engine.backend` calls them.
 
-Launching only; the work is in the kernels. Nothing here waits for the device but `limits`. `statistics` is of the whole
-batch; `mine`, `dense_value`, `dense_block` and `mined_emit` do any block of S, whose masks say where it lies. What is
-known of anchors, and the bounds, are those of the whole batch.
+This file only launches; the work is in the kernels. Only `limits` waits for the device. `statistics` takes the full
+batch. `mine`, `dense_value`, `dense_block` and `mined_emit` take any block of S, and its masks give its place in S. The
+data of the anchors and the bounds are always those of the full batch.
 """
 
 from __future__ import annotations

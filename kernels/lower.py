@@ -1,8 +1,8 @@
-"""Terms as Triton code: T, P and their potential, traced with torch.fx and written out for tiles of similarities.
+"""Terms as Triton code: T, P and their potential, traced with torch.fx and translated for tiles of similarities.
 
-A term stays the one function its author wrote. It is traced once for each structure (which functions, which parameters
-are None, which booleans are set), every operation becomes one line of Triton, and the dense kernels call the result on
-whole tiles. Numbers are run-time arguments p0, …, p7: changing τ compiles nothing.
+A term remains the single function that its author wrote. It is traced once for each structure (which functions, which
+parameters are None, which booleans are set). Every operation becomes a line of Triton, and the dense kernels call the
+result on tiles. Numbers are run-time arguments p0, …, p7, so changing τ compiles nothing.
 """
 
 from __future__ import annotations

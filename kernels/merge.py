@@ -1,7 +1,7 @@
-"""Merging partials, and finishing them: the candidates' similarities computed as s⁺ is, the best of them, the sums.
+"""Merging partials, and finishing them: exact similarities of the candidates, the hardest of them, the sums.
 
-merge    the partials of many tiles → one for each anchor, with the few best candidates kept apart
-finish   exact similarities of the candidates, and the best of them; of a small batch it merges, too
+merge    the partials of many tiles → a partial for each anchor, with the few best candidates kept apart
+finish   exact similarities of the candidates, computed as s⁺ is, and the best of them; for a small batch it also merges
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,8 @@
-"""The scan: a tile of S in registers, reduced in both directions to a partial for its rows and one for its columns.
+"""The scan: a tile of S in registers, reduced in both directions to partials for its rows and for its columns.
 
-What a partial is, and why merging it only ever adds: docs/mathematics.md. Partials are int32 words, floats bitcast, in
-a buffer [word, tile, anchor]; which words there are follows from the request (`words`). Nothing here reads a value
-back.
+docs/mathematics.md says what a partial is, and why merging partials only ever adds. Partials are int32 words, with
+floats bitcast, in a buffer [word, tile, anchor]. The request decides which words there are (`words`). Nothing here
+reads a value back to the host.
 """
 
 from typing import Any, NamedTuple

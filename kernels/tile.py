@@ -1,9 +1,9 @@
-"""Tiles of S and single similarities: what every other kernel reads x and y through.
+"""Tiles of S and single similarities, through which all other kernels read x and y.
 
-    pair     s⁺, min s⁺, max ‖x‖ and max ‖y‖                                 one read of x and y
-    copy     aligned copies where rows are not; float16 ones, if the scan of float32 inputs is to run in them
+    pair     s⁺, min s⁺, max ‖x‖ and max ‖y‖, in a single read of x and y
+    copy     aligned copies of unaligned rows; float16 copies, if the scan of float32 inputs runs in float16
 
-The named tuples say what kernels are given; a launch makes them, and a helper takes one of them as one argument.
+The named tuples are the arguments of kernels: a launch makes them, and a helper takes such a tuple as an argument.
 """
 
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
-"""T · P± of a small batch in one launch: there, the many small launches of plain tensor functions are what costs.
+"""T · P± of a small batch in a single launch, because there the launches of plain tensor functions dominate the time.
 
-The terms are lowered (lower.py), R⁺ is taken from its definition, and one program walks over all anchors, so that the
-value is summed in a fixed order. Larger batches, and terms that do not lower, are weighed by `goal.engine`.
+The terms are lowered (lower.py), and R⁺ is computed from its definition. A single program walks over all anchors, so
+that the value is summed in a fixed order. Larger batches, and terms that do not lower, are weighed by `goal.engine`.
 """
 
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""More negatives than the batch holds: rows of past batches, and rows made of the batch's own."""
+"""More negatives than the batch has: embeddings of past batches, and embeddings made from the batch's own."""
 
 from goal.candidates.augment import Augmented, Made, interpolate, mixup
 from goal.candidates.bank import Bank, Banked

@@ -1,6 +1,6 @@
-"""More negatives than the batch holds: rows made of embeddings, which objectives mine beside the embeddings themselves.
+"""More negatives than the batch has: rows made from embeddings, which objectives mine beside the embeddings themselves.
 
-What is made is ordinary differentiable torch, so what an objective emits at a made row flows back to its origins.
+Rows are made with ordinary differentiable torch, so the gradient at a made row flows back to the rows it comes from.
 """
 
 from __future__ import annotations

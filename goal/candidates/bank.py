@@ -1,4 +1,4 @@
-"""More negatives than the batch holds: embeddings of past batches, kept as candidates."""
+"""More negatives than the batch has: embeddings of past batches, stored as candidates."""
 
 from __future__ import annotations
 

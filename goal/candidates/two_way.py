@@ -1,4 +1,4 @@
-"""Objectives whose two directions meet candidates of their own, as two one-way calls."""
+"""Objectives with other candidates in each of the two directions, as two one-way calls."""
 
 from __future__ import annotations
 

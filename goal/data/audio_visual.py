@@ -1,4 +1,4 @@
-"""Clips with a class label each: audio and visual feature vectors, from npz or HDF5."""
+"""Clips with a class label each: audio and visual feature vectors, read from npz or HDF5."""
 
 from __future__ import annotations
 

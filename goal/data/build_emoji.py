@@ -1,10 +1,10 @@
-"""Makes the shipped dataset `emoji` again: drawings and words from ordinary packages, as frozen features.
+"""Rebuilds the shipped dataset `emoji`: drawings and words from ordinary packages, as frozen features.
 
     drawings (Twemoji, 72 × 72)     → EfficientNet-Lite0, pooled → (N, 1280)
     five captions for each drawing  → MiniLM-L6-v2, mean pooled  → (5 N, 384)
     variants and near-duplicates    → groups → train / val / test
 
-Everything comes from the extra `build`; nothing is downloaded. The same packages give the same bytes, twice.
+All inputs come from the extra `build`; nothing is downloaded. The same packages always give the same bytes.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Makes `emoji-grid`: the dataset `emoji` with regions, 7 × 7 of them for each drawing, as `precomp` reads them.
+"""Builds `emoji-grid`: the dataset `emoji` with 7 × 7 regions for each drawing, in the format that `precomp` reads.
 
-    the same drawings  → EfficientNet-Lite0 before its pooling → (n, 49, 1280) float16
-    captions, their features, split and order                  → those that are shipped
+    the same drawings                          → EfficientNet-Lite0 before its pooling → (n, 49, 1280) float16
+    captions, their features, split and order  → as shipped with `emoji`
 
 Region 7 i + j lies in row i and column j of the drawing. The mean over the regions is the shipped feature.
 """

@@ -1,11 +1,11 @@
-"""Makes `tuxpaint`: drawings with what is said and heard of them, the stamps of the children's program Tux Paint.
+"""Builds `tuxpaint`: drawings with spoken descriptions and sounds, the stamps of the children's program Tux Paint.
 
     drawings (Debian's tuxpaint-stamps-default)         → EfficientNet-Lite0, pooled → (n, 1280)
     recordings: descriptions in 14 languages and sounds → log-mel energies           → (n, 640)
-    the folder that a stamp lies in                     → class
+    the folder of a stamp                               → class
     variants and near-duplicates                        → groups → train / val / test
 
-A row is one recording with its stamp's drawing. The same package gives the same bytes, twice.
+A row is a recording with the drawing of its stamp. The same package gives the same bytes.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Feature and text files: read with errors that name file and row, and written whole or not at all."""
+"""Feature and text files: errors name the file and the row, and files are written completely or not at all."""
 
 import codecs
 import hashlib

@@ -1,4 +1,4 @@
-"""Splits that hold out what is new: variants and near-duplicates form groups, and a group never straddles."""
+"""Splits that test on new items: variants and near-duplicates form groups, and a group lies in a single split."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Feature rows as int8 with one float scale each."""
+"""Feature rows stored as int8, with a float scale for each row."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""Memory maps that travel between processes as their file's path, not as what the file holds."""
+"""Memory maps that are pickled as the path of their file, not as its content, so workers share them cheaply."""
 
 from __future__ import annotations
 

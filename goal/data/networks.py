@@ -1,4 +1,4 @@
-"""What the builders of datasets share: packages of an extra, a frozen image network, batches on one thread."""
+"""Shared parts of the dataset builders: optional packages, a frozen image network, batches on a single thread."""
 
 import importlib
 import io

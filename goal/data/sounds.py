@@ -1,4 +1,4 @@
-"""Recordings as fixed numbers: log-mel energies of what lies between the silences, in ten parts."""
+"""Recordings as vectors of fixed size: log-mel energies of the sound between the silences, in ten parts."""
 
 from collections.abc import Sequence
 from functools import cache

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: progress bars, and streams that printing to never ends the work."""
+"""Terminal output: progress bars, and output streams whose failure never ends the work."""
 
 import importlib.util
 import os

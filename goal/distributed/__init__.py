@@ -1,7 +1,7 @@
-"""One objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
+"""An objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
 
-For the ranks' own use: `joined` begins and ends a process group, `counting` counts what a rank sends, and `gathered`
-gives every rank the global batch, for a loss that has no `group=` of its own.
+`joined` begins and ends a process group. `counting` counts the bytes that a rank sends. `gathered` gives every rank the
+global batch, for a loss that has no `group=` of its own.
 """
 
 from goal.distributed.exchange import counting, joined

@@ -1,4 +1,4 @@
-"""The first exchange of every call over ranks: one line from each, whether they agree and what they bring."""
+"""The first exchange of every call over ranks: do all ranks pass the same arguments, and how many rows has each?"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What ranks say to each other: every exchange between the processes of a group, and the count of what it sends.
+"""The exchanges between the processes of a group, and a count of the bytes that they send.
 
-`joined` makes this process one of the ranks. `Wire` has the three exchanges that an objective needs, of rows of bytes,
-whatever is in them: `pack` makes such rows of columns and `unpack` takes them apart. This is the only file that calls
-torch.distributed; it knows nothing of objectives.
+`joined` makes this process a rank of a group. `Wire` has the three exchanges that an objective needs. They send rows of
+bytes; `pack` makes such rows from columns, and `unpack` splits them again. This is the only file that calls
+torch.distributed, and it knows nothing of objectives.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""One objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
+"""An objective over the batches of many ranks: `group=` of `goal.apply`, `goal.gradients` and `goal.Objective`.
 
-The global batch is the ranks' rows in rank order. A call goes
+The global batch is the ranks' rows in rank order. A call has six steps:
 
-    agree    one line from each rank: how many rows, which arguments, is anything wrong     O(1)
-    share    s⁺, ids and weights of all pairs                                                O(N)
-    mine     each rank its own rows of x against all of y, so that a tile is made once; rows of y come in one
-             all-gather (`gather.py`) or block by block round a ring (`ring.py`), while others are being mined
-    home     what was reduced for a column goes to its owner, is merged and finished; all statistics are shared: O(N)
-    weigh    every rank weighs all anchors: it knows all entries of G
-    emit     ∂l/∂x and ∂l/∂y of its own rows; nothing is sent in backward
+    agree    every rank sends a line: its number of rows, a digest of its arguments, any error       O(1)
+    share    s⁺, ids and weights of all pairs                                                        O(N)
+    mine     each rank mines its own rows of x against all rows of y, so every tile of S is computed once; rows of y
+             arrive in an all-gather (`gather.py`) or block by block round a ring (`ring.py`), during the mining
+    home     partials of columns go to the ranks that own the columns and are merged and finished there; then all
+             ranks share all statistics                                                              O(N)
+    weigh    every rank weighs all anchors, so it knows all entries of G                             O(N)
+    emit     ∂l/∂x and ∂l/∂y of the rank's own rows; nothing is sent in backward
 
-What is sent goes through `goal.distributed.exchange`, as rows of bytes, and is counted there.
+All messages go through `goal.distributed.exchange`, as rows of bytes, and are counted there.
 """
 
 from __future__ import annotations

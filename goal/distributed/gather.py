@@ -1,4 +1,4 @@
-"""All rows at once: everybody's rows come in the background while the own block is mined."""
+"""Exchange by all-gather: all ranks' rows arrive in the background while a rank mines its own block."""
 
 from __future__ import annotations
 

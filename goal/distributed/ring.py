@@ -1,4 +1,4 @@
-"""Block by block round a ring: at most two blocks of other ranks are here at once."""
+"""Exchange by ring: the blocks pass from rank to rank, and at most two blocks of other ranks are in memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The global batch that the ranks make together, with all of its rows on every rank.
+"""All rows of the global batch on every rank.
 
-`gathered` is for losses of the whole matrix S, which every rank then computes; `goal.distributed.spread` shares the
-work of an objective out.
+`gathered` is for losses that need the full matrix S, which every rank then computes. `goal.distributed.spread` divides
+the work of an objective among the ranks instead.
 """
 
 from __future__ import annotations

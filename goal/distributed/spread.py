@@ -1,4 +1,4 @@
-"""A rank's part of the global batch, and the mining of it over whatever blocks of S come by."""
+"""A rank's part of the global batch, and the mining of that part over blocks of S."""
 
 from __future__ import annotations
 

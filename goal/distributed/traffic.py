@@ -1,4 +1,4 @@
-"""What an objective over ranks sends and holds, for `goal.explain`."""
+"""How many bytes an objective over ranks sends and stores, for `goal.explain`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Who computes the quadratic stages: the eager path or the kernels, with one face.
+"""The choice between PyTorch and Triton kernels for the quadratic stages, behind a common interface.
 
     pair            s⁺                                                               O(N·D)
-    statistics      what the miner reduces from all of S                             O(N·M·D)
-    mine            the same of a block of S, as partials that merge
-    dense_value     the value of anchors that meet all their negatives
+    statistics      the miner's reductions of all of S                               O(N·M·D)
+    mine            the same for a block of S, as partials that merge
+    dense_value     the value of anchors with all their negatives
     dense_block     ∂l/∂x and ∂l/∂y of a block of S, for such anchors
     mined_emit      ∂l/∂x and ∂l/∂y of mined entries                                 O(N·D)
-    weigh           small mined objectives in one launch, which kernels alone offer
+    weigh           small mined objectives in a single launch; kernels only
 
-This is the only file that knows both, and it imports Triton when a kernel is first asked for.
+This is the only file that knows both implementations. It imports Triton when a kernel is first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One checked call: the data that an objective is given, and what every path takes of it."""
+"""A checked call: the data of an objective, in the form that every path takes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The engine's stages in plain PyTorch: mine S tile by tile, emit the gradient. The truth that kernels are kept to.
+"""The quadratic stages in plain PyTorch: mine S tile by tile, emit the gradient. The reference for the kernels.
 
-No N × M matrix is stored: a tile is some rows of S with all columns, made, reduced in both directions and dropped.
+No N × M matrix is stored. A tile, which is some rows of S with all columns, is computed, reduced in both directions and
+dropped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The transforms of torch.func and autocast around a call, taken off for its work and put on again for its gradient.
+"""Calls under the transforms of torch.func and under autocast.
 
-torch.func wraps tensors in levels of its own. A call takes its tensors out of them, works on plain ones, and attaches
-its gradient to the wrapped ones: torch.func.grad, vjp, jacrev and functional_call go through that.
+torch.func wraps tensors in levels of its own. A call unwraps its tensors, computes with plain tensors, and attaches its
+gradient to the wrapped ones. So torch.func.grad, vjp, jacrev and functional_call work.
 """
 
 from __future__ import annotations

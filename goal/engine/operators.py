@@ -1,10 +1,11 @@
-"""The quadratic stages as the path calls them: directly, or in a graph of `torch.compile` as operators.
+"""The quadratic stages as the path calls them: directly, or as operators in a graph of `torch.compile`.
 
-An operator's dispatch costs more than a small product, so outside a graph the backend is called. In a graph the stages
-are the operators `goal::pair`, `goal::mine`, `goal::dense_value`, `goal::dense_block` and `goal::mined_emit`, which
-`_operator` makes of what a stage does and of the shapes that it returns. They all take the same: a `Work`, packed into
-tensors, sizes, numbers and one string of structure (names and flags). Numbers are data, NaN for None: changing τ or a
-margin changes a tensor, not the graph.
+Dispatching an operator costs more than a small product, so outside a graph the backend is called directly. In a graph
+the stages are the operators `goal::pair`, `goal::mine`, `goal::dense_value`, `goal::dense_block` and
+`goal::mined_emit`. `_operator` makes each of them from a function that computes the stage and a function that gives the
+shapes of its results. All operators take the same arguments: a `Work`, packed into tensors, sizes, numbers and a string
+of structure (names and flags). Numbers are data, with NaN for None, so changing τ or a margin changes a tensor and not
+the graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Partial reductions of S that merge: what leaves a block of it, and is right for all of S once blocks are merged."""
+"""Partial reductions of S: a block gives a partial, and merging the partials of all blocks gives the result for S."""
 
 from __future__ import annotations
 

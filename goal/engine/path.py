@@ -1,12 +1,12 @@
-"""pair → mine → weigh → emit: the path that every objective takes, over whatever blocks of S there are.
+"""pair → mine → weigh → emit: the path of every objective, over any blocks of S.
 
 s⁺                      pair   O(N·D)
 Statistics              mine   O(N·M·D), the only quadratic step
 T, P⁺, P⁻, entries of G weigh  O(N), plain tensor functions
 ∂l/∂x, ∂l/∂y            emit   O(N·D) for mined objectives
 
-Here the batch is in one process, and one block is all of S (`Whole`). Where it is spread over ranks,
-`goal.distributed` says which blocks there are, and `emit_blocks` is the same.
+Here the batch is in a single process, and a single block is all of S (`Whole`). For a batch that is spread over ranks,
+`goal.distributed` supplies the blocks and uses the same `emit_blocks`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Similarities beyond what a dtype holds: where they are, a NaN has to show."""
+"""Similarities beyond the range of a dtype: the gradient must show them as NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An objective, checked: everything about it but the data."""
+"""A checked objective: all its settings, without the data."""
 
 from __future__ import annotations
 

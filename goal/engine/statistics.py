@@ -1,4 +1,4 @@
-"""What the weights are functions of: the statistics of each anchor, and what a miner is asked for."""
+"""The statistics of each anchor, of which the weights are functions, and the request that a miner gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses the seams of the engine: pairs, blocks of S, entries of G, gradients."""
+"""The tuples that cross the seams of the engine: pairs, blocks of S, entries of G, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weighing stage: T · P± of every anchor, O(N), plain tensor functions over all pairs of the batch."""
+"""The weighing stage: T · P± of every anchor, by plain tensor functions over all pairs of the batch, O(N)."""
 
 from __future__ import annotations
 

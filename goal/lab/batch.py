@@ -1,7 +1,7 @@
-"""Is the gradient that an objective emits for a whole batch the gradient of any loss?
+"""Is the gradient that an objective emits for a full batch the gradient of any loss?
 
-The field is F(z) = (∂l/∂x, ∂l/∂y) at the embeddings z = (x, y), in float64, as autograd hands it out. Two tests, one
-for each way in which a field can fail to have a potential: its Jacobian is not symmetric (a curl), or a closed walk
+The field is F(z) = (∂l/∂x, ∂l/∂y) at the embeddings z = (x, y), in float64, as autograd returns it. A field can fail to
+have a potential in two ways, and there is a test for each. Its Jacobian is not symmetric (a curl), or a closed path
 does work (a curl elsewhere, or a jump that no loss has).
 """
 

@@ -1,6 +1,6 @@
-"""An algebra on terms: products, sums and mixtures, schedules over steps, and a field split into a loss and the rest.
+"""Operations on terms: products, sums and mixtures, schedules over steps, and the split of a field into loss and rest.
 
-What comes out is a term like any other: it runs, lowers, is read, and keeps its parts' parameters.
+The result is an ordinary term: it runs, lowers, can be read, and has the parameters of its parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of T × P over the square of similarities: its weights, its field, its curl, its loss, where triplets go."""
+"""Pictures of T × P over the square of similarities: weights, field, curl, loss, and the paths of triplets."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where an objective leads when nothing stands between it and the embeddings: points on spheres, and one triplet.
+"""Where does an objective lead without an encoder before the embeddings? Points on spheres, and single triplets.
 
-`simulate` moves N pairs of points by gradient descent and keeps the account: does recall rise, do the points collapse,
-do they oscillate, and is the work that the field does the fall of the value, as it is for the gradient of a loss?
+`simulate` moves N pairs of points by gradient descent and measures: does recall rise, do the points collapse, do they
+oscillate? Is the work of the field equal to the fall of the value, as it is for the gradient of a loss?
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a loss back to its terms: the triplet weight and the pair weights whose product its gradient is."""
+"""From a loss to its terms: the triplet weight and the pair weights whose product is the gradient of the loss."""
 
 from __future__ import annotations
 

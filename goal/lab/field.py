@@ -1,9 +1,8 @@
-"""The field (∂l/∂s⁺, ∂l/∂s⁻) = (−T·P⁺, T·P⁻) as numbers: work along lines, and what of it is a gradient.
+"""The field (∂l/∂s⁺, ∂l/∂s⁻) = (−T·P⁺, T·P⁻) in numbers: its work along lines, and its gradient part.
 
-Everything is built from one thing, the work ∫ F·ds along the edges of a grid over [−1, 1]², with jumps found by
-bisection. Round each cell it gives the circulation, which is zero for a gradient whether or not a term has kinks and
-jumps; and the potential whose differences come nearest to it (a discrete Helmholtz-Hodge decomposition) is the nearest
-loss.
+All results derive from the work ∫ F·ds along the edges of a grid over [−1, 1]², with jumps located by bisection. The
+work round a cell is the circulation, which is zero for a gradient whether or not a term has kinks and jumps. The
+potential whose differences come nearest to the work (a discrete Helmholtz-Hodge decomposition) is the nearest loss.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""A small grammar of triplet weights and pair weights: what the search for new objectives draws from.
+"""A small grammar of triplet weights and pair weights, from which the search for new objectives draws.
 
     T  →  atom  |  atom · atom  |  mix · atom + (1 − mix) · atom
     atom  →  1  |  activation(gap)
     activation  →  σ(τu)  |  1[u > 0]  |  relu(u)  |  relu(u)²  |  softplus(τu)/τ  |  e^min(τu, 0)  |  1/(1 + (τu)²)
     u  →  s⁻ − s⁺  |  s⁻ − s⁺ + m  |  (1 + tilt) s⁻ − (1 − tilt) s⁺ + m  |  (1 − s⁺)² + s⁻² − ½
-    P⁺, P⁻  →  one of `SHAPES` each
+    P⁺, P⁻  →  a member of `SHAPES` each
 
-Every T is finite and ≥ 0 on [−1, 1]², every P± finite there. The constant, the hinge, NCA and circle loss are in it,
-and so are the pair weights of their losses.
+On [−1, 1]² every T is finite and ≥ 0, and every P± is finite. The grammar contains the constant, the hinge, NCA and
+circle loss, and the pair weights of their losses.
 
-An expression is plain data, its structure apart from its numbers. Its `name` spells the structure
-(`found-sigmoid-margin`), and `definition` reads that back: a configuration, a worker or a resumed run that knows a name
-knows the term, and no file with code in it is ever run.
+An expression is plain data and keeps its structure apart from its numbers. Its `name` spells the structure
+(`found-sigmoid-margin`), and `definition` reads the name back. So the name is all that a configuration, a worker or a
+resumed run needs, and no file of code is ever run.
 """
 
 from __future__ import annotations

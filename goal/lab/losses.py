@@ -1,4 +1,4 @@
-"""The literature's map: every T × P as the loss that it is, or as a field that no loss has."""
+"""A map of the literature: every T × P as its loss, or as a field that is the gradient of no loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar for what takes longer than two seconds."""
+"""A progress bar for work that takes longer than two seconds."""
 
 from __future__ import annotations
 

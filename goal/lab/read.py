@@ -1,8 +1,8 @@
-"""Terms read as mathematics: the one function that is run and lowered, as an expression of SymPy.
+"""Terms as mathematics: the function that is run and lowered, read as an expression of SymPy.
 
 Comparisons become *switches*: a symbol h that is 1 where an expression u(s⁺, s⁻) is positive and 0 elsewhere. Every
-kink and every jump of a term is made of them (relu(u) = h u, where(c, a, b) = h a + (1 − h) b), so between their lines
-u = 0 an expression is smooth, and what happens on a line can be asked for exactly.
+kink and every jump of a term consists of switches (relu(u) = h u, where(c, a, b) = h a + (1 − h) b). Between the lines
+u = 0 an expression is therefore smooth, and the jump on a line can be computed exactly.
 """
 
 from __future__ import annotations

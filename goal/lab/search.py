@@ -1,11 +1,11 @@
 """A search for new objectives: terms drawn from a grammar, against the published ones with the same budget.
 
-trials/              a folder for each run that chooses; its record holds validation figures alone
-tests/               a folder for each run that is tested
-found.py             the terms that were found, to paste
+trials/              a folder for each run of the search; its record contains validation figures alone
+tests/               a folder for each tested run
+found.py             the new terms, as code to paste
 trials.json          all trials of both searches
-discovery.md         what came of it
-table.md, …          the tables and pictures of a sweep, of the tested runs
+discovery.md         a report of the results
+table.md, …          the tables and pictures of the tested runs, as a sweep writes them
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Is (∂l/∂s⁺, ∂l/∂s⁻) = (−T·P⁺, T·P⁻) the gradient of a loss l(s⁺, s⁻)? An answer in symbols, and one in numbers.
+"""Is (∂l/∂s⁺, ∂l/∂s⁻) = (−T·P⁺, T·P⁻) the gradient of a loss l(s⁺, s⁻)? A symbolic answer, and a numerical one.
 
-In symbols: between the lines where terms switch, the curl ∂(T·P⁻)/∂s⁺ + ∂(T·P⁺)/∂s⁻ must vanish; across such a line
+In symbols: between the lines on which terms switch, the curl ∂(T·P⁻)/∂s⁺ + ∂(T·P⁺)/∂s⁻ must vanish; across such a line
 the field may jump only at right angles to it. In numbers: the work round every cell of a grid must vanish, however the
-field jumps. Both are always asked.
+field jumps. Both tests are always run.
 """
 
 from __future__ import annotations

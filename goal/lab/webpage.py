@@ -1,7 +1,8 @@
-"""The laboratory as a page: one HTML file that draws T, P±, their field and its curl, and follows its sliders.
+"""The laboratory as a page: an HTML file that draws T, P±, their field and its curl, with sliders for the parameters.
 
-The page computes with what SymPy read, printed as JavaScript; the verdict beside it is Python's. A comparison of
-parameters alone, such as `relu(margin - 0.1)`, is decided while a term is read, so such parameters get no slider.
+The page computes with the expressions that SymPy read, printed as JavaScript; the verdict beside them is Python's. A
+comparison of parameters alone, such as `relu(margin - 0.1)`, is decided when a term is read, so such parameters get no
+slider.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models of the literature's retrieval systems: what makes x and y, or S, for the objectives."""
+"""The models of the literature's retrieval systems, which compute x and y, or S, for the objectives."""
 
 from goal.models.audio_visual import AudioVisual
 from goal.models.cross_attention import SCAN, CrossAttention, hard_negatives, matching_pairs

@@ -1,4 +1,4 @@
-"""Encoders of features: one vector an item, or a set of regions."""
+"""Encoders of features, for items with a single vector or with a set of regions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole systems: an encoder for each side, one space, and the settings that each was published with."""
+"""Complete systems: an encoder for each side, a common space, and the published settings of each system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generalised pooling operator: how much the k-th largest value of each feature counts, learned."""
+"""The generalised pooling operator: learned weights for the k-th largest value of each feature."""
 
 from __future__ import annotations
 

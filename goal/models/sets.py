@@ -1,4 +1,4 @@
-"""Sets of different sizes in one padded tensor: which entries are real, and which are left out in training."""
+"""Sets of different sizes in a padded tensor: masks of the real entries, and dropping entries in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of a caption in any script: one normal form, whole letters, and a unit for scripts without spaces."""
+"""The words of a caption in any script: a normal form, letters with their marks, scripts without spaces."""
 
 import re
 import unicodedata

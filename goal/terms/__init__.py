@@ -1,12 +1,12 @@
 """Triplet weights T(s⁺, s⁻) and pair weights P±(s): the terms whose product is a gradient.
 
-A term is one small pure function of tensors, written with torch operators and registered by name:
+A term is a small pure function of tensors, written with torch operators and registered by name:
 
     @goal.triplet_weight("mine")
     def mine(s_pos, s_neg, *, tau=10.0):
         return torch.sigmoid(tau * (s_neg - s_pos))
 
-It is evaluated elementwise, so the same function serves per-anchor vectors (mined objectives) and whole tiles of
+It is evaluated elementwise, so the same function serves per-anchor vectors (mined objectives) and tiles of
 similarities (dense objectives). `goal.T.mine(tau=5.0)` is the term with its parameters bound.
 """
 

@@ -1,4 +1,4 @@
-"""Pair weights P±(s): how hard a positive is pulled and a negative pushed."""
+"""Pair weights P±(s): how hard the gradient pulls a positive and pushes a negative."""
 
 from __future__ import annotations
 

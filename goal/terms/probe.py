@@ -1,4 +1,4 @@
-"""What a term does on similarities in [−1, 1], looked at when it is registered."""
+"""Checks of a term on similarities in [−1, 1], made when it is registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T × P: what a gradient is made of."""
+"""T × P: the product of a triplet weight and a pair weight, which defines the gradient."""
 
 from __future__ import annotations
 

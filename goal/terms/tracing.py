@@ -1,7 +1,8 @@
-"""Terms as graphs: a function of similarities, traced once with torch.fx, and translated operation by operation.
+"""Terms as graphs: a function of similarities is traced once with torch.fx and translated operation by operation.
 
-A `Language` says what each operation becomes: a line of Triton in kernels/lower.py, an expression of SymPy in
-goal/lab/read.py. Everything else (which calls are methods, how arguments bind, how a refusal is worded) is here.
+A `Language` says how to translate each operation: into a line of Triton in kernels/lower.py, into an expression of
+SymPy in goal/lab/read.py. The rest is common to both and is here: which calls are methods, how arguments bind, how a
+refusal is worded.
 """
 
 from __future__ import annotations

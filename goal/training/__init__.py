@@ -1,4 +1,4 @@
-"""Training small heads on frozen features: one run, a sweep over all objectives, a search of their parameters."""
+"""Training small heads on frozen features: single runs, sweeps over all objectives, searches for parameters."""
 
 from goal.training.config import TrainConfig
 from goal.training.loop import Diverged, TrainingError, train

@@ -1,12 +1,12 @@
-"""Everything that decides the result of a run, in one frozen object of four sections.
+"""The configuration of a run: every setting that decides its result, in a frozen object of four sections.
 
-    objective   what emits the gradient: a spec, and stages
-    model       what embeds, and how wide it is
+    objective   the objective as a spec, and its stages
+    model       the model and its width
     optimiser   batches and steps
-    stopping    when to look at the validation split, and when to end
+    stopping    when to evaluate on the validation split, and when to stop
 
-Python, the command line and configuration files are read by one reader, `TrainConfig(**settings)`. A setting may stand
-in its section or, since no name is there twice, on its own: `optimiser={"lr": 1e-3}` or `lr=1e-3`.
+Python, the command line and configuration files share a reader, `TrainConfig(**settings)`. A setting may be given in
+its section or, since all names differ, on its own: `optimiser={"lr": 1e-3}` or `lr=1e-3`.
 """
 
 import dataclasses

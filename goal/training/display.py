@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a live table on a terminal, one line for each job elsewhere."""
+"""The display of a running sweep: a live table on a terminal, elsewhere a line for each job."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

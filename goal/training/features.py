@@ -1,4 +1,4 @@
-"""What a run reads: three splits in the form that its model takes, checked, with a fingerprint."""
+"""The inputs of a run: three checked splits in the form that the model takes, with a fingerprint."""
 
 import dataclasses
 import functools

@@ -1,13 +1,14 @@
-"""A run's folder: whose it is, what is in it, and whether that is whole.
+"""A run's folder: which run it belongs to, its files, and whether they are complete.
 
-    config.json            everything that decides the result
-    versions.json          versions of what computes it, and the data's fingerprint
-    metrics.jsonl          one line per evaluation on the validation split
-    checkpoint.safetensors where the run stands, weights, optimiser and state in one file; gone when it is done
+    config.json            every setting that decides the result
+    versions.json          versions of the software that computes the result, and the data's fingerprint
+    metrics.jsonl          a line for each evaluation on the validation split
+    checkpoint.safetensors the state of a run: weights, optimiser and state in a single file; deleted when it is done
     model.safetensors      the weights that were best on the validation split
     record.json            the result
 
-Whose a folder is, its files say, not its name. Folders from before settings stood in sections are read as they are.
+The files decide which run a folder belongs to, not its name. Folders from before settings had sections can still be
+read.
 """
 
 import glob

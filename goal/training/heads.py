@@ -1,4 +1,4 @@
-"""Two small heads that carry frozen features of images and of captions into one space."""
+"""Two small heads that map frozen features of images and of captions into a common space."""
 
 import math
 

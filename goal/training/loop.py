@@ -1,11 +1,11 @@
-"""One training run: from a configuration to a record in the run's folder, resumable at any moment.
+"""A training run: from a configuration to a record in the run's folder, resumable at any moment.
 
-The batch and the dropout of a step are functions of (seed, step), so a checkpoint needs no state of a generator, and a
-run that was killed ends with the same bits as one that was not.
+The batch and the dropout of a step are functions of (seed, step). So a checkpoint needs no generator state, and a run
+that was killed ends with the same bits as an uninterrupted run.
 
-What is validated, kept and tested is a running mean of the weights: those of heads jitter from step to step, by more
-than most objectives differ, and a plateau would be found by chance. The systems of the literature keep their weights as
-they are (average = 0).
+A running mean of the weights is validated, saved and tested. The weights of small heads jitter from step to step, by
+more than most objectives differ, and without the mean the plateau that ends training would be a matter of chance. The
+systems of the literature use their weights without a mean (average = 0).
 """
 
 import copy

@@ -1,8 +1,8 @@
 """Finished runs as tables, pictures and verdicts: which objective wins, and by more than the noise?
 
-A run is a plain dictionary, one JSON line of a sweep (`RunRecord`). Runs that differ in their seed alone are one
-*objective*: a cell T × P, or a recipe, which is an extra row. Every number is mean ± sample standard deviation over
-the seeds.
+A run is a plain dictionary, a JSON line of a sweep (`RunRecord`). Runs that differ only in their seed are the same
+*objective*: a cell T × P, or a recipe, which is an extra row. Every number is mean ± sample standard deviation over the
+seeds.
 """
 
 from __future__ import annotations

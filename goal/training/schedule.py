@@ -1,7 +1,7 @@
-"""Objectives that change while training goes on: schedules, and a curriculum of stages.
+"""Objectives that change during training: schedules, and a curriculum of stages.
 
-A schedule is any callable, step → value. What a step is, one of the optimiser's or an epoch, is up to whoever calls
-`step()`. All that has to be kept of it is how far it is, which `state_dict()` holds.
+A schedule is any callable, step → value. The caller of `step()` decides what a step is, a step of the optimiser or an
+epoch. The state of a schedule is only its progress, which `state_dict()` contains.
 """
 
 from __future__ import annotations

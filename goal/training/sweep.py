@@ -1,4 +1,4 @@
-"""Every T × P and every recipe, several seeds each: which objective wins?"""
+"""Every T × P and every recipe, with several seeds each: which objective wins?"""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The models that `goal train` knows: a row each, of all that tells one model from another."""
+"""The models that `goal train` knows, as a table: a row has everything that distinguishes a model from the others."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping

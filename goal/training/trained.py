@@ -1,4 +1,4 @@
-"""A trained run: its model with the best weights, the data that it reads, and its score."""
+"""A trained run: its model with the best weights, its data, and its score."""
 
 import dataclasses
 import json

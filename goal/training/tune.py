@@ -1,4 +1,4 @@
-"""A search of the learning rate and of an objective's own parameters: every objective gets as many trials."""
+"""A search for the learning rate and an objective's own parameters, with equally many trials for every objective."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""A few worker processes that take jobs, tell how far they are, and die with their parent."""
+"""A few worker processes that take jobs, report their progress, and die with their parent."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Names of terms, rules and settings: a canonical spelling, a text with parameters, a common error for unknown names."""
+"""Names of terms, rules and settings: a canonical spelling, their text with parameters, an error for unknown names."""
 
 from __future__ import annotations
 

@@ -2,28 +2,19 @@
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of Triton, which is made for one or the other
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the first import of PyTorch: there is a worker for each core
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
+import interpreter  # noqa: F401
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import settings
-from triton.runtime import interpreter
 
 import goal
-
-# A kernel in Triton's interpreter patches triton.language, and so does every function that it calls, again and to no
-# effect, which is half of the time. Patching all of it for the kernel is enough.
-_patch_lang, _scope = interpreter._patch_lang, interpreter._LangPatchScope
-_kernel = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-interpreter._patch_lang = lambda fn: _patch_lang(_kernel) if tl.core.is_builtin(tl.load) else _scope()
 
 settings.register_profile("deterministic", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("deterministic")

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import interpreter  # noqa: F401  # of ranks too
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -25,6 +26,18 @@ from goal.similarity import Dot
 from goal.terms import Product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its time in the interpreter; some rows are still those of another."""
+    few_programs(monkeypatch)
+
+
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "ROWS", 32)
+    monkeypatch.setitem(launch.SINGLE, "ROWS", 32)
+
 
 REQUESTS = {
     "hardest": Request(),
@@ -220,6 +233,7 @@ OBJECTIVES = (("hardest", "lin-ms"), ("semi-hard", "sig-ms"), ("all", "sig-ms"),
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    few_programs(pytest.MonkeyPatch())
     x, y, ids = _global()
     own = slice(sum(COUNTS[:rank]), sum(COUNTS[: rank + 1]))
     found = {}

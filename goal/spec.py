@@ -240,8 +240,7 @@ def split(text: str) -> list[str]:
 # ── the names that may stand in a text ──────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """What a name stands for."""
 
     name: str
@@ -392,8 +391,7 @@ def named(kind: str, text: str) -> Named:
     return found
 
 
-@dataclass(frozen=True)
-class _Raw:
+class _Raw(NamedTuple):
     """A name with parameters as they were written, and where."""
 
     name: str

@@ -191,9 +191,9 @@ def coefficients(
     row, here = _rows(listed, place, block)
     s = _similarities(x, y, row, col, here, col < block.M, block.D, bounds, CUT, ARITHMETIC)
     live = negatives(row, first_col, ids, block, CUT.width) & here[:, None]
-    pull, g = _entries(rows, row, here & (row < block.row_anchors), s, live, bounds, numbers, WEIGHTS, 1)
-    p_pull = pulls.rows + wide(j) * block.row_anchors + place
-    tl.store(p_pull, tl.sum(pull, 1), mask=here & (place < block.row_anchors))
+    on = here & (row < block.row_anchors)
+    pull, g = _entries(rows, row, on, s, live, bounds, numbers, WEIGHTS, 1)
+    tl.store(pulls.rows + wide(j) * block.row_anchors + place, tl.sum(pull, 1), mask=on)
     if listed is None:
         on = col < block.col_anchors
         pull, push = _entries(cols, col, on, s, live, bounds, numbers, WEIGHTS, 0)

@@ -141,7 +141,7 @@ def test_there_are_kernels() -> None:
     assert {"goal.kernels.scan", "goal.kernels.emit", "goal.kernels.dense", "goal.kernels.launch"} <= set(KERNELS)
 
 
-def test_only_the_operators_know_both() -> None:
+def test_only_the_backend_knows_both() -> None:
     both = {
         name
         for name, path in MODULES.items()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from goal.kernels.bits import wide
-from goal.kernels.tile import Matrix
+from goal.kernels.tile import Matrix, or_zero
 
 
 @triton.jit
@@ -28,8 +28,13 @@ def _first(targets, size, target):
 
 @triton.jit
 def _rows(x, at, size, on, column, D):
-    """Some rows of a matrix of `size` rows, a block of their columns, float32; 0 where not `on`, and beyond them."""
-    inside = (on & (at >= 0) & (at < size))[:, None] & (column < D)[None, :]
+    """Some rows of a matrix, a block of their columns, float32; 0 where not `on`, and beyond its `size` rows.
+
+    size: None if no row can lie beyond.
+    """
+    if size is not None:
+        on = on & (at >= 0) & (at < size)
+    inside = on[:, None] & (column < D)[None, :]
     return tl.load(x.at + at[:, None] * x.row + column[None, :] * x.col, mask=inside, other=0).to(tl.float32)
 
 
@@ -46,11 +51,13 @@ def emit(
     program = tl.program_id(0)
     if program < blocks:
         at, row, col, out, size, side = y.at, y.row, y.col, gx, block.N, 0
-        first, begins, others = wide(block.row_offset), wide(block.col_offset), wide(block.M)
+        first, begins, others = wide(or_zero(block.row_offset)), wide(or_zero(block.col_offset)), wide(block.M)
     else:
         at, row, col, out, size, side = x.at, x.row, x.col, gy, block.M, 1
-        first, begins, others = wide(block.col_offset), wide(block.row_offset), wide(block.N)
+        first, begins, others = wide(or_zero(block.col_offset)), wide(or_zero(block.row_offset)), wide(block.N)
         program -= blocks
+    if block.row_offset is None:
+        others = None
     other, D = Matrix(at, row, col), block.D
     local = wide(program) * ROWS + tl.arange(0, ROWS)
     target, column = first + local, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

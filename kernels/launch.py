@@ -146,8 +146,11 @@ def _matrix(x: Tensor) -> Matrix:
 def _block(block: types.Block) -> Block:
     (n, d), m, masks = block.x.shape, block.y.shape[0], block.masks
     rows, cols = masks.anchors(0), masks.anchors(1)
+    row_anchors, col_anchors = rows.stop - rows.start, cols.stop - cols.start
+    if masks.whole:  # a kernel of its own, without what is always 0
+        return Block(n, m, d, row_anchors, col_anchors, None, None, None)
     ahead = max(-FAR, min(masks.row_offset - masks.col_offset, FAR))
-    return Block(n, m, d, rows.stop - rows.start, cols.stop - cols.start, masks.row_offset, masks.col_offset, ahead)
+    return Block(n, m, d, row_anchors, col_anchors, masks.row_offset, masks.col_offset, ahead)
 
 
 def _of_anchors(of_rows: Tensor, of_cols: Tensor, masks: Masks) -> Sides:
@@ -392,7 +395,8 @@ class _Dense(NamedTuple):
         if every:
             return [both]
         n, m, d, row_anchors, col_anchors, row_offset, col_offset, ahead = self.block
-        turned = Block(m, n, d, col_anchors, row_anchors, col_offset, row_offset, -ahead)
+        behind = None if ahead is None else -ahead
+        turned = Block(m, n, d, col_anchors, row_anchors, col_offset, row_offset, behind)
         ids = None if self.ids is None else Sides(*self.ids[::-1])
         other = _Walk(self.y, self.x, ids, Sides(*self.anchors[::-1]), None, turned, 1)
         return [walk._replace(listed=_listed(walk.anchors.rows.share)) for walk in (both, other)]
@@ -499,13 +503,17 @@ def _walk_through(run: _Dense, walk: _Walk, product: Product, out: Sides, pull: 
         rows = min(tiles.height * cut.height, (block.N if walk.listed is None else block.row_anchors) - begin)
         cols = torch.zeros(tiles.height if walk.listed is None else 0, block.col_anchors, **new)
         _coefficients(run, walk, product, held, dense.Pulls(taken, cols), tiles)
-        pull[1 - walk.side, block.col_offset : block.col_offset + block.col_anchors] += cols.sum(0)
+        pull[1 - walk.side, _anchors_at(block.col_offset, block.col_anchors)] += cols.sum(0)
         if out.rows is not None:
             _into_rows(run, walk, held, out.rows, dense.Range(rows, block.M, begin, 0, block.D))
         if out.cols is not None:
             _into_cols(run, walk, held, out.cols, dense.Range(block.M, rows, 0, begin, block.D))
-    own = pull[walk.side, block.row_offset : block.row_offset + block.row_anchors]
+    own = pull[walk.side, _anchors_at(block.row_offset, block.row_anchors)]
     own += taken.sum(0) if walk.listed is None else torch.zeros_like(own).scatter(0, walk.listed.anchors, taken.sum(0))
+
+
+def _anchors_at(offset: int | None, anchors: int) -> slice:
+    return slice(offset or 0, (offset or 0) + anchors)
 
 
 def _coefficients(

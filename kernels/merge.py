@@ -25,7 +25,7 @@ from goal.kernels.bits import (
     wide,
 )
 from goal.kernels.scan import Column, get, put
-from goal.kernels.tile import similarities
+from goal.kernels.tile import or_zero, similarities
 
 
 class Four(NamedTuple):
@@ -337,7 +337,8 @@ def finish(
     # in arithmetic: what comes of branches takes registers
     on = anchor < block.row_anchors + side * (block.col_anchors - block.row_anchors)
     at = anchor + side * wide(block.row_anchors)
-    offset = block.col_offset + side * (block.row_offset - block.col_offset)  # of the candidates
+    row_offset, col_offset = or_zero(block.row_offset), or_zero(block.col_offset)
+    offset = col_offset + side * (row_offset - col_offset)  # of the candidates
     if MERGES:
         if side == 0:
             part, count, anchors, length = partials.rows, tiles.width, block.row_anchors, CUT.width

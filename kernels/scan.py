@@ -31,7 +31,7 @@ from goal.kernels.bits import (
     value_of,
     wide,
 )
-from goal.kernels.tile import negatives, same_ids, tile, tile_of
+from goal.kernels.tile import negatives, or_zero, same_ids, tile, tile_of
 
 _NEVER: tl.constexpr = tl.constexpr(float("-inf"))  # the similarity of what is no negative
 KEPT = 4  # candidates of each anchor that are scored exactly
@@ -210,7 +210,7 @@ def scan(
         s = tl.where(same_ids(row, col, ids, block), _NEVER, s)
     if not INNER:
         edge = (first_row + CUT.height > block.N) | (first_col + CUT.width > block.M)
-        pair = first_row + block.ahead
+        pair = first_row + or_zero(block.ahead)
         if edge | ((pair < first_col + CUT.width) & (first_col < pair + CUT.height)):
             s = tl.where(negatives(row, first_col, None, block, CUT.width), s, _NEVER)
 

@@ -32,7 +32,7 @@ class Sides(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of S, S itself among them. Kernels count rows and columns from its first ones."""
+    """A block of S. Kernels count rows and columns from its first ones. If it is all of S, the last three are None."""
 
     N: Any  # rows
     M: Any  # columns
@@ -116,12 +116,21 @@ def same_ids(row, col, ids, block):
 
 
 @triton.jit
+def or_zero(offset):
+    """An offset of a block; 0, compiled in, if the block is all of S."""
+    if offset is None:
+        return 0
+    else:
+        return offset
+
+
+@triton.jit
 def pairs_in(row, first_col, block):
     """The columns of a tile, counted from its first, in which rows have their pairs; outside of it for rows without.
 
     Where both of a pair are in S, they are anchors.
     """
-    return (row + (block.ahead - first_col)).to(tl.int32)
+    return (row + (or_zero(block.ahead) - first_col)).to(tl.int32)
 
 
 @triton.jit

@@ -63,6 +63,6 @@ def batched(tensor: Tensor) -> bool:
 
 
 def no_autocast(device: str) -> AbstractContextManager[None]:
-    """Products in the computing dtype: a context, entered only if autocast is on, as it costs more than a small product."""
+    """A context without autocast; entered only if autocast is on, as entering costs more than a small product."""
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -9,7 +9,7 @@ from goal.terms.product import Weights
 
 
 def bounded(*similarities: Tensor) -> bool:
-    """Whether these are known to be far inside the dtype's range; asked only on the CPU, where reading does not wait."""
+    """Whether these are known to be far inside the dtype's range; read on the CPU only, where reading does not wait."""
     if torch.compiler.is_compiling() or similarities[0].device.type != "cpu":
         return False
     far = torch.finfo(similarities[0].dtype).max ** 0.75

@@ -18,14 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from goal import validation
 
 Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # split along dimension 0
-Encoder = Callable[..., Tensor]  # called with a tensor, with *several, or with **named ones
+Encoder = Callable[..., Tensor]  # called with a tensor, with *tensors, or with **tensors
 
 
 class Step(NamedTuple):
-    """What `cached_step` returns; the gradients are in the parameters' `grad`."""
+    """Result of `cached_step`; the gradients are in the parameters' `grad`."""
 
     loss: Tensor  # 0-d, detached, not scaled
-    stats: Any  # the objective's `stats`, `goal.Stats` for a `goal.Objective`; None where it has, or can have, none
+    stats: Any  # the objective's `stats`, `goal.Stats` for a `goal.Objective`; None if it has none or cannot have them
 
 
 def cached_step(
@@ -38,31 +38,31 @@ def cached_step(
     scaler: torch.amp.GradScaler | None = None,
     **arguments: Any,
 ) -> Step:
-    """Forward and backward of a batch of any size, with the activations of one chunk of it in memory.
+    """Forward and backward of a batch of any size, with the activations of a single chunk in memory.
 
         x = [f(x₁); f(x₂); …], y likewise         in chunks, without graph
         ∂l/∂x, ∂l/∂y                              the objective over the whole batch, once
         ∂l/∂θ = Σ_c (∂f(x_c)/∂θ)ᵀ ∂l/∂x_c         each chunk encoded again, with graph
 
-    It is the gradient of the whole batch, not of smaller batches. `Cache` is the same for loops of your own, and says
-    what holds for dropout, BatchNorm, autocast and DistributedDataParallel.
+    The result is the gradient of the full batch, not of smaller batches. `Cache` does the same for loops of your own;
+    its docstring covers dropout, BatchNorm, autocast and DistributedDataParallel.
 
     Args:
         encode_x: called with a chunk of the inputs, returns its (rows, D) embeddings. A module or any function.
-        encode_y: the same for the other side; it may be the same one.
+        encode_y: the same for the other side; it may be the same encoder.
         batch: (x inputs, y inputs), each a tensor, a tuple of tensors for ``encode(*chunks)`` or a dict for
-            ``encode(**chunks)``, all of one length along dimension 0.
+            ``encode(**chunks)``, all of the same length along dimension 0.
         objective: ``objective(x, y, **arguments)`` → 0-d: a `goal.Objective`, a recipe, any loss; its own parameters
             get their gradient too.
-        chunk: rows encoded at once at most, ≥ 1; chunks are of even size, 65 rows by 32 are 22, 22 and 21. Memory and
-            time depend on it; the result does not, unless what an encoder does to a row depends on the rows beside it
-            or on random numbers.
-        scaler: a `torch.amp.GradScaler`, whose ``scale(loss)`` backward then starts from.
+        chunk: maximum number of rows encoded at once, ≥ 1; chunks are of even size, 65 rows by 32 are 22, 22 and 21.
+            Memory and time depend on it; the result does not, unless the encoding of a row depends on the rows beside
+            it or on random numbers.
+        scaler: a `torch.amp.GradScaler`; backward then starts from its ``scale(loss)``.
         **arguments: of the objective: ``ids=``, ``y_ids=``, ``weight=``.
 
     Returns:
-        `Step`, (loss, stats). Gradients have been added to what `grad` held; no optimiser has stepped. Objectives that
-        meet all negatives mine once more for their stats; a loop with `Cache` does not ask for them.
+        `Step`, (loss, stats). Gradients have been added to `grad`; no optimiser has stepped. Objectives that use all
+        negatives mine once more for their stats; to avoid this, write a loop with `Cache`.
 
     Raises:
         ValueError, TypeError: a batch, a chunk or an encoder's output that is not as above.
@@ -94,39 +94,40 @@ def cached_step(
 def _stats(objective: object) -> Any:
     try:
         return getattr(objective, "stats", None)
-    except RuntimeError:  # a ring of ranks has not mined what meets all negatives; the gradients are there all the same
+    except RuntimeError:  # with exchange="ring" there are no stats for all negatives; the gradients are complete
         return None
 
 
 class Cache:
-    """Embeddings of a large batch as leaves, whose gradient goes on into the encoders chunk by chunk.
+    """Embeddings of a large batch as leaves, whose gradient is passed on to the encoders chunk by chunk.
 
-    Inside ``with``, `encode` gives embeddings to compute any loss of. After that loss's backward the block ends, and
-    every chunk is encoded a second time, with graph, and takes its rows of the gradient on to the parameters. One
-    chunk's activations are in memory at a time; the rest is two embeddings' worth of rows and the inputs.
+    Inside ``with``, `encode` returns embeddings, from which any loss may be computed; call its backward in the block.
+    When the block ends, every chunk is encoded a second time, with graph, and backward continues from its rows of the
+    gradient to the parameters. The activations of one chunk are in memory at a time, besides the embeddings, their
+    gradient and the inputs.
 
-    * **Randomness.** torch's generators, of the CPU and of all devices in use, are put back before each chunk's second
-      turn, so dropout is the same in both. After the block they stand where one turn and the loss left them. Other
-      randomness (`random`, NumPy, a generator of your own) is not put back: an encoder whose second turn differs
-      raises.
-    * **Buffers.** Modules in training mode start their second turn from the buffers of the first, so running
-      statistics are updated once for every chunk. BatchNorm normalises each chunk by itself, as it would in
-      accumulation: that is a step of a chunked encoder, not of one that saw the whole batch. It takes no chunk of one
-      row, which only chunk=1, and chunk=2 for an odd number of rows, leave: an error says so.
-    * **Autocast** as it is at `encode` holds in both turns.
+    * **Randomness.** The states of torch's generators, of the CPU and of all devices in use, are restored before each
+      chunk's second encoding, so dropout is the same in both. After the block they are as after one encoding and the
+      loss. Other randomness (`random`, NumPy, a generator of your own) is not restored: an encoder whose second
+      encoding differs raises.
+    * **Buffers.** Modules in training mode start the second encoding from the buffers before the first, so running
+      statistics are updated once for every chunk. BatchNorm normalises each chunk by itself, as in gradient
+      accumulation: this is a step of a chunked encoder, not of one that sees the full batch. It cannot take a chunk of
+      one row, which only chunk=1, and chunk=2 with an odd number of rows, give: this raises an error.
+    * **Autocast** as it is at `encode` holds in both encodings.
     * **DistributedDataParallel** reduces once a step: all chunks but the last of each `encode` run under ``no_sync``,
-      and the last ones share one backward. Modules within an encoder and modules that a function calls are found.
-      Ranks may have different numbers of chunks.
-    * **Accumulation.** Gradients add to what `grad` holds. Clip and step after the block.
+      and the last chunks share one backward. Replicas are found inside an encoder, and among modules that a function
+      calls. Ranks may have different numbers of chunks.
+    * **Accumulation.** Gradients are added to `grad`. Clip and step after the block.
 
     Args:
-        chunk: rows encoded at once at most, ≥ 1; N rows are cut into ⌈N / chunk⌉ chunks whose sizes differ by one at
-            most.
+        chunk: maximum number of rows encoded at once, ≥ 1; N rows are cut into ⌈N / chunk⌉ chunks whose sizes differ
+            by at most one.
 
     Raises:
-        ValueError, TypeError: a chunk that is no whole number ≥ 1, or leaves one row to an encoder that refuses it.
+        ValueError, TypeError: a chunk that is no whole number ≥ 1, or gives a single row to an encoder that refuses it.
         RuntimeError: at the block's end, if no embedding has a gradient (backward was not called inside), or if an
-            encoder did not give the same embeddings twice. Gradients are then not to be used.
+            encoder did not give the same embeddings twice. The gradients must then not be used.
 
     Example:
         >>> import goal, torch
@@ -144,7 +145,7 @@ class Cache:
         self._encoded: list[_Encoded] = []
 
     def encode(self, encoder: Encoder, inputs: Inputs) -> Tensor:
-        """All embeddings of the inputs, (N, …), as a leaf that takes a gradient.
+        """All embeddings of the inputs, (N, …), as a leaf that collects a gradient.
 
         Args:
             encoder: returns a floating-point tensor with one row for each row of its chunk.
@@ -177,7 +178,7 @@ class Cache:
         return leaf
 
     def backward(self) -> None:
-        """Encode every chunk again and take its rows of the gradient on; the end of the block does it by itself."""
+        """Encode every chunk again and continue backward from its rows of the gradient; called at the block's end."""
         encoded, self._encoded = self._encoded, []
         due = [each for each in encoded if each.leaf.grad is not None]
         if encoded and not due:
@@ -193,7 +194,7 @@ class Cache:
                             quiet.enter_context(replica.no_sync())
                         if not _backward([(each, part)]) and each.frozen:
                             break
-            # with gradients reduced: in one backward, since a replica may serve several encoders with other parameters
+            # reduces the gradients: in one backward, since a replica may serve encoders with other parameters
             _backward([(each, len(each.slices) - 1) for each in due if each.replicas])
         finally:
             _set_random_state(random)
@@ -213,35 +214,35 @@ class Cache:
         self._encoded = []
 
 
-Buffers = list[tuple[nn.Module, str, Tensor]]  # whose, its name, a copy of it
-RandomState = dict[torch.device, Tensor]  # a state in bytes, or those before each chunk: (chunks, bytes)
-Casts = list[tuple[str, torch.dtype, bool]]  # kind of device, autocast's dtype, whether it is on
+Buffers = list[tuple[nn.Module, str, Tensor]]  # module, name, a copy of the buffer
+RandomState = dict[torch.device, Tensor]  # a state in bytes, or the states before each chunk: (chunks, bytes)
+Casts = list[tuple[str, torch.dtype, bool]]  # kind of device, autocast's dtype, whether autocast is on
 
 
 @dataclass
 class _Encoded:
-    """One call of `Cache.encode`: all that the second turn needs."""
+    """A call of `Cache.encode`, with all data for the second encoding."""
 
     encoder: Encoder
     inputs: Mapping[str | int, Tensor]
     slices: list[slice]  # rows of each chunk
-    random: RandomState  # before each chunk; all in one tensor, for the reason that `_filled` gives
-    buffers: Buffers  # before the first
+    random: RandomState  # before each chunk; in a single tensor, for the reason given in `_filled`
+    buffers: Buffers  # before the first chunk
     casts: Casts
     replicas: list[DistributedDataParallel]
     leaf: Tensor  # (N, …), the embeddings
-    gap: Tensor | None = None  # 0-d, the largest difference between the turns
+    gap: Tensor | None = None  # 0-d, the largest difference between the two encodings
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing in it is trained, so that one chunk without graph tells it of all."""
+        """Whether no parameter of the encoder is trained; a chunk without graph then means that no chunk has one."""
         return isinstance(self.encoder, nn.Module) and not any(p.requires_grad for p in self.encoder.parameters())
 
     def again(self, part: int) -> tuple[Tensor, Tensor]:
         """A chunk's embeddings, with graph, and their gradient."""
         assert self.leaf.grad is not None
         rows = self.slices[part]
-        _set_random_state({device: states[part].clone() for device, states in self.random.items()})  # takes no view
+        _set_random_state({device: states[part].clone() for device, states in self.random.items()})  # refuses views
         with torch.enable_grad(), _autocast(self.casts):
             found = _encode(self.encoder, self.inputs, rows)
         gap = (found.detach() - self.leaf.detach()[rows]).abs().amax()
@@ -249,7 +250,7 @@ class _Encoded:
         return found, self.leaf.grad[rows]
 
     def check(self) -> None:
-        """Raise where the turns differ by more than √eps of the coarsest arithmetic in use."""
+        """Raise if the two encodings differ by more than √eps of the coarsest arithmetic in use."""
         if self.gap is None:
             return
         dtypes = {self.leaf.dtype, *(dtype for _, dtype, on in self.casts if on)}
@@ -265,7 +266,7 @@ class _Encoded:
 
 
 def _backward(chunks: list[tuple[_Encoded, int]]) -> bool:
-    """One backward through these chunks; whether any of them leads to a parameter."""
+    """A single backward through these chunks; returns whether any of them requires grad."""
     pairs = [each.again(part) for each, part in chunks]
     pairs = [(found, gradient) for found, gradient in pairs if found.requires_grad]
     if pairs:
@@ -278,7 +279,7 @@ def _backward(chunks: list[tuple[_Encoded, int]]) -> bool:
 
 
 def _parts(inputs: object) -> Mapping[str | int, Tensor]:
-    """The tensors of the inputs by place or by name; a tensor is one at place 0."""
+    """The tensors of the inputs by position or by name; a single tensor has position 0."""
     found: dict[Any, Any]
     if isinstance(inputs, Tensor):
         found = {0: inputs}
@@ -301,7 +302,7 @@ def _parts(inputs: object) -> Mapping[str | int, Tensor]:
 
 
 def _even(length: int, most: int) -> list[slice]:
-    """The rows in as few chunks of at most so many as will do, whose sizes differ by one at most."""
+    """The slices of the fewest chunks of at most `most` rows, whose sizes differ by at most one."""
     chunks = -(-length // most)
     size, longer = divmod(length, chunks)
     ends = [number * size + min(number, longer) for number in range(chunks + 1)]
@@ -325,7 +326,7 @@ def _encode(encoder: Encoder, inputs: Mapping[str | int, Tensor], rows: slice) -
 def _filled(whole: Tensor | None, found: Tensor, rows: slice, length: int, encoder: Encoder) -> Tensor:
     """The embeddings of all rows with those of a chunk set.
 
-    Kept apart, small tensors would lie where large ones have been freed, and keep that memory from being used again.
+    Stored separately, small tensors would lie where large ones have been freed, and prevent the memory's reuse.
     """
     if whole is None:
         whole = found.new_empty(length, *found.shape[1:])
@@ -348,14 +349,14 @@ def _named(encoder: Encoder) -> str:
     return getattr(encoder, "__qualname__", type(encoder).__name__)
 
 
-# ---- what a turn depends on ------------------------------------------------------------------------------
+# ---- the state of an encoding ----------------------------------------------------------------------------
 
 
 @contextmanager
 def _modules(encoder: Encoder) -> Iterator[tuple[Buffers, list[DistributedDataParallel]]]:
-    """Buffers that a forward in training mode may change, copied before it, and replicas.
+    """Copies of the buffers that a forward in training mode may change, and the replicas.
 
-    Of all modules within the encoder; where it is a function, of those that it calls inside the block.
+    They are those of all modules within the encoder; for a function, of the modules that it calls inside the block.
     """
     buffers: Buffers = []
     replicas: list[DistributedDataParallel] = []
@@ -385,7 +386,7 @@ def _modules(encoder: Encoder) -> Iterator[tuple[Buffers, list[DistributedDataPa
 
 
 def _copied(buffers: Buffers) -> Buffers:
-    """The same buffers as they are now."""
+    """The same buffers with their current values."""
     return [(module, name, module.get_buffer(name).clone()) for module, name, _ in buffers]
 
 
@@ -396,7 +397,7 @@ def _put_back(buffers: Buffers) -> None:
 
 
 def _devices(encoder: Encoder, inputs: Mapping[str | int, Tensor]) -> set[torch.device]:
-    """Where random numbers may be drawn: the CPU, the devices of inputs and weights, a GPU that is in use."""
+    """Devices on which random numbers may be drawn: the CPU, those of inputs and weights, and a GPU in use."""
     found = {torch.device("cpu"), *(value.device for value in inputs.values())}
     if isinstance(encoder, nn.Module):
         found |= {value.device for value in encoder.parameters()}
@@ -421,13 +422,13 @@ def _set_random_state(states: RandomState) -> None:
 
 
 def _casts(kinds: Iterable[str]) -> Casts:
-    """Autocast as it is now."""
+    """The current state of autocast."""
     return [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in sorted(kinds)]
 
 
 @contextmanager
 def _autocast(casts: Casts, on: bool = True) -> Iterator[None]:
-    """Autocast as it was, or off."""
+    """A context with the given state of autocast, or with autocast off."""
     with ExitStack() as stack:
         for kind, dtype, enabled in casts:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled and on))

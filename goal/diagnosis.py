@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 BINS = 40  # of the histograms, over [−1, 1]
-COLLAPSED = 0.9  # share of anchors in the vanishing zone from which it is an alarm
+COLLAPSED = 0.9  # share of anchors in the vanishing zone that raises an alarm
 _ARGUMENTS = ("x", "y", "ids", "y_ids", "weight")  # of an objective's call
 
 
 class _Call(NamedTuple):
-    """The last call of the objective that will have a backward."""
+    """The last call of the objective that requires grad."""
 
-    given: dict[str, Any]  # its arguments, detached
+    given: dict[str, Any]  # the arguments, detached
     loss: Tensor  # 0-d
-    settings: Any  # of a `goal.Objective`; None for another one
-    norms: dict[str, tuple[Tensor, Tensor]]  # side → ‖gradient‖ and the norm of its part along the sphere, 0-d
+    settings: Any  # of a `goal.Objective`; None for other objectives
+    norms: dict[str, tuple[Tensor, Tensor]]  # side → ‖gradient‖ and the norm of its tangential part, 0-d
 
 
 class Diagnosis:
-    """The rows that `goal.diagnose` gathers: one for each call of `step`.
+    """The rows that `goal.diagnose` collects: one for each call of `step`.
 
     Attributes:
         rows: dictionaries of plain JSON (see `goal.diagnose`).
@@ -63,7 +63,7 @@ class Diagnosis:
     ) -> None:
         self.rows: list[Row] = []
         self._encoders, self._eps, self._start = encoders, eps, start
-        self._path = None if path is None else path.absolute()  # the process may go to another folder
+        self._path = None if path is None else path.absolute()  # the working directory may change
         if path is not None:
             if start:
                 self.rows = [row for row in read(path) if row["step"] < start]
@@ -79,7 +79,7 @@ class Diagnosis:
         self.close()
 
     def close(self) -> None:
-        """Leave the objective as it was; the rows stay."""
+        """Remove the hooks from the objective; the rows stay."""
         self._hook.remove()
         self._release()
 
@@ -104,13 +104,13 @@ class Diagnosis:
     def step(self) -> Row:
         """The row of the last call of the objective: after `backward`, before the optimiser's step.
 
-        It makes S once more, and need not be called at every step of training.
+        It computes S once more, and need not be called at every step of training.
 
         Returns:
-            The row; it is written to the file, if there is one, and its new alarms are warnings.
+            The row; it is also written to the file, if there is one, and its new alarms are warnings.
 
         Raises:
-            RuntimeError: there was no call since the last row, or no backward of it.
+            RuntimeError: no call since the last row, or no backward of that call.
         """
         call = self._call
         if call is None or (self._taps and not call.norms):
@@ -151,7 +151,7 @@ class Diagnosis:
         }
 
     def draw(self, path: str | Path | None = None) -> Figure:
-        """The rows as curves and as histograms through time, saved to `path` if there is one.
+        """The rows as curves and as histograms over time, saved to `path` if given.
 
         Raises:
             ValueError: there is no row.
@@ -177,7 +177,7 @@ class Diagnosis:
         return figure
 
     def _curves(self, axes: Axes, title: str, names: Mapping[str, str], log: bool = False) -> None:
-        """Lines of row entries, `a.b` being row["a"]["b"]; grey where an alarm is on."""
+        """Lines of row entries, where `a.b` is row["a"]["b"]; grey while an alarm is on."""
         steps = [row["step"] for row in self.rows]
         for place, (label, name) in enumerate(names.items()):
             key, _, inner = name.partition(".")
@@ -202,7 +202,7 @@ class Diagnosis:
         axes.spines[["top", "right"]].set_visible(False)
 
     def _densities(self, axes: Axes, key: str, title: str) -> None:
-        """A histogram for each row, dark where many similarities are."""
+        """A histogram for each row; darker means more similarities."""
         found = [row["histogram"][key] for row in self.rows]
         counts = torch.tensor(found, dtype=torch.float64, device="cpu")  # (rows, BINS)
         shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).T.numpy()
@@ -223,27 +223,28 @@ def diagnose(
 ) -> Diagnosis:
     """Watch an objective while it trains: similarities, gradient norms, and alarms in words.
 
-    A row holds loss; vanishing, the share of anchors with |s⁺ − max s⁻| < eps, where the gradients of a hardest
-    negative and of its pair cancel; recall_at_1, s_pos and s_neg (means; the hardest negative of the batch, whatever
-    the mining); gradient, ‖g‖_F as it arrives at x and at y, and tangent, the same of
+    A row contains loss; vanishing, the share of anchors with |s⁺ − max s⁻| < eps, where the gradients of a hardest
+    negative and of its pair cancel; recall_at_1, s_pos and s_neg (means; of the batch's hardest negatives, whatever the
+    mining); gradient, ‖g‖_F of the gradient at x and at y, and tangent, the same norm of
 
         g − (g · ẑ) ẑ,    ẑ = z / ‖z‖ of each row z
 
     the only part that moves a normalised embedding; encoders, the norm of all gradients of a module's parameters;
-    histogram, counts of s⁺ and of the hardest s⁻ in 40 bins over [−1, 1], the outer ones open; and alarms, words by
-    kind: `collapse`, `unreached` (no gradient at an encoder), `finite` (what is not). It changes no bit of training.
+    histogram, counts of s⁺ and of the hardest s⁻ in 40 bins over [−1, 1], the outer bins open; and alarms, words by
+    kind: `collapse`, `unreached` (no gradient at an encoder), `finite` (which values are not). Training is unchanged to
+    the bit.
 
     Args:
-        objective: what is called, in eager mode, with (x, y, …): any module of this library, or another one of that
-            form, such as `goal.training.Curriculum`. Calls without gradient are not looked at.
-        encoders: modules whose gradients are looked at, by name.
-        path: a file that gets a line of JSON for each row, and is begun anew.
+        objective: called, in eager mode, with (x, y, …): any module of this library, or another module of that form,
+            such as `goal.training.Curriculum`. Calls without gradient are ignored.
+        encoders: modules whose gradients are watched, by name.
+        path: a file that gets a line of JSON for each row; an existing file is replaced.
         eps: half the width of the vanishing zone, >= 0.
-        start: number of the first row; a run that goes on keeps the file's rows before it.
+        start: number of the first row; a resumed run keeps the file's earlier rows.
 
     Returns:
         `Diagnosis`: call its `step()` between backward and the optimiser's step. With a loss scale the gradients at
-        the embeddings carry it. `close()` it, or use it in `with`.
+        the embeddings are scaled. `close()` it, or use it in `with`.
 
     Raises:
         ValueError, TypeError: an eps or a start that is not allowed; a file that is no such log.
@@ -268,7 +269,7 @@ def diagnose(
 
 
 def read(path: str | Path) -> list[Row]:
-    """The rows of a file that `diagnose` wrote; a last line that was cut short is left out.
+    """The rows of a file that `diagnose` wrote; an incomplete last line is left out.
 
     Raises:
         ValueError: no such file, or a line that is no row.
@@ -286,7 +287,7 @@ def read(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file.")
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or half a line
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline there is nothing, or an incomplete line
     rows = []
     for number, line in enumerate(lines):
         try:
@@ -303,14 +304,14 @@ def _line(row: Row) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """With null for what is no number of JSON."""
+    """The value with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tap(norms: dict[str, tuple[Tensor, Tensor]], side: str, z: Tensor, gradient: Tensor) -> None:
-    """Note the norms of the gradient that passes, at rows z (n, D)."""
+    """Hook at rows z (n, D): store the norms of the gradient."""
     with torch.no_grad():
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         g, unit = gradient.detach().to(wide), normalize(z.to(wide), dim=1)
@@ -332,7 +333,7 @@ def _histogram(s: Tensor) -> list[int]:
 
 
 def _alarms(row: Row, call: _Call, eps: float) -> dict[str, str]:
-    """Kind → what is wrong, in words."""
+    """Kind of alarm → message."""
     found = {}
     numbers = {"loss": row["loss"], **{f"gradient at {side}": norm for side, norm in row["gradient"].items()}}
     if wrong := [f"the {name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]:

@@ -27,7 +27,7 @@ Labels = Array | Sequence[int] | Sequence[str]
 Scores = Callable[[slice], Tensor]  # rows of queries -> (rows, candidates)
 
 _CUTOFFS = (1, 5, 10)
-_CANDIDATES = 4096  # scored at once; bounds the working memory of order embeddings
+_CANDIDATES = 4096  # scored at a time; bounds the working memory of order embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class RetrievalMetrics:
     t2i_medr: float
     i2t_meanr: float  # mean rank of an image's best caption
     t2i_meanr: float
-    i2t_ties: float  # images whose best caption scores exactly what some wrong caption scores, %
+    i2t_ties: float  # images whose best caption has exactly the score of some wrong caption, %
     t2i_ties: float
     n_images: int
     n_captions: int
@@ -61,7 +61,7 @@ class RetrievalMetrics:
         return self.i2t_r1 + self.i2t_r5 + self.i2t_r10 + self.t2i_r1 + self.t2i_r5 + self.t2i_r10
 
     def as_dict(self) -> dict[str, float]:
-        """Every number by name, `rsum` included and the per-query ranks left out; ready for JSON."""
+        """Every number by name, with `rsum` and without the per-query ranks; ready for JSON."""
         numbers = {name: value for name, value in vars(self).items() if not name.endswith("_ranks")}
         return {"rsum": self.rsum, **numbers}
 
@@ -110,10 +110,10 @@ def evaluate(
 ) -> RetrievalMetrics:
     """Recall@1/5/10, median and mean rank, image to text and text to image.
 
-        rank of a query = 1 + number of wrong items that score at least what its best positive scores
+        rank of a query = 1 + number of wrong items whose score is at least that of its best positive
 
     A tie counts against the model, so a collapsed model scores 0 and not 100 %. For an image all its own
-    captions are positives and the best of them counts; for a caption its image is the one positive.
+    captions are positives and the best of them counts; for a caption its image is the only positive.
 
     Args:
         x: (n_images, D) image embeddings, floating point: a dense tensor or an array of any layout or byte order.
@@ -121,11 +121,11 @@ def evaluate(
         image_of: (n_captions,) integers, the row of x that each caption belongs to; an image may have any
             number of captions above none. None: caption k belongs to image k.
         similarity: "dot", "cosine" or "order". Scores are float32 whatever the input and settings.
-        folds: evaluate consecutive, equal parts of the images with their captions, each by itself, and
-            average (COCO 1K: five folds of 5,000 images; COCO 5K: one).
-        chunk: queries scored at once; memory is chunk × candidates, never the whole matrix.
+        folds: evaluate consecutive, equal parts of the images with their captions separately, and average
+            (COCO 1K: five folds of 5,000 images; COCO 5K: one).
+        chunk: queries scored at a time; memory is chunk × candidates, never the full matrix.
         leave_one_out: row k of y is no candidate for row k of x, and the other way round. For x and y that are
-            one set, say views of things, where image_of names another view of the same thing for each.
+            the same set, such as several views of things, if image_of names for each view another view of the thing.
 
     Raises:
         ValueError: shapes do not fit, an index is out of range, an image has no caption, an embedding or a
@@ -134,7 +134,7 @@ def evaluate(
         TypeError: embeddings that are not floating point, or an image_of that is not integer.
 
     Warns:
-        UserWarning: x and y hold the same rows and leave_one_out is off, so that every query meets itself.
+        UserWarning: x and y have the same rows and leave_one_out is off, so that every query finds itself.
 
     >>> import torch
     >>> x = torch.eye(3)
@@ -160,7 +160,7 @@ def evaluate(
 def evaluate_similarity(
     S: Array, image_of: Labels | None = None, *, folds: int = 1, chunk: int = 256, leave_one_out: bool = False
 ) -> RetrievalMetrics:
-    """The metrics of `evaluate` for a model that gives the scores themselves (cross-attention, ensembles).
+    """The metrics of `evaluate` for a model that returns the scores itself (cross-attention, ensembles).
 
     Args:
         S: (n_images, n_captions) scores, higher is better, floating point, compared in their own dtype.
@@ -198,8 +198,8 @@ def map_at_all(
         AP of a query = mean over its relevant items r of r / (r + number of irrelevant items scoring ≥ it)
 
     Relevant are the items of the other side with the query's label, numbered r = 1, 2, … from the best.
-    Ties count against the model: among items of equal score every irrelevant one stands before the relevant.
-    Where x and y are one set, every query would find itself first: with `leave_one_out` the items of query k are
+    Ties count against the model: among items of equal score all irrelevant items rank before the relevant ones.
+    If x and y are the same set, every query would find itself first: with `leave_one_out` the items of query k are
     all rows of the other side but row k.
 
     Args:
@@ -207,9 +207,9 @@ def map_at_all(
         y: (m, D) embeddings, on the same device.
         x_labels: (n,) integers of any dtype or strings: an array, a tensor, a sequence or a table's column.
             They are compared exactly, whatever their dtypes.
-        y_labels: (m,) of the same kind.
+        y_labels: (m,) labels of the same kind.
         similarity, chunk: as in `evaluate`.
-        leave_one_out: row k of y is no item for row k of x, and the other way round; n = m, and both have one label.
+        leave_one_out: row k of y is no item for row k of x, and the other way round; n = m, with the same labels.
 
     Raises:
         ValueError: shapes do not fit, a query has no relevant item (its average precision does not exist), or
@@ -217,7 +217,7 @@ def map_at_all(
         TypeError: embeddings that are not floating point, labels that are neither integers nor strings.
 
     Warns:
-        UserWarning: x and y hold the same rows and leave_one_out is off.
+        UserWarning: x and y have the same rows and leave_one_out is off.
 
     >>> x, y = np.eye(2), np.array([[1.0, 0.0], [0.2, 0.9], [0.0, 0.8]])
     >>> print(map_at_all(x, y, ["dog", "cat"], ["dog", "dog", "cat"]))
@@ -294,14 +294,14 @@ class _Side(NamedTuple):
     """The queries or the candidates of one direction."""
 
     name: str
-    row: Tensor  # (n,) their rows in what the caller gave
-    key: Tensor  # (n,) a candidate is right for a query when their keys are equal
+    row: Tensor  # (n,) their rows in the caller's data
+    key: Tensor  # (n,) a candidate is right for a query if their keys are equal
 
 
 def _scored(
     score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(queries, scores, which are right) of some queries at a time, (queries, candidates); −inf for one left out."""
+    """Chunks of queries: (rows, scores, whether right), both (queries, candidates); the left-out candidate has −inf."""
     for start in range(0, len(query.row), chunk):
         rows = slice(start, start + chunk)
         s, right = score(rows), query.key[rows, None] == candidate.key
@@ -315,11 +315,11 @@ def _scored(
 def _rank(
     score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Rank of each query's best right candidate, and whether a wrong one ties with it; (queries,) each."""
+    """Rank of each query's best right candidate, and whether a wrong candidate ties with it; both (queries,)."""
     ranks, ties = [], []
     for _, s, right in _scored(score, query, candidate, chunk, leave_one_out):
         best = s.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        above = (s > best).sum(1, dtype=torch.int32)  # never a right one: best is their maximum
+        above = (s > best).sum(1, dtype=torch.int32)  # wrong candidates only: best is the maximum of the right ones
         level = ((s == best) & ~right).sum(1, dtype=torch.int32)
         ranks.append(1 + above + level)
         ties.append(level > 0)
@@ -329,7 +329,7 @@ def _rank(
 def _average_precision(
     score: Scores, query: _Side, candidate: _Side, chunk: int, leave_one_out: bool
 ) -> NDArray[np.float64]:
-    """Average precision of each query, (queries,); irrelevant candidates first among equals."""
+    """Average precision of each query, (queries,); among equal scores irrelevant candidates come first."""
     place = torch.arange(1, len(candidate.row) + 1, device=candidate.row.device)
     parts = []
     for rows, s, right in _scored(score, query, candidate, chunk, leave_one_out):
@@ -351,7 +351,7 @@ def _average_precision(
 
 
 def _pair_scores(x: Tensor, y: Tensor, similarity: Dot) -> tuple[Scores, Scores]:
-    """Scores of rows of x against all y and of rows of y against all x; identical rows share a score."""
+    """Functions of row slices: scores of x rows against all y, of y rows against all x; equal rows share a score."""
     (x_rows, x_place), (y_rows, y_place) = _distinct(x), _distinct(y)
     x_rows, y_rows = similarity.embed(x_rows), similarity.embed(y_rows)
 
@@ -369,7 +369,7 @@ def _pair_scores(x: Tensor, y: Tensor, similarity: Dot) -> tuple[Scores, Scores]
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct rows in order of appearance, and for every row its place among them."""
+    """The distinct rows in order of appearance, and for every row its position among them."""
     places: dict[bytes, int] = {}
     place = [places.setdefault(row.tobytes(), len(places)) for row in (rows + 0.0).cpu().numpy()]  # −0 is 0
     first = np.unique(place, return_index=True)[1]
@@ -378,7 +378,7 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Products in float32 proper: no autocast, no TF32, no bfloat16, whatever the training loop has set."""
+    """A context for products in true float32: no autocast, TF32 or bfloat16, whatever the training loop has set."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
@@ -395,18 +395,18 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
 
 def floating(name: str, value: Any, first: int = 0) -> Tensor:
-    """The same numbers as a dense floating-point tensor without a gradient; `value` is only copied where it must be.
+    """The same numbers as a dense floating-point tensor without a gradient; `value` is copied only if necessary.
 
-    An array in another byte order or layout is as good as its contiguous copy. What would lose something on its
-    way is refused: masks, precision beyond 64 bits, values that a sparse tensor leaves out.
+    An array in another byte order or layout is as good as its contiguous copy. Values that a conversion would lose
+    are refused: masks, precision beyond 64 bits, the entries that a sparse tensor leaves out.
 
     Args:
         name: of the argument, for errors.
-        value: a tensor or anything that NumPy makes an array of.
+        value: a tensor or anything that NumPy converts to an array.
         first: the number of the first row, for errors.
 
     Raises:
-        TypeError, ValueError: naming the argument, and what came.
+        TypeError, ValueError: naming the argument and its value.
 
     >>> floating("x", np.ones((2, 3), ">f4")[:, ::-1]).shape
     torch.Size([2, 3])
@@ -421,7 +421,7 @@ def _from_array(name: str, value: Any, first: int) -> Tensor:
         kind = "" if isinstance(value, np.ndarray) else f"{type(value).__name__} of "
         raise TypeError(f"{name} must be a tensor or an array of numbers, got {kind}{array.dtype}.")
     native = np.require(array, array.dtype.newbyteorder("="), ["C", "ALIGNED"])
-    if any(stride < 0 for stride in native.strides):  # one row may be C-contiguous backwards
+    if any(stride < 0 for stride in native.strides):  # a single row may count as C-contiguous with a negative stride
         native = native.copy()
     try:
         with warnings.catch_warnings():
@@ -505,7 +505,7 @@ def _labels(name: str, value: Labels, n: int) -> list[int] | list[str]:
         raise TypeError(f"{name} must be integers or strings, one per row, got {type(value).__name__}.")
     elif len(value) != n:
         raise ValueError(f"{name} must have shape ({n},), one per row, got ({len(value)},).")
-    items: list[Any] = [_plain(item) for item in value]  # no array of a list: that rounds, and mixes kinds
+    items: list[Any] = [_plain(item) for item in value]  # np.array of a list would round, and mix kinds
     for row, item in enumerate(items):
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise TypeError(f"{name} must be integers or strings, but row {row} is {item!r} ({type(item).__name__}).")
@@ -515,14 +515,14 @@ def _labels(name: str, value: Labels, n: int) -> list[int] | list[str]:
 
 
 def _plain(item: Any) -> Any:
-    """An integer or a string of NumPy or torch as Python's own."""
+    """A NumPy or torch integer or string as a Python one."""
     if isinstance(item, np.integer | np.str_) or (isinstance(item, Tensor) and item.dim() == 0):
         return item.item()
     return item
 
 
 def _codes(x_labels: list[int] | list[str], y_labels: list[int] | list[str]) -> Tensor:
-    """(n + m,) a number for each label, equal where labels are."""
+    """(n + m,) a number for each label; equal labels have equal numbers."""
     kinds = [str if isinstance(labels[0], str) else int for labels in (x_labels, y_labels)]
     if kinds[0] != kinds[1]:
         raise TypeError(f"labels must be of one kind, got {kinds[0].__name__} for x and {kinds[1].__name__} for y.")
@@ -531,7 +531,7 @@ def _codes(x_labels: list[int] | list[str], y_labels: list[int] | list[str]) -> 
 
 
 def _check_scores(s: Tensor, rows: slice, query: _Side, candidate: _Side) -> None:
-    low, high = torch.aminmax(s)  # both are NaN where any entry is
+    low, high = torch.aminmax(s)  # both are NaN if any entry is
     if not (low.isfinite() and high.isfinite()):
         i, j = (~s.isfinite()).nonzero()[0].tolist()
         raise ValueError(

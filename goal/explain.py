@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 class Explanation(NamedTuple):
-    """What `goal.apply` would do with these arguments."""
+    """What `goal.apply` would compute for these arguments, how, and at what cost."""
 
-    impl: str  # who does the quadratic work
+    impl: str  # the implementation of the quadratic stages
     why: str
     dtype: str  # of the mathematics
     products: str  # the arithmetic of S
-    mined: tuple[str, ...]  # what the miner reduces from S
-    tile: tuple[int, int]  # rows and columns of S made at once
+    mined: tuple[str, ...]  # the statistics that the miner reduces from S
+    tile: tuple[int, int]  # rows and columns of S that are computed at once
     passes: int  # times that S is computed, forward and backward together
     flops: int  # of the products, forward and backward together
-    moved: int  # bytes of inputs and gradients that have to pass through the processor, at the least
-    held: int  # bytes beyond the inputs and their gradients, at the peak
-    ranks: int | None = None  # with ranks all of this is one rank's, of whose rows S has all columns
+    moved: int  # bytes of inputs and gradients that pass through the processor, at least
+    held: int  # bytes at the peak, beyond the inputs and their gradients
+    ranks: int | None = None  # if given, all numbers are those of a rank, which has all columns for its rows of S
     gather: int | None = None  # bytes that a rank sends in a step with exchange="gather"
-    ring: int | None = None  # the same with "ring": at most, on average over the ranks
+    ring: int | None = None  # the same with "ring": at most, averaged over the ranks
     rounds: int | None = None  # times that y goes round with "ring"
 
     def __str__(self) -> str:
@@ -53,12 +53,12 @@ def explain(
     exchange: str = "gather",
     ranks: int | None = None,
 ) -> Explanation:
-    """Which implementation takes these arguments, what it mines and what that costs; nothing is computed.
+    """The implementation for these arguments, what it mines, and the cost; nothing is computed.
 
     Args: as for `goal.apply`, and
-        ranks: so many ranks with as many rows each as x and y have here, without a group; by default the group's.
+        ranks: number of ranks, without a group; each with as many rows as x and y here. By default the group's.
 
-    Ids add 8 bytes · (ranks − 1) a row to what is sent, `y_ids` as much again, `weight` an element or two.
+    Ids add 8 bytes · (ranks − 1) per row to the bytes sent, `y_ids` the same again, `weight` an element or two.
 
     Example:
         >>> import goal, torch
@@ -109,7 +109,7 @@ def _explanation(objective: Settings, x: Tensor, y: Tensor) -> Explanation:
 
 
 def _explanation_spread(objective: Settings, x: Tensor, y: Tensor, size: int, exchange: str) -> Explanation:
-    """One rank's share: its rows of S, block by block or whole, and in backward its columns if they are all here."""
+    """A rank's share: its rows of S, block by block or at once, and in backward its columns if it has all rows."""
     n, d = x.shape
     if len(y) != n:
         raise ValueError(f"x and y must have the same number of rows on each rank, got {n} and {len(y)}.")

@@ -43,7 +43,7 @@ def apply(
     averaged: bool = False,
     exchange: str = "gather",
 ) -> Tensor:
-    """A scalar whose backward hands out the gradient that T and P± compose, without a loss behind it.
+    """A scalar whose backward returns the gradient composed of T and P±, without a loss behind it.
 
     With S = x yᵀ and K = min(N, M) pairs (row k of x, row k of y), for each anchor i of both directions and its
     selected negatives j (mᵢⱼ > 0):
@@ -56,8 +56,8 @@ def apply(
     Args:
         x: (N, D) embeddings of one modality; float32, float64, bfloat16 or float16. The mathematics is in float32,
             or in float64 for float64; gradients come back in the input's dtype.
-        y: (M, D) of the other. Rows beyond K of the longer side are candidates: negatives for the other side's
-            anchors that are no anchors themselves (a memory bank).
+        y: (M, D) embeddings of the other modality. Rows beyond K of the longer side are candidates only: negatives for
+            the other side's anchors that are no anchors themselves (a memory bank).
         T: triplet weight, a name (`con`, `nca`, `cir`, or a registered one) or an object, `goal.T.cir(tau=5.0)`.
         P: pair weight, a name (`con`, `lin`, `sig`, `lin-ms`, `sig-ms`) or an object.
         mining: `hardest`, `semi-hard`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
@@ -67,30 +67,30 @@ def apply(
         weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates). Or (2, K), for
             the anchors of x→y and of y→x; `mean` then divides each direction by the sum of its own.
         similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
-        impl: `auto`, `torch` or `triton`. `auto` takes the kernels for inputs on a GPU where they can do all of it,
-            else PyTorch; `goal.explain` tells which, and why. `triton` never falls back: it raises.
-        precision: the arithmetic in which kernels look for negatives among float32 inputs: `fast` (float16 copies;
-            tf32 in small batches), `tf32` or `exact`. What they find is computed again in float32. 16-bit inputs are
-            taken as they are. PyTorch's path is always exact.
+        impl: `auto`, `torch` or `triton`. `auto` takes the kernels for inputs on a GPU if they support the objective,
+            else PyTorch; `goal.explain` says which, and why. `triton` never falls back: it raises.
+        precision: the arithmetic in which kernels search negatives among float32 inputs: `fast` (float16 copies; tf32
+            in small batches), `tf32` or `exact`. The mined similarities are computed again in float32. 16-bit inputs
+            are used as they are. PyTorch's path is always exact.
         check_finite: raise for NaN or inf in x or y; by default on the CPU, outside `torch.compile`. Otherwise a NaN
-            shows in the gradient, as it does where finite inputs make similarities that their dtype cannot hold.
+            shows in the gradient, also where finite inputs give similarities beyond the range of their dtype.
         group: a `torch.distributed.ProcessGroup`, or `world`: the objective is that of the global batch, the ranks'
-            rows in rank order, as many of x as of y on each; how many may differ. All ranks call it together; the value
-            is the global one, the gradient that of the own rows. See docs/scaling.md.
+            rows in rank order. A rank has as many rows of x as of y; ranks may have different numbers. All ranks call
+            it together; the value is the global one, the gradient that of the own rows. See docs/scaling.md.
         averaged: multiply the gradient, not the value, by the number of ranks: for wrappers that average the ranks'
             parameter gradients (DDP, FSDP).
-        exchange: how rows travel between ranks: `gather`, all at once, or `ring`, block by block, which holds at most
-            two blocks of other ranks and emits the gradient in forward.
+        exchange: how rows travel between ranks: `gather`, all at once, or `ring`, block by block, with at most two
+            blocks of other ranks in memory and the gradient emitted in forward.
 
     Returns:
-        0-d tensor. Its value is the true loss where T × P is the gradient of one that the term table carries, else
-        the mean violation s⁻ − s⁺ of the selected triplets; the value never affects the gradient.
+        0-d tensor. Its value is the true loss if T × P is the gradient of a loss that the terms register, else the mean
+        violation s⁻ − s⁺ of the selected triplets; the value never affects the gradient.
 
     Raises:
-        ValueError: a shape, name, range or non-finite entry, with the argument, what came and what is allowed.
+        ValueError: a shape, name, range or non-finite entry, with the argument, its value and the allowed values.
         TypeError: the same for types and dtypes.
-        RuntimeError: on a second derivative, which a gradient without a loss does not have; under torch.func.vmap and
-            forward-mode differentiation. torch.func.grad, vjp, jacrev and functional_call work.
+        RuntimeError: on a second derivative, which does not exist for a gradient without a loss; under torch.func.vmap
+            and forward-mode differentiation. torch.func.grad, vjp, jacrev and functional_call work.
 
     Example:
         >>> import goal, torch
@@ -120,10 +120,10 @@ def apply_similarity(
     impl: str = "auto",
     check_finite: bool | None = None,
 ) -> Tensor:
-    """As `apply`, for a similarity matrix that any model made (cross-attention scorers): emits ∂l/∂S.
+    """As `apply`, for a similarity matrix from any model (cross-attention scorers): emits ∂l/∂S.
 
     Args:
-        S: (N, M), entry (k, k) is the similarity of pair k for k < K = min(N, M). The rest is as for `apply`.
+        S: (N, M), entry (k, k) is the similarity of pair k for k < K = min(N, M). Other arguments as for `apply`.
 
     Example:
         >>> import goal, torch
@@ -178,14 +178,14 @@ def gradients(
 
 
 class Run(NamedTuple):
-    """One call of an objective."""
+    """Result of a call of an objective."""
 
-    loss: Tensor  # 0-d, with the emitted gradient behind it
+    loss: Tensor  # 0-d; its backward returns the emitted gradient
     seen: Seen
 
 
 def run(arguments: Arguments, objective: Settings, over: Ranks | None = None) -> Run:
-    """Check the arguments, go forward, attach the gradient."""
+    """Check the arguments, compute the value, attach the gradient."""
     if over is None:
         return emitted(arguments.checked(), objective)
     arguments = arguments._replace(needs=arguments.needed())
@@ -193,12 +193,12 @@ def run(arguments: Arguments, objective: Settings, over: Ranks | None = None) ->
 
 
 def emitted(call: Call, objective: Settings) -> Run:
-    """`run` of a call that is checked."""
+    """`run` for a checked call."""
     return _attached(call.inputs, _forward(call, objective), any(call.needs))
 
 
 def _outcome(arguments: Arguments, objective: Settings, over: Ranks | None, shown: bool = False) -> Outcome:
-    """`shown`: statistics are wanted in any case."""
+    """Forward, over ranks if there are any; `shown`: mine statistics in any case."""
     if over is None:
         return _forward(arguments.checked(), objective)
     forward = torch.compiler.disable(over_ranks.forward) if torch.compiler.is_compiling() else over_ranks.forward
@@ -213,11 +213,11 @@ def _forward(call: Call, objective: Settings) -> Outcome:
         return path.forward(call, objective)
 
 
-# ── the gradient's way into autograd ────────────────────────────────────────────────────────────────────────────────
+# ── the gradient in autograd ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _attached(inputs: tuple[Any, Any], outcome: Outcome, needed: bool) -> Run:
-    """The value, with what emits its gradient behind it."""
+    """The value with its emission attached as a graph, if a gradient is needed."""
     if not needed:
         return Run(outcome.value, outcome.seen)
     attach: Any = _EmitApart.apply if inside() else _Emit.apply
@@ -225,12 +225,12 @@ def _attached(inputs: tuple[Any, Any], outcome: Outcome, needed: bool) -> Run:
 
 
 class _Emit(torch.autograd.Function):
-    """The value forward; backward hands out the emitted gradient times the incoming one."""
+    """Forward returns the value; backward returns the emitted gradient times the incoming gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emission: Emits) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.emission = emission  # the value comes in a tuple: so it is no input, and is handed out without a copy
+        ctx.emission = emission  # the value comes in a tuple, so it is no input and is returned without a copy
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
@@ -239,7 +239,7 @@ class _Emit(torch.autograd.Function):
 
 
 class _EmitApart(torch.autograd.Function):
-    """The same for torch.func, which wants the two parts of forward apart, at ten times the cost of a call."""
+    """The same for torch.func, which requires a separate setup_context, at ten times the cost of a call."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, value: tuple[Tensor], emission: Emits) -> Tensor:
@@ -256,10 +256,10 @@ class _EmitApart(torch.autograd.Function):
 
 
 def _handed_out(ctx: Any, incoming: Tensor) -> Gradients:
-    """The gradients; under create_graph=True a second backward has to meet a refusal, not silence."""
+    """The gradients; under create_graph=True with a graph that raises in a second backward."""
     saved = ctx.saved_tensors
     x, y = plain(*saved)
-    many = not torch.compiler.is_compiling() and batched(incoming)  # of jacrev: as many of them as it likes
+    many = not torch.compiler.is_compiling() and batched(incoming)  # under jacrev: a batch of incoming gradients
     (times,) = (None,) if many else plain(incoming)
     with torch.no_grad(), outside(), no_autocast(x.device.type):
         gx, gy = ctx.emission.emit(x, y, times, ctx.needs_input_grad[:2])

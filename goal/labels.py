@@ -12,7 +12,7 @@ def pairs(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x, y, ids) of a labelled batch of one modality, the usual case of deep metric learning.
 
     Each item is an anchor once, and its positive is the next item with its label (after the last, the first): y is a
-    permutation of x within labels. Items that are alone with their label have no positive and are left out.
+    permutation of x within labels. Items without another item of their label have no positive and are left out.
 
     Args:
         embeddings: (B, D), differentiable.

@@ -13,21 +13,21 @@ from goal.validation import check_bool, check_number
 
 @dataclass(frozen=True)
 class Mining:
-    """A selection mᵢⱼ ≥ 0 over each anchor's negatives, as the engine needs to know it.
+    """A selection mᵢⱼ ≥ 0 over each anchor's negatives, in the form that the engine needs.
 
     `margin` is set for semi-hard mining alone, `eps` for selective alone, `average` for all negatives alone.
     """
 
     name: str
-    mined: Literal["hardest", "semi-hard", "none"]  # the one negative that the miner finds for each anchor
-    dense: Literal["never", "always", "fallback"]  # which anchors meet all their negatives
-    average: bool = True  # dense anchors: each negative weighs 1 / number of negatives, not 1
+    mined: Literal["hardest", "semi-hard", "none"]  # the negative that the miner finds for each anchor
+    dense: Literal["never", "always", "fallback"]  # which anchors use all their negatives
+    average: bool = True  # dense anchors: a negative weighs 1 / number of negatives, not 1
     margin: float | None = None
     eps: float | None = None
 
     @property
     def params(self) -> dict[str, float | bool]:
-        """The parameters of its rule."""
+        """The parameters of the rule."""
         given = {"margin": self.margin, "eps": self.eps, "average": self.average if self.name == "all" else None}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -48,9 +48,9 @@ def hardest() -> Mining:
 
 
 def semi_hard(margin: float = 0.2) -> Mining:
-    """The hardest among s⁺ − margin < s⁻ < s⁺; an anchor with none emits nothing (Schroff et al., FaceNet, §3.2).
+    """The hardest among s⁺ − margin < s⁻ < s⁺; an anchor without any emits nothing (Schroff et al., FaceNet, §3.2).
 
-    Negatives whose s⁻ equals s⁺ within the rounding of one product count as ties, and so as not below s⁺.
+    Negatives whose s⁻ equals s⁺ within the rounding of a product count as ties, and are therefore not below s⁺.
 
     Args:
         margin: how far below s⁺ a negative may lie, > 0.
@@ -80,7 +80,7 @@ def all_negatives(average: bool = True) -> Mining:
 def selective(eps: float = 0.01) -> Mining:
     """T-SelHN: the mean over all negatives where |s⁺ − max s⁻| < eps, else the hardest; per anchor and direction.
 
-    The hardest negative's gradient vanishes where s⁻ ≈ s⁺, which is where a collapsed start lies (Li et al., T-SelHN).
+    The hardest negative's gradient vanishes for s⁻ ≈ s⁺, which is where a collapsed start lies (Li et al., T-SelHN).
 
     Args:
         eps: half the width of the vanishing zone, >= 0.
@@ -103,12 +103,12 @@ RULES: dict[str, Callable[..., Mining]] = {
 
 
 def defaults(name: str) -> dict[str, float | bool]:
-    """The parameters of a rule, as they are where nobody sets them."""
+    """The default parameters of a rule."""
     return {key: parameter.default for key, parameter in inspect.signature(RULES[name]).parameters.items()}
 
 
 def bind(mining: str | Mining) -> Mining:
-    """A `Mining` from what a user passes as `mining=`."""
+    """A `Mining` from the user's argument `mining=`."""
     if isinstance(mining, Mining):
         return mining
     if not isinstance(mining, str):

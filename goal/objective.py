@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module):
-    """`goal.apply` with its arguments bound: ``objective(x, y)`` is the scalar, ``objective.stats`` what it saw.
+    """`goal.apply` with its arguments bound: ``objective(x, y)`` is the scalar, ``objective.stats`` its statistics.
 
-    Args: as for `goal.apply`; the data come with the call.
+    Args: as for `goal.apply`; the data are the arguments of the call.
 
     Raises:
         ValueError, TypeError: for an unknown name or a parameter out of range, at construction.
@@ -74,22 +74,22 @@ class Objective(nn.Module):
         y_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The scalar of (N, D) and (M, D) embeddings; see `goal.apply`."""
+        """The scalar for (N, D) and (M, D) embeddings; see `goal.apply`."""
         loss, seen = run(Arguments(x, y, ids, y_ids, weight, self.check_finite), self.traced, self.ranks)
         self._seen = self.settings, seen
         return loss
 
     @property
     def traced(self) -> Settings:
-        """The settings; in a graph, with every number as an input of it and the rest as constants."""
+        """The settings; in a compiled graph with all numbers as inputs of the graph and the rest as constants."""
         return engine.renumbered(self.settings, *self._numbers) if torch.compiler.is_compiling() else self.settings
 
     def apply_similarity(
         self, S: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """The scalar of a similarity matrix (N, M) that a model made; see `goal.apply_similarity`.
+        """The scalar for a similarity matrix (N, M) from a model; see `goal.apply_similarity`.
 
-        The objective's own similarity is not asked.
+        The objective's own similarity is not used.
         """
         given = dataclasses.replace(self.settings, similarity=GIVEN)
         loss, seen = run(Arguments(S, None, ids, y_ids, weight, self.check_finite), given)
@@ -97,15 +97,16 @@ class Objective(nn.Module):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last call, which may hold a process group."""
+        """The state without the last call, which may contain a process group."""
         return {**self.__dict__, "_seen": None}
 
     @property
     def stats(self) -> Stats:
-        """`goal.Stats` of the last call, computed when asked for; it holds on to that call's embeddings, which a copy
-        does not.
+        """`goal.Stats` of the last call, computed on request; the objective keeps that call's embeddings for it, a copy
+        of the objective does not.
 
-        With `group=` they are this rank's anchors, their negatives' indices global; any rank may ask, or none.
+        With `group=` they are those of this rank's anchors, with global indices of negatives; ranks need not ask
+        together.
         """
         if self._seen is None:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
@@ -113,7 +114,7 @@ class Objective(nn.Module):
             return stats(*self._seen)
 
     def extra_repr(self) -> str:
-        """The objective as `goal.objective` reads it, without what is at its default."""
+        """The objective as `goal.objective` reads it, without defaults."""
         s = self.settings
         T, P = (Named.of(term.name, term.params, term.definition.defaults) for term in (s.product.T, s.product.P))
         rule = Named.of(s.mining.name, s.mining.params, mining.defaults(s.mining.name))

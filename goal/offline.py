@@ -44,18 +44,18 @@ from goal.data.terminal import bar
 from goal.evaluation import exact_float32, floating
 from goal.similarity import Dot, bind
 
-BLOCK = 4096  # rows of y read at once, and in one file of what is known so far
+BLOCK = 4096  # rows of y read at a time, and per file of partial results
 _ROWS = 1024  # rows of x in a tile
-_GROUP = 16  # entries of a tile whose maximum is taken before one of them is looked at
-_AT_ONCE = 512  # rows of a tile that are looked into at once
+_GROUP = 16  # entries of a tile reduced to their maximum before single entries are compared
+_AT_ONCE = 512  # rows of a tile whose groups are examined at a time
 _LOW = 0xFFFFFFFF
-_MOST = 1 << 24  # negatives of a row
+_MOST = 1 << 24  # maximum number of negatives per row
 _DIGEST = 32  # bytes of SHA-256
 _CPU = torch.device("cpu")
 
 
 class Sliced(Protocol):
-    """Anything with rows to slice: an array, a memory map, a dataset of h5py, an object that makes its rows."""
+    """Anything with rows to slice: an array, a memory map, a dataset of h5py, an object that computes its rows."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -67,7 +67,7 @@ Source = str | Path | Tensor | NDArray[Any] | Sliced
 
 
 class Found(NamedTuple):
-    """The hardest negatives of some rows, hardest first; −1 and −inf where there are fewer than k."""
+    """The hardest negatives of some rows, hardest first; −1 and −inf if there are fewer than k."""
 
     index: Tensor  # type: ignore[assignment]  # (N, k) int64
     similarity: Tensor  # (N, k) float32
@@ -82,20 +82,20 @@ def search(
     y_ids: Any = None,
     similarity: str = "dot",
 ) -> Found:
-    """The k most similar negatives of every row of x in a stream, of which each block is looked at once.
+    """The k most similar negatives of every row of x in a stream of blocks, in one pass over the stream.
 
     Args:
         x: (N, D) floating point, the queries. They stay in memory; a tensor on a GPU is searched there.
         blocks: (b, D) arrays or tensors, one after the other, of any number of rows.
         k: negatives for each row, 1 to 2²⁴.
-        ids: (N,) integers; rows with equal ids are never negatives of each other. Without, all of the stream are
-            negatives of all of x.
-        y_ids: (M,) integers, of all rows of the stream; given together with `ids`.
+        ids: (N,) integers; rows with equal ids are never negatives of each other. By default all rows of the stream
+            are negatives of all rows of x.
+        y_ids: (M,) integers for all rows of the stream; given together with `ids`.
         similarity: `dot`, `cosine` or `order` (x images, the stream captions), as for `goal.apply`.
 
     Returns:
-        `Found`; indices count the rows of the stream. Similarities are float32 products. Equal ones go to the lowest
-        index; those that differ by less than the rounding of a product may change places.
+        `Found`; indices count the rows of the stream. Similarities are float32 products. Among equal similarities the
+        lowest index comes first; similarities that differ by less than the rounding of a product may change places.
 
     Raises:
         ValueError, TypeError: a shape, dtype or id that does not fit; an embedding or a similarity that is not finite.
@@ -149,36 +149,37 @@ def mine(
 ) -> Path:
     """Write the k most similar negatives of every row of x in y, and of every row of y in x, from one pass over S.
 
-    As many rows of x as fit are in memory; y streams by. What is known so far lies in the folder ``<out>.partial``, so
-    the same call goes on where one was stopped, by whatever: files are written beside their place and renamed, and a
-    damaged one is named when it is read. The same are calls whose arguments, ids and rows are equal, wherever they come
-    from: all rows are read once before the work to take their digest, and once more after it, as nothing may change
-    meanwhile. One call at a time works on an `out`. The folder is gone when `out` is there.
+    As many rows of x as fit are kept in memory, and y is read block by block. Partial results are in the folder
+    ``<out>.partial``, so after an interruption of any kind the same call resumes. Files are written under another name
+    and renamed, and a damaged file is named when it is read. Calls are the same if their arguments, ids and rows are
+    equal, wherever these come from: all rows are read once before the work to take their digest, and once after it,
+    since nothing may change meanwhile. Only one call at a time may work on an `out`. The folder is removed once `out`
+    is written.
 
     Args:
         x: (N, D) floating point: a .npy file, read piece by piece, or anything whose rows can be sliced.
-        y: (M, D) of the other side.
+        y: (M, D) rows of the other side.
         k: negatives for each row, 1 to 2²⁴.
         out: a file to write. `.parquet` (with pyarrow) and `.csv` have the columns side (x: row is one of x and
             negative one of y; or y), row, rank (from 1), negative, similarity. `.npz` has x_index (N, k), x_similarity,
             y_index (M, k) and y_similarity, with −1 and −inf where a row has fewer than k negatives.
-        ids: (N,) integers; rows with equal ids are never negatives of each other. By default each row of x has its own,
-            0 … N − 1.
-        y_ids: (M,) integers, by default `ids`, for which N = M. For captions of images this is the row of x that each
-            belongs to (`image_of`).
+        ids: (N,) integers; rows with equal ids are never negatives of each other. By default each row of x has an id of
+            its own, 0 … N − 1.
+        y_ids: (M,) integers, by default `ids`, which requires N = M. For captions of images this is the row of x to
+            which a caption belongs (`image_of`).
         similarity: `dot`, `cosine` or `order`.
-        memory: bytes to be used, beyond Python, torch and the ids; more means fewer passes over y.
-        device: where the products are made.
-        save_every: seconds ≥ 0 after which what is known of the rows of x in memory is written.
+        memory: bytes to use, in addition to Python, torch and the ids; more means fewer passes over y.
+        device: computes the products.
+        save_every: seconds ≥ 0 between saves of the partial results for the rows of x in memory.
 
     Returns:
         The path `out`.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, id or ending that does not fit; a memory that is too small, with what is
-            needed; an `out` that exists, or whose partial results are damaged or those of another call; an embedding
+        ValueError, TypeError: a shape, dtype, id or ending that does not fit; a memory that is too small, with the
+            minimum; an `out` that exists, or whose partial results are damaged or belong to another call; an embedding
             or a similarity that is not finite; rows that changed while they were mined.
-        goal.data.files.Busy: another call is at work on this `out`.
+        goal.data.files.Busy: another call is working on this `out`.
 
     Example:
         >>> import goal, numpy as np, tempfile
@@ -204,7 +205,7 @@ def mine(
     folder = path.with_name(f"{path.name}.partial")
     with _workplace(folder), torch.inference_mode(), exact_float32(device):
         if not (folder / "job.json").exists():
-            _clear(folder)  # what a call has left that was stopped before its first line or at its last
+            _clear(folder)  # files of a call that was interrupted before its job was written, or in its last steps
             if path.exists():
                 raise ValueError(exists)
         digests = _digests(sides, labels)
@@ -232,7 +233,7 @@ def mine(
 
 
 def _keys(similarity: Tensor, index: Tensor) -> Tensor:
-    """int64 that order as (similarity, −index) do; similarity float32, index below 2³²."""
+    """int64 keys in the order of (similarity, −index); similarity float32, index below 2³²."""
     bits = (similarity + 0.0).view(torch.int32)  # −0 is 0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return ordered.long().mul_(1 << 32).add_(_LOW).sub(index)
@@ -246,20 +247,20 @@ def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _no_keys(rows: int, k: int, device: torch.device) -> Tensor:
-    """(rows, k): nothing found yet."""
+    """(rows, k) keys of no negative."""
     nothing = torch.full((rows, k), -torch.inf, dtype=torch.float32, device=device)
     return _keys(nothing, torch.full((rows, k), _LOW, device=device))
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
-    """The k largest of both sets of each row, every key once: (A, k), (A, any) → (A, k), sorted.
+    """The k largest keys of both sets for each row, without duplicates: (A, k), (A, any) → (A, k), sorted.
 
     >>> merge(torch.tensor([[9, 5, 2]]), torch.tensor([[7, 5, 9, 1]]))
     tensor([[9, 7, 5]])
     """
     k = a.shape[1]
     both = torch.cat([a, b], 1)
-    top = both.topk(min(2 * k, both.shape[1]), dim=1).values  # a key is in either at most once
+    top = both.topk(min(2 * k, both.shape[1]), dim=1).values  # neither set has a key twice
     again = top[:, 1:] == top[:, :-1]
     if again.any():
         top[:, 1:].masked_fill_(again, int(_no_keys(1, 1, torch.device("cpu"))))
@@ -274,18 +275,18 @@ class _Rows(NamedTuple):
     """Some rows of one side."""
 
     rows: Tensor  # (n, D) float32, embedded
-    ids: Tensor | None  # (n,) int64; None: all different from the other side's
-    first: int  # index of the first among all
+    ids: Tensor | None  # (n,) int64; None: all differ from the other side's
+    first: int  # index of the first row in the dataset
 
 
 class _Scan:
-    """Tiles of S for one similarity on one device; the memory of a tile is kept from one to the next."""
+    """Tiles of S for a similarity on a device; the memory of a tile is used again for the next."""
 
     def __init__(self, measure: Dot, device: torch.device) -> None:
         self.measure, self._tile = measure, torch.empty(0, dtype=torch.float32, device=device)
 
     def __call__(self, x: _Rows, y: _Rows, x_keys: Tensor, y_keys: Tensor | None) -> None:
-        """Improve the keys of x (n, k), and of y (m, k) if they are wanted, by each other's rows, in place."""
+        """Update the keys of x (n, k), and those of y (m, k) if given, with each other's rows, in place."""
         ordered = None if y.ids is None else y.ids.sort()
         for start in range(0, len(x.rows), _ROWS):
             part = slice(start, min(start + _ROWS, len(x.rows)))
@@ -297,13 +298,13 @@ class _Scan:
                 _improve(y_keys, tile, 1, x.first + start)
 
     def _similarities(self, x: Tensor, y: Tensor) -> Tensor:
-        """(m, n), both filled up with −inf to whole groups."""
+        """(m, n) similarities, both sizes padded with −inf to full groups."""
         n, m = len(x), len(y)
         height, width = (-(-size // _GROUP) * _GROUP for size in (m, n))
         if self._tile.numel() < height * width:
             self._tile = x.new_empty(height * width)
         tile = self._tile[: height * width].view(height, width)
-        if self.measure.name == "order":  # not the same the other way round
+        if self.measure.name == "order":  # not symmetric
             tile[:m, :n] = self.measure.tile(x, y).T
         else:
             self.measure.tile(y, x, out=tile[:m, :n])
@@ -312,7 +313,7 @@ class _Scan:
 
 
 def _hide(tile: Tensor, x_ids: Tensor, y_ids: Tensor, ordered: Tensor, order: Tensor) -> None:
-    """−inf where ids are equal; one by one where there are few of them. `ordered`, `order`: y_ids sorted."""
+    """Write −inf where ids are equal; entry by entry if these are few. `ordered`, `order`: y_ids sorted."""
     low, high = (torch.searchsorted(ordered, x_ids, right=right) for right in (False, True))
     count = high - low
     total = int(count.sum())
@@ -325,11 +326,11 @@ def _hide(tile: Tensor, x_ids: Tensor, y_ids: Tensor, ordered: Tensor, order: Te
 
 
 def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
-    """The keys (n, k) merged, in place, with those of a tile in which dimension `candidates` counts from `first`.
+    """Merge the keys (n, k), in place, with those of a tile whose dimension `candidates` counts from `first`.
 
-    An entry of the k best lies in one of the k groups whose maxima are largest, the first ones among equals: else each
-    of these groups has an entry that beats it. Groups count only where their maximum exceeds the k-th best so far;
-    indices grow from tile to tile, so what equals it would come after it.
+    Each of the k best entries lies in one of the k groups with the largest maxima, the first groups among equals:
+    otherwise each of these groups would have an entry that beats it. Groups count only if their maximum exceeds the
+    k-th best so far; indices grow from tile to tile, so an equal entry would come after it.
     """
     n, k = keys.shape
     if candidates == 0:
@@ -337,7 +338,7 @@ def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
         maxima, grouped = grouped.amax(1).T[:n], grouped.permute(2, 0, 1)  # (n, groups), (n or more, groups, group)
     else:
         grouped = tile.view(len(tile), -1, _GROUP)
-        maxima = max_pool1d(tile[:n, None], _GROUP)[:, 0]  # amax over short rows takes four times as long
+        maxima = max_pool1d(tile[:n, None], _GROUP)[:, 0]  # amax over short rows is four times slower
     worst = _decoded(keys[:, -1])[1]
     if not bool((maxima.amax(1) < torch.inf).all()):
         raise ValueError(f"a similarity of the rows from {first} on is not finite: scale the embeddings down.")
@@ -347,42 +348,42 @@ def _improve(keys: Tensor, tile: Tensor, candidates: int, first: int) -> None:
     inside = torch.arange(_GROUP, device=tile.device)
     for start in range(idle, n, _AT_ONCE):
         rows = order[start : start + _AT_ONCE]
-        taken = int(counts[start : start + _AT_ONCE][-1])  # sorted, so that all of them need about as many
+        taken = int(counts[start : start + _AT_ONCE][-1])  # counts are sorted, so all of these rows need about as many
         chosen = _LOW - (_keys(maxima[rows], groups).topk(taken, dim=1).values & _LOW)  # (a, taken)
         at = chosen[..., None] * _GROUP + inside  # (a, taken, group)
         keys[rows] = merge(keys[rows], _keys(grouped[rows[:, None], chosen], first + at).flatten(1))
 
 
-# ---- a job and what is known of it -----------------------------------------------------------------------
+# ---- a job and its partial results -----------------------------------------------------------------------
 
 
 @contextmanager
 def _workplace(folder: Path) -> Iterator[None]:
-    """`alone` in a folder that is made for it, and removed when nothing is left in it."""
+    """Create a folder and hold its lock (`alone`); remove it if it is empty afterwards."""
     while True:
         folder.mkdir(exist_ok=True)
         try:
             with ExitStack() as stack:
                 try:
                     stack.enter_context(alone(folder))
-                except FileNotFoundError:  # another call has just ended, and removed it
+                except FileNotFoundError:  # another call has just ended, and removed the folder
                     continue
                 yield
             return
         finally:
-            with suppress(OSError):  # something is left, or another call is here
+            with suppress(OSError):  # the folder is not empty, or another call is using it
                 folder.rmdir()
 
 
 def _lock_of(folder: Path) -> int | None:
-    """What tells the lock of this call from one in a folder that was made anew."""
+    """The inode of the lock file: it differs if the folder has been made anew."""
     with suppress(OSError):
         return (folder / ".lock").stat().st_ino
     return None
 
 
 def _clear(folder: Path) -> None:
-    """Remove a store, the job first: without it nothing that is left counts."""
+    """Remove a store, the job first: without it the other files are ignored."""
     for path in (folder / "job.json", folder / "place.json", folder / folder.stem, *folder.glob("[xy]-*.npy")):
         path.unlink(missing_ok=True)
 
@@ -395,7 +396,7 @@ def _mine_rows(
     rows: int,
     save_every: float,
 ) -> None:
-    """The rows of x from `store.start` on, as many as are to be in memory, against all of y."""
+    """Mine the rows of x from `store.start` on, as many as fit in memory, against all of y."""
     (x, y), (ids, y_ids) = sides, labels
     (n, d), (m, _) = x.shape, y.shape
     start = store.start
@@ -422,10 +423,10 @@ def _mine_rows(
 
 
 class _Store:
-    """What is known so far, in a folder of its own: keys of y for each block, keys of x for each part, and the place.
+    """Partial results in a folder: keys of y for each block, keys of x for each part, and the position reached.
 
-    Keys may be ahead of the place, never behind: what is merged again changes nothing. Which files there must be
-    follows from the place; others are not looked at. Each ends in a digest of the job, its own place and what it holds.
+    Keys may be ahead of the position, never behind: merging the same candidates twice changes nothing. The position
+    says which files must exist; other files are ignored. A file ends in a digest of the job, its position and content.
     """
 
     def __init__(self, folder: Path, job: dict[str, Any], n: int, m: int, device: torch.device) -> None:
@@ -441,16 +442,16 @@ class _Store:
                 )
         else:
             write_atomically(known, json.dumps(job).encode())
-        self.start = 0  # first of the rows of x that are at work
-        self.stop = 0  # their end, 0 where they have not begun
-        self.column = 0  # rows of y that they have met
+        self.start = 0  # first of the rows of x in progress
+        self.stop = 0  # end of these rows, 0 if they have not begun
+        self.column = 0  # number of rows of y already mined with them
         if self._place.exists():
             at = self._read_json(self._place)
             if at.pop("digest", None) != self._digest(json.dumps(at)).hexdigest():
                 raise self._damaged(self._place)
             self.start, self.stop, self.column = at["start"], at["stop"], at["column"]
         for side, end in (("x", self.start), ("y", m if self.start else self.column)):
-            for _ in self._keys(side, end):  # all that will be needed is there and as it was written
+            for _ in self._keys(side, end):  # checks that all files that are needed exist and are undamaged
                 pass
 
     def _damaged(self, path: Path, how: str = "is damaged") -> Damaged:
@@ -472,8 +473,8 @@ class _Store:
         return self.folder / f"{side}-{first:010}.npy"
 
     def _stored(self, side: str, first: int) -> Iterator[NDArray[np.int64]]:
-        """The keys of a file, BLOCK rows at a time, and an error after the last where they are not what was written."""
-        path, header = self._file(side, first), _header((1, self.k), "<i8")  # as long as that of more rows
+        """The keys of a file, BLOCK rows at a time; raises after the last if the digest does not match."""
+        path, header = self._file(side, first), _header((1, self.k), "<i8")  # the length is the same for more rows
         if not path.is_file():
             raise self._damaged(path, "is missing")
         with path.open("rb") as file:
@@ -491,7 +492,7 @@ class _Store:
                 raise self._damaged(path)
 
     def _keys(self, side: str, end: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(first row, keys) of one side up to a row, in order."""
+        """(first row, keys) of a side up to row `end`, in order."""
         first = 0
         while first < end:
             row = first
@@ -505,7 +506,7 @@ class _Store:
     def _read(self, side: str, first: int, last: int) -> Tensor:
         keys, row = _no_keys(last - first, self.k, self.device), first
         for part in self._stored(side, first):
-            taken = part[: max(0, last - row)]  # a part of x may have more: there is less memory than before
+            taken = part[: max(0, last - row)]  # a part of x has more rows if it was written with more memory
             keys[row - first : row - first + len(taken)] = torch.from_numpy(taken).to(self.device)
             row += len(part)
         if row < last:
@@ -521,7 +522,7 @@ class _Store:
         return _no_keys(last - first, self.k, self.device)
 
     def check_place(self) -> None:
-        """The folder is still that in which this call is alone."""
+        """Check that the folder is still the one that this call has locked."""
         if _lock_of(self.folder) != self._lock:
             raise ValueError(f"{self.folder} was removed while a call was at work in it: begin again.")
 
@@ -538,12 +539,12 @@ class _Store:
         self._write("y", first, keys)
 
     def begin(self, start: int, stop: int) -> None:
-        """These rows of x are at work: known before there are keys of so many, whatever memory the next call has."""
+        """Note the rows of x in progress, before their keys exist; the next call uses them, whatever its memory."""
         if (start, stop) != (self.start, self.stop):
             self._move(start, stop, self.column)
 
     def keep_x(self, start: int, stop: int, column: int, keys: Tensor) -> None:
-        """Keys first, then the place."""
+        """Write the keys first, then the position."""
         self._write("x", start, keys)
         self._move(*((stop, 0, 0) if column == self.m else (start, stop, column)))
 
@@ -555,27 +556,27 @@ class _Store:
         write_atomically(self._place, json.dumps({**at, "digest": digest}).encode())
 
     def found(self, side: str) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float32]]]:
-        """(first row, index (b, k), similarity (b, k)) of one side, in order."""
+        """(first row, index (b, k), similarity (b, k)) of a side, in order."""
         for first, keys in self._keys(side, self.n if side == "x" else self.m):
             index, similarity = _decoded(torch.from_numpy(keys))
             yield first, index.numpy(), similarity.numpy()
 
 
 def _header(shape: tuple[int, int], kind: str) -> bytes:
-    """What a .npy file begins with."""
+    """The header of a .npy file."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
     return header.getvalue()
 
 
 def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
-    """How many rows of x to hold, so that all arrays fit into so many bytes."""
+    """The number of rows of x to keep in memory, so that all arrays fit into `memory` bytes."""
     memory = validation.whole_number("memory", memory)
     block = min(BLOCK, m)
     width = min(_ROWS, n)
     tile = (block + _GROUP) * (width + _GROUP)
-    fixed = 4 * tile * 2  # and its maxima, hidden entries, or a copy of it
-    fixed += 6 * 8 * _AT_ONCE * (block // _GROUP + min(k, block // _GROUP + 1) * _GROUP + 3 * k)  # keys on their way
+    fixed = 4 * tile * 2  # the tile, and its maxima, hidden entries, or a copy of it
+    fixed += 6 * 8 * _AT_ONCE * (block // _GROUP + min(k, block // _GROUP + 1) * _GROUP + 3 * k)  # intermediate keys
     fixed += block * (d * 4 * 4 + k * 8 * 4)  # a block as read, in float32, embedded; its keys
     each = d * 4 + k * 8 * 2 + 16  # embeddings, keys, ids
     least = fixed + each * min(n, _ROWS)
@@ -589,7 +590,7 @@ def _rows_in(memory: int, n: int, m: int, d: int, k: int) -> int:
 
 
 def _digests(sides: tuple[_Side, _Side], labels: tuple[Tensor | None, Tensor | None]) -> dict[str, str]:
-    """What tells these data from others: every number of both sides, in float32, and all ids."""
+    """A digest of each side: of every number in float32, and of all ids."""
     digests = {}
     for side, ids in zip(sides, labels, strict=True):
         n, d = side.shape
@@ -602,7 +603,7 @@ def _digests(sides: tuple[_Side, _Side], labels: tuple[Tensor | None, Tensor | N
     return digests
 
 
-# ---- what is written -------------------------------------------------------------------------------------
+# ---- writing the result ----------------------------------------------------------------------------------
 
 
 def _write_npz(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
@@ -616,7 +617,7 @@ def _write_npz(file: IO[bytes], store: _Store, n: int, m: int, k: int) -> None:
 
 
 def _columns(store: _Store) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
-    """The long form, some rows at a time: the side, then row, rank, negative, similarity; without what is missing."""
+    """The long form, some rows at a time: the side, then row, rank, negative, similarity; without missing negatives."""
     for side in ("x", "y"):
         for first, index, similarity in store.found(side):
             row, rank = (index >= 0).nonzero()
@@ -652,15 +653,15 @@ _WRITERS: dict[str, Callable[[IO[bytes], _Store, int, int, int], None]] = {
 }
 
 
-# ---- what is read ----------------------------------------------------------------------------------------
+# ---- reading the inputs ----------------------------------------------------------------------------------
 
 
 class _Side(NamedTuple):
-    """One side's data, of which rows are read when they are needed."""
+    """The data of a side; rows are read when they are needed."""
 
     name: str
     shape: tuple[int, int]  # (N, D)
-    slice: Callable[[int, int], Any]  # rows from, to → (b, D) array or tensor
+    slice: Callable[[int, int], Any]  # (first, last) → rows (b, D), array or tensor
 
     def read(self, first: int, last: int, device: torch.device) -> Tensor:
         """Rows in float32, checked."""
@@ -671,7 +672,7 @@ class _Side(NamedTuple):
 
 
 def _opened(name: str, source: Source) -> _Side:
-    """A source as rows to read; a file is mapped anew for each piece, so that its pages do not stay in memory."""
+    """A source as a side; a file is mapped anew for each read, so that its pages do not stay in memory."""
     if isinstance(source, str | Path):
         path = Path(source)
         if path.suffix != ".npy":
@@ -688,7 +689,7 @@ def _opened(name: str, source: Source) -> _Side:
             )
         if isinstance(source, Tensor):
             source = floating(name, source)
-        table = getattr(source, "to_numpy", None)  # a data frame, whose slices may go by its index
+        table = getattr(source, "to_numpy", None)  # a data frame, whose slices may follow its index
         array = source if table is None else table()
         shape = array.shape
 
@@ -702,7 +703,7 @@ def _opened(name: str, source: Source) -> _Side:
     if n < 1 or d < 1:
         raise ValueError(f"{name} must have shape (N, D) with rows and columns, got {shape}.")
     side = _Side(name, (n, d), rows)
-    side.read(0, 1, _CPU)  # what kind of rows they are, before anything is begun
+    side.read(0, 1, _CPU)  # checks the kind of rows before any work
     return side
 
 
@@ -712,7 +713,7 @@ def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> 
     if found.dim() != 2 or found.shape[1] != d:
         raise ValueError(f"{name} must have rows of {d} numbers, got shape {tuple(found.shape)}.")
     found = found.to(device, torch.float32)
-    if not bool(found.sum().isfinite()):  # of all, since that is quick; then of each
+    if not bool(found.sum().isfinite()):  # a single sum is fast; rows are checked only if it is not finite
         bad = (~found.isfinite().all(1)).nonzero()
         if len(bad):
             raise ValueError(f"{name} must be finite in float32, but row {first + int(bad[0])} has NaN or inf.")
@@ -720,8 +721,8 @@ def _float32(name: str, rows: Any, first: int, d: int, device: torch.device) -> 
 
 
 def _identities(ids: Any, y_ids: Any, n: int, m: int) -> tuple[Tensor | None, Tensor | None]:
-    """(N,) and (M,) ids on the CPU; None: the number of the row."""
-    ids, y_ids = (each.copy() if isinstance(each, np.ndarray) else each for each in (ids, y_ids))  # not a file's map
+    """(N,) and (M,) ids on the CPU; None: the row number is the id."""
+    ids, y_ids = (each.copy() if isinstance(each, np.ndarray) else each for each in (ids, y_ids))  # not a memory map
     own = None if ids is None else validation.identity("ids", ids, n, "x", _CPU)
     if y_ids is not None:
         return own, validation.identity("y_ids", y_ids, m, "y", _CPU)
@@ -767,7 +768,7 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(1, device=found).sum().item()
-    except (RuntimeError, AssertionError) as error:  # no such device, one without numbers, or torch without it
+    except (RuntimeError, AssertionError) as error:  # no such device, a device without values, or torch without it
         reason = str(error).splitlines()[0]
         raise ValueError(f"device (goal mine --device): {str(device)!r} cannot be used: {reason}") from None
     return found

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Yardstick(nn.Module):
-    """The base of ordinary losses of the whole matrix S, with autograd; arguments, checks and dtypes as for all others.
+    """Base class of ordinary losses of the full matrix S, with autograd; arguments and checks as for all objectives.
 
     Args:
-        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the full loss
             (`goal.distributed.gathered`).
     """
 
@@ -36,7 +36,7 @@ class Yardstick(nn.Module):
         self.ranks = ranks(group, averaged, "gather")
 
     def forward(self, x: Tensor, y: Tensor, ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
-        """The loss of (N, D) and (M, D) embeddings; 0-d."""
+        """The loss for (N, D) and (M, D) embeddings; 0-d."""
         arguments = Arguments(x, y, ids, y_ids, None, self.check_finite, ordinary=True)
         call = batch_of(arguments, self.ranks, self.ranks and self._agreed())
         (x, y), rows, cols = call.inputs, call.ids, call.y_ids
@@ -50,11 +50,11 @@ class Yardstick(nn.Module):
             return self._loss(s, same)
 
     def _loss(self, s: Tensor, same: Tensor) -> Tensor:
-        """The loss of S (N, M), which has equal ids off the pairs where `same` says so."""
+        """The loss of S (N, M); `same` (N, M) is true at equal ids off the pairs."""
         raise NotImplementedError
 
     def _agreed(self) -> str:
-        """What has to be the same on all ranks."""
+        """A text that must be the same on all ranks."""
         return str(self)
 
 
@@ -63,7 +63,7 @@ class InfoNCE(Yardstick):
 
     Args:
         tau: inverse temperature, > 0.
-        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the full loss
             (`goal.distributed.gathered`).
 
     Example:
@@ -98,15 +98,15 @@ class InfoNCE(Yardstick):
 class SigLIP(Yardstick):
     """−Σᵢⱼ log σ(zᵢⱼ(e^t s + b)) / K with z = 1 at the pairs and −1 elsewhere; t and b are learned; plain autograd.
 
-    t and b are the parameters `log_tau` and `bias`, float32 of shape (1,), as wrappers that shard parameters ask for.
-    State dicts from before they had that shape still load.
+    t and b are the parameters `log_tau` and `bias`, float32 of shape (1,), as wrappers that shard parameters require.
+    Older state dicts, with 0-d parameters, still load.
 
     Args:
         tau: initial e^t, > 0.
         bias: initial b.
-        check_finite, group, averaged: as for `goal.apply`; every rank computes the whole loss
-            (`goal.distributed.gathered`). t and b get their whole gradient on each, so they need no
-            `DistributedDataParallel`; they have to be alike.
+        check_finite, group, averaged: as for `goal.apply`; every rank computes the full loss
+            (`goal.distributed.gathered`). t and b get their full gradient on every rank, so they need no
+            `DistributedDataParallel`; they must be equal on all ranks.
 
     Example:
         >>> import goal, torch
@@ -187,7 +187,7 @@ def recipes() -> tuple[str, ...]:
 def recipe(name: str, **overrides: Any) -> nn.Module:
     """An objective of the literature by name.
 
-    | name | what it is | source |
+    | name | objective | source |
     |---|---|---|
     | `vse0`, `vse++` | con(0.2) × con over all negatives or the hardest, sum | Faghri et al., BMVC 2018, eq. 5, 6 |
     | `t-selhn` | con(0.2) × con, selective mining, mean | Li et al., RVSE++, T-SelHN |
@@ -201,7 +201,7 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
 
     Args:
         name: one of `goal.recipes()`.
-        **overrides: arguments of `goal.Objective` (of `InfoNCE`, `SigLIP`) to change.
+        **overrides: arguments of `goal.Objective` (or of `InfoNCE`, `SigLIP`) to change.
 
     Returns:
         A module to call with (x, y): L2-normalised embeddings, but |x|, |y| unnormalised for the order recipes.

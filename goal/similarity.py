@@ -23,26 +23,26 @@ from goal.names import spell, unknown
 
 
 class Dot:
-    """s = x·y: the inner product; on unit vectors the cosine."""
+    """s = x·y: the inner product; for unit vectors the cosine."""
 
     name = "dot"
-    _SMALL = 1 << 12  # entries of a G that is quicker made whole than gathered
+    _SMALL = 1 << 12  # entries of G up to which a full matrix is faster than gathering
 
     def embed(self, x: Tensor) -> Tensor:
         return x
 
     def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
-        """A block of S, which its caller may write into; in `out` where that is given."""
+        """A block of S, which the caller may overwrite; in `out` if given."""
         return torch.mm(x_block, y_block.T) if out is None else torch.mm(x_block, y_block.T, out=out)
 
     def pairs(self, x: Tensor, y: Tensor, row: Tensor | None, col: Tensor | None) -> Tensor:
-        """Entries S[row, col]; None takes the rows of that side as they come, and one side at least is None."""
+        """Entries S[row, col]; None takes the rows of that side in order, and at least one of the two is None."""
         first, second, at = (x, y, col) if row is None else (y, x, row)
         size = first.shape[0]
         if at is None:
             at = torch.arange(size, device=x.device)
         if _SAMPLES and x.device.type == "cpu":
-            # the entries (k, at[k]) of first · secondᵀ, one each row of a CSR matrix: no gathered copies of either
+            # the entries (k, at[k]) of first · secondᵀ, one in each row of a CSR matrix: without gathered copies
             rows = torch.arange(size + 1, device=x.device)
             shape, zeros = (size, second.shape[0]), first.new_zeros(size)
             wanted = torch.sparse_csr_tensor(rows, at, zeros, shape, device=x.device, check_invariants=False)
@@ -90,7 +90,7 @@ class Order(Dot):
     """
 
     name = "order"
-    _HELD = 1 << 18  # elements of the rows × columns × D differences held at once: they stay in the cache
+    _HELD = 1 << 18  # elements of the rows × columns × D differences in memory at a time: they stay in the cache
 
     def tile(self, x_block: Tensor, y_block: Tensor, out: Tensor | None = None) -> Tensor:
         rows = max(1, self._HELD // y_block.numel())
@@ -118,7 +118,7 @@ class Order(Dot):
 
 
 class Given(Dot):
-    """A matrix S from any model: x is S itself, y is not looked at, and the gradient is G."""
+    """A matrix S from any model: x is S itself, y is not used, and the gradient is G."""
 
     name = "given"
 
@@ -151,8 +151,8 @@ def _gather(at: Tensor, size: int, other: Tensor, source: Tensor, value: Tensor)
 
 
 def norm(x: Tensor) -> Tensor:
-    """‖x‖ over the last dimension, for any representable norm: rows whose squares are not are scaled first."""
-    if torch.compiler.is_compiling():  # a graph does not branch on what it computes
+    """‖x‖ over the last dimension, for any representable norm: rows whose squares are not representable are scaled."""
+    if torch.compiler.is_compiling():  # a graph cannot branch on a computed value
         _, length, power = _scaled(x)
         return torch.squeeze(length * power, -1)
     found: Tensor = torch.linalg.vector_norm(x, dim=-1)
@@ -164,9 +164,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def _odd(length: Tensor) -> Tensor | None:
-    """Where norms are short, 0, inf or NaN; None for nowhere."""
+    """Mask of norms that are short, 0, inf or NaN; None if there are none."""
     info = torch.finfo(length.dtype)
-    short = (info.tiny / info.eps) ** 0.5  # below it squares have lost bits
+    short = (info.tiny / info.eps) ** 0.5  # squares of smaller norms have lost bits
     if length.numel() == 0:
         return None
     least, most = torch.aminmax(length)
@@ -174,7 +174,7 @@ def _odd(length: Tensor) -> Tensor | None:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x over a power of two near its max|x|, the norm of that, and the power, (…, 1): no square is out of range."""
+    """x divided by a power of two near max|x|, the norm of the quotient, and the power, (…, 1): no square overflows."""
     largest = x.abs().amax(-1, keepdim=True)
     power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
     scaled = x / power
@@ -207,9 +207,9 @@ def _order_gradient(x: Tensor, y: Tensor, value: Tensor) -> Tensor:
 
 
 def _samples() -> bool:
-    """Whether this PyTorch computes single entries of a product on the CPU (a build with MKL does)."""
+    """Whether this PyTorch computes single entries of a product on the CPU (builds with MKL do)."""
     with warnings.catch_warnings(), torch.device("cpu"):
-        warnings.simplefilter("ignore")  # "CSR support is in beta": said once, here
+        warnings.simplefilter("ignore")  # "CSR support is in beta", which PyTorch says once per process
         try:
             one = torch.ones(1, 1, dtype=torch.float32)
             entry = torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), one.new_zeros(1), (1, 1))

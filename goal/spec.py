@@ -35,15 +35,15 @@ R = TypeVar("R")
 _NAME = re.compile(r"[\w+-]+")
 _VALUE = re.compile(r"[^\s,()|=×*:]+")
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
-_CONTEXT = 40  # characters of a long text that an error shows on either side of the place
-_FOUND = "found-"  # how the terms begin that `goal.lab.discover` spells by their names
+_CONTEXT = 40  # characters of a long text that an error shows on either side of the error's place
+_FOUND = "found-"  # prefix of terms that `goal.lab.discover` found; their names spell their formulas
 
 
 @dataclass(frozen=True, repr=False)
 class Spec:
-    """An objective as `parse` read it: a recipe or T × P, and the axes that were named.
+    """An objective as `parse` read it: a recipe or T × P, and the axes that the text names.
 
-    It prints as its canonical text, from which `parse` makes an equal one.
+    Its str() is its canonical text, from which `parse` makes an equal object.
 
     >>> spec = parse("cir(tau=5):sig_ms|semi-hard(margin=0.2)")
     >>> spec
@@ -64,7 +64,7 @@ class Spec:
 
     @property
     def names(self) -> str:
-        """The text without parameters, and without axes but the mining rule: for the names of folders."""
+        """The text without parameters, and without axes except the mining rule: for names of folders."""
         short = dataclasses.replace(self, axes=tuple(axis for axis in self.axes if axis[0] == "mining"))
         return short._text(lambda call: call.name)
 
@@ -74,19 +74,19 @@ class Spec:
         return " | ".join([head, *tail])
 
     def _calls(self) -> list[tuple[str, Named]]:
-        """What stands before the first `|`, by its kind."""
+        """The names before the first `|`, with their kinds."""
         calls = (("recipe", self.recipe), ("T", self.T), ("P", self.P))
         return [(kind, call) for kind, call in calls if call is not None]
 
     def axis(self, name: str) -> Named | None:
-        """What an axis was set to, where it was named."""
+        """The value of an axis, or None if the text does not name it."""
         return dict(self.axes).get(name)
 
     def with_axes(self, **axes: str | Named | None) -> Spec:
-        """The same with other axes; None leaves an axis to its default.
+        """A copy with other axes; None resets an axis to its default.
 
         Raises:
-            ValueError, TypeError: no such axis, or a value that it does not take.
+            ValueError, TypeError: no such axis, or a value that is not allowed.
 
         >>> parse("vse++").with_axes(mining="selective(eps=0.1)", reduction="mean")
         vse++ | selective(eps=0.1) | reduction=mean
@@ -105,7 +105,7 @@ class Spec:
 
     @property
     def parameters(self) -> dict[str, float | bool]:
-        """What a search may change: the numbers of the terms or the recipe, and all of a mining rule that was named.
+        """Parameters for a search: the numbers of the terms or the recipe, and all of a mining rule that is named.
 
         A name that T and P both have is `T.tau` and `P.tau`; those of the mining rule are `mining.margin`, ….
 
@@ -126,10 +126,10 @@ class Spec:
         return f"{kind}.{name}" if shared or kind in AXES else name
 
     def with_parameters(self, values: Mapping[str, Any]) -> Spec:
-        """The same with other parameters, by the names of `parameters`; a name on its own is of both terms.
+        """A copy with other parameters, by the names of `parameters`; a name without a prefix sets it in both terms.
 
         Raises:
-            ValueError, TypeError: no such parameter, or a value that it does not take.
+            ValueError, TypeError: no such parameter, or a value that is not allowed.
 
         >>> parse("cir × sig-ms").with_parameters({"tau": 5, "beta": 20})
         cir(tau=5) × sig-ms(beta=20)
@@ -160,7 +160,7 @@ class Spec:
             **rest: arguments of `goal.Objective`, or of the recipe, that the text does not set: `group=`, `impl=`, ….
 
         Raises:
-            ValueError, TypeError: an argument that the text sets, or that is not known.
+            ValueError, TypeError: an argument that the text sets, or that is unknown.
 
         >>> parse("vse++ | reduction=mean").build(check_finite=False)
         Objective(con(margin=0.2) × con)
@@ -179,21 +179,21 @@ class Spec:
 
 
 def objective(spec: str, **rest: Any) -> nn.Module:
-    """An objective from one line of text, the same that `goal train --objective` and a configuration file take.
+    """An objective from one line of text, the same text as for `goal train --objective` and configuration files.
 
         objective  =  recipe  |  T × P                    × may be * or :
                       [| mining] [| similarity=…] [| reduction=…]
         each name  =  name  or  name(parameter=value, …)   values: numbers, true, false, none
 
     Args:
-        spec: the text. Names are those of `goal.recipes()`, `goal.T`, `goal.P` and `goal.mining`, your own among them.
+        spec: the text. Names are those of `goal.recipes()`, `goal.T`, `goal.P` and `goal.mining`, including your own.
         **rest: arguments of `goal.Objective`, or of the recipe, that the text does not set: `group=`, `impl=`, ….
 
     Returns:
-        A module to call with (x, y), as `goal.Objective` and `goal.recipe` make them.
+        A module to call with (x, y), as from `goal.Objective` and `goal.recipe`.
 
     Raises:
-        ValueError, TypeError: an unknown name, a parameter out of range, a text of another form; with the place in it.
+        ValueError, TypeError: an unknown name, a parameter out of range, a syntax error; with the place in the text.
 
     Example:
         >>> import goal
@@ -206,10 +206,10 @@ def objective(spec: str, **rest: Any) -> nn.Module:
 
 
 def parse(text: str) -> Spec:
-    """The objective that a text describes, checked; see `goal.objective` for what may be written.
+    """The objective that a text describes, checked; see `goal.objective` for the grammar.
 
     Raises:
-        ValueError, TypeError: what is wrong, what is allowed, and ▶ at the place in the text.
+        ValueError, TypeError: the error, the allowed values, and ▶ at its place in the text.
 
     >>> parse("nca * lin")
     nca × lin
@@ -223,7 +223,7 @@ def parse(text: str) -> Spec:
 
 
 def split(text: str) -> list[str]:
-    """The objectives of a list that is separated by commas; those in brackets separate parameters.
+    """The objectives in a list separated by commas; commas in brackets separate parameters.
 
     >>> split("cir(tau=5, x=1):sig, vse++")
     ['cir(tau=5, x=1):sig', 'vse++']
@@ -237,20 +237,20 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in (*parts, text[begin:])]
 
 
-# ── the names that may stand in a text ──────────────────────────────────────────────────────────────────────────────
+# ── the names in a text ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Member(NamedTuple):
-    """What a name stands for."""
+    """The meaning of a name."""
 
     name: str
-    owner: str  # what errors call it
+    owner: str  # its name in errors
     defaults: Mapping[str, Value]
-    make: Callable[..., Any]  # from its parameters; raises where one is not allowed
+    make: Callable[..., Any]  # makes the object from its parameters; raises if one is not allowed
 
 
 def _term(kind: str) -> Callable[[str], Member]:
-    """The terms of a registry; one that a search found is spelled by its name, so that every process knows it."""
+    """Look-up of a registry's terms; a term from a search is spelled by its name, so that every process knows it."""
     registry = {"T": terms.T, "P": terms.P}[kind]
 
     def find(name: str) -> Member:
@@ -297,13 +297,13 @@ def _published(name: str) -> Member:
 
 
 class Kind(NamedTuple):
-    """What may stand at one place of a text."""
+    """A kind of name in a text."""
 
     find: Callable[[str], Member]  # raises for an unknown name, with the known ones
     example: str
 
 
-AXES = {  # what may stand after |: an argument of `goal.Objective`, by its keyword
+AXES = {  # the axes after |: arguments of `goal.Objective`, by keyword
     "mining": Kind(_rule, "semi-hard(margin=0.1)"),
     "similarity": Kind(_similarity, "cosine"),
     "reduction": Kind(_reduction, "sum"),
@@ -317,7 +317,7 @@ _KINDS = {
 
 
 def member(kind: str, name: str) -> Member:
-    """What a name stands for: of "T", "P", "recipe", or one of `AXES`.
+    """The meaning of a name of kind "T", "P", "recipe", or one of `AXES`.
 
     Raises:
         ValueError: an unknown name, with the known ones.
@@ -326,7 +326,7 @@ def member(kind: str, name: str) -> Member:
 
 
 def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
-    """A recipe with these parameters: of an objective, those of its terms, wherever they stand."""
+    """A recipe with these parameters; for an objective they are those of its terms, in T, P or both."""
     base = published(name)
     if not isinstance(base, Objective):
         return published(name, **given, **rest)
@@ -339,7 +339,7 @@ def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> n
 
 
 def _check_axes(recipe: str, axis: str) -> None:
-    """Whether a recipe lets an axis be set: the yardsticks among them have their own."""
+    """Raise if a recipe does not allow setting an axis: recipes that are no `Objective` have their own."""
     if not isinstance(published(recipe), Objective):
         raise ValueError(f"{axis} cannot be set: {recipe} has its own.")
 
@@ -371,11 +371,11 @@ def _no_parameter(owner: str, name: object, known: Sequence[str]) -> ValueError:
 
 
 def named(kind: str, text: str) -> Named:
-    """One name with parameters on its own.
+    """Read a single name with parameters.
 
     Args:
         kind: "T", "P", "recipe", or one of `AXES`.
-        text: as it stands in an objective.
+        text: the name as in an objective.
 
     Raises:
         ValueError, TypeError: as for `parse`.
@@ -392,15 +392,15 @@ def named(kind: str, text: str) -> Named:
 
 
 class _Raw(NamedTuple):
-    """A name with parameters as they were written, and where."""
+    """A name with parameters as written, and their positions."""
 
     name: str
     at: int
-    arguments: tuple[tuple[str, int, Value], ...]  # name, place, value
+    arguments: tuple[tuple[str, int, Value], ...]  # name, position, value
 
 
 class _Reader:
-    """A text, and how far it has been read."""
+    """A text and the position up to which it has been read."""
 
     def __init__(self, text: str, argument: str = "objective") -> None:
         self.text, self.argument, self.at = text, argument, 0
@@ -430,7 +430,7 @@ class _Reader:
         return Spec(recipe=self.call("recipe", first))
 
     def _axis(self) -> tuple[str, Named, int]:
-        """An axis after |: its name, its value, and where it stands."""
+        """An axis after |: its name, its value, and its position."""
         raw = self.raw("a mining rule, or an axis such as reduction=sum")
         if raw.arguments or not self.took("="):
             others = [axis for axis, its in AXES.items() if axis != "mining" and _known(its.find, raw.name)]
@@ -446,7 +446,7 @@ class _Reader:
         return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_KINDS[raw.name].example}")), raw.at
 
     def raw(self, wanted: str) -> _Raw:
-        """A name, and in brackets its parameters."""
+        """Read a name, and its parameters in brackets."""
         name, at = self._match(_NAME, wanted)
         arguments: list[tuple[str, int, Value]] = []
         if self.took("("):
@@ -463,7 +463,7 @@ class _Reader:
         return _Raw(name, at, tuple(arguments))
 
     def call(self, kind: str, raw: _Raw) -> Named:
-        """What was written, as one of a kind."""
+        """The checked name of a kind, from the name as written."""
         self.located(raw.at, lambda: member(kind, raw.name))
         for key, at, value in raw.arguments:
             self.located(at, functools.partial(_call, kind, raw.name, {key: value}))
@@ -487,7 +487,7 @@ class _Reader:
         return match.group(), at
 
     def took(self, *symbols: str) -> bool:
-        """Whether one of these symbols comes next, which is then behind."""
+        """Whether one of these symbols comes next; if so, move past it."""
         self._skip()
         comes = self.text[self.at : self.at + 1] in symbols
         self.at += comes
@@ -510,7 +510,7 @@ class _Reader:
         return ValueError(self._placed(at, f"{self.argument} {message}"))
 
     def located(self, at: int, make: Callable[[], R]) -> R:
-        """What is made; an error says where in the text."""
+        """The result of `make`; its errors get the position in the text."""
         try:
             return make()
         except (ValueError, TypeError) as error:

@@ -13,16 +13,16 @@ from goal.engine.weigh import weights_of
 
 
 class Stats(NamedTuple):
-    """One batch as the objective saw it: detached tensors in the computing dtype; row 0 is x→y, row 1 is y→x.
+    """Statistics of a batch: detached tensors in the computing dtype; row 0 is x→y, row 1 is y→x.
 
-    The negative is the one that the mining selects; with all negatives, the hardest. With `group=` the K anchors, and
-    every share, are this rank's; an index is a row of the global batch.
+    The negative is the one that mining selects; with all negatives, the hardest. With `group=` the K anchors, and all
+    shares, are those of this rank; an index is a row of the global batch.
     """
 
     s_pos: Tensor  # (K,) similarity of each pair
-    s_neg: Tensor  # (2, K) similarity of the negative; −inf where an anchor has none
-    index: Tensor  # type: ignore[assignment]  # (2, K) int64, the negative's row in y or in x; −1 where there is none
-    T: Tensor  # (2, K) triplet weight; 0 where an anchor has no negative
+    s_neg: Tensor  # (2, K) similarity of the negative; −inf if an anchor has none
+    index: Tensor  # type: ignore[assignment]  # (2, K) int64, the negative's row in y or in x; −1 if there is none
+    T: Tensor  # (2, K) triplet weight; 0 if an anchor has no negative
     P_pos: Tensor  # (2, K)
     P_neg: Tensor  # (2, K)
     active: Tensor  # 0-d, share of the 2K anchors whose triplet has T ≠ 0
@@ -30,7 +30,7 @@ class Stats(NamedTuple):
     recall_at_1: Tensor  # (2,) share of anchors with s⁺ > every negative in the batch (ties count against)
 
     def __str__(self) -> str:
-        """Means, in a line."""
+        """Means, in one line."""
         s_neg, (forth, back) = self.s_neg[self.s_neg != -torch.inf], self.recall_at_1.tolist()
         negative = f"{s_neg.mean().item():.3f}" if s_neg.numel() else "none"
         return (
@@ -40,7 +40,7 @@ class Stats(NamedTuple):
 
 
 def stats(settings: Settings, seen: Seen) -> Stats:
-    """The statistics of a batch as an objective has seen it; mines only what forward did not need."""
+    """`Stats` of a call; mines only if forward did not."""
     statistics = seen.statistics
     if statistics is None:
         statistics = seen.miner.mine(settings)

@@ -18,21 +18,21 @@ _INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-_LIMIT = 2**63  # identities are sent, kept and written as int64
+_LIMIT = 2**63  # identities are sent, stored and written as int64
 
 
 # ── embeddings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def embeddings(x: object, y: object, meta: bool = False) -> tuple[Tensor, Tensor]:
-    """x (N, D) and y (M, D) as tensors that belong together; `meta` says that shapes without values will do."""
+    """x (N, D) and y (M, D) as tensors that fit each other; `meta`: tensors on the meta device are allowed."""
     x, y = matrix("x", x, "(N, D)", meta), matrix("y", y, "(M, D)", meta)
     check_comparable(x, y)
     return x, y
 
 
 def check_comparable(x: Tensor, y: Tensor) -> None:
-    """Rows that a similarity can compare: of one width, on one device."""
+    """Check that a similarity can compare the rows: the same D, the same device."""
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must have the same D, got x {tuple(x.shape)} and y {tuple(y.shape)}.")
     if x.device != y.device:
@@ -45,7 +45,7 @@ def similarity_matrix(s: object) -> Tensor:
 
 
 def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
-    """A dense floating-point matrix under its argument's name, with at least one row and one column."""
+    """A dense floating-point matrix with at least one row and one column; errors use the argument's name."""
     if not isinstance(value, Tensor):
         hint = f": torch.as_tensor({name}) makes one" if type(value) in (np.ndarray, list, tuple) else ""
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}{hint}.")
@@ -58,7 +58,7 @@ def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
 
 
 def floating(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it is of a floating-point dtype that PyTorch computes in."""
+    """The tensor, after checking that its dtype is a floating-point dtype that PyTorch computes in."""
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {known}, got {tensor.dtype}.")
@@ -66,7 +66,7 @@ def floating(name: str, tensor: Tensor) -> Tensor:
 
 
 def dense(name: str, tensor: Tensor, meta: bool = False) -> Tensor:
-    """The tensor, without a subclass's name, if all of its entries are here, as they are, with strides between them."""
+    """The tensor, after checking that it is strided and has all its entries; a plain subclass becomes a Tensor."""
     came = None
     if tensor.is_nested:
         came = "a nested tensor", "to_padded_tensor(0)"
@@ -103,14 +103,14 @@ def identities(ids: object, y_ids: object, n: int, m: int, device: torch.device)
 
 
 def identity(name: str, value: object, length: int, side: str, device: torch.device) -> Tensor:
-    """One integer for each row, (length,) int64 on `device`; equal where they came equal, in whatever form.
+    """One integer for each row, (length,) int64 on `device`; equal integers stay equal, whatever their form.
 
     Args:
         value: integers of any width, with or without sign: a tensor, an array of either byte order, a list, a column
-            of a table, whose index is not looked at, or Python's integers in an array of objects.
+            of a table, whose index is ignored, or Python's integers in an array of objects.
 
     Raises:
-        TypeError: anything else: numbers with a fraction could have been rounded to each other already.
+        TypeError: anything else: numbers with a fraction could have been rounded to the same number already.
         ValueError: another length, or a number that int64 does not hold, with its row.
     """
     ids = dense(name, value if isinstance(value, Tensor) else _integers(name, value, side))
@@ -119,7 +119,7 @@ def identity(name: str, value: object, length: int, side: str, device: torch.dev
     if tuple(ids.shape) != (length,):
         raise ValueError(f"{name} must have shape ({length},), one for each row of {side}, got {tuple(ids.shape)}.")
     if ids.dtype == torch.uint64:
-        ids = ids.view(torch.int64)  # where what is too large for it is negative
+        ids = ids.view(torch.int64)  # numbers beyond int64 become negative
         if bool((ids < 0).any()):
             row = int((ids < 0).nonzero()[0])
             raise _too_large(name, int(ids[row]) + 2 * _LIMIT, row)
@@ -127,7 +127,7 @@ def identity(name: str, value: object, length: int, side: str, device: torch.dev
 
 
 def _integers(name: str, value: object, side: str) -> Tensor:
-    """Integers that came as no tensor, as one on the CPU."""
+    """A CPU tensor from integers that are not in a tensor."""
     what = f"{name} must be integers, one for each row of {side}"
     if hasattr(value, "__array__"):  # an array, or a column of a table
         array = as_array(name, value)
@@ -149,7 +149,7 @@ def _integers(name: str, value: object, side: str) -> Tensor:
 
 
 def _integer(what: str, entry: object, row: int) -> int:
-    """An entry of a list."""
+    """An integer from an entry of a list."""
     if type(entry) is int:
         return entry
     if isinstance(entry, Tensor | np.ndarray) and entry.ndim == 0:
@@ -165,14 +165,14 @@ def _too_large(name: str, value: int, row: int) -> ValueError:
 
 
 _RENUMBER = ": numpy.unique(..., return_inverse=True)[1], of both sides together, makes numbers of them"
-_ADVICE = {  # by the letter that NumPy has for a kind of dtype
+_ADVICE = {  # by NumPy's letter for a kind of dtype
     **dict.fromkeys("UST", _RENUMBER),
     "f": ": a column with a missing value becomes float, so leave out such rows first",
 }
 
 
 def as_array(name: str, value: object, first: int = 0) -> NDArray[Any]:
-    """An array, or what NumPy makes of a column, in either byte order, of which nothing is masked.
+    """An array, or a column as NumPy converts it, in either byte order, with no entry masked.
 
     Args:
         first: the number of the first row, for errors.
@@ -213,7 +213,7 @@ def anchor_weight(weight: object, k: int, device: torch.device, check: bool) -> 
 
 
 def _reals(value: object) -> Tensor:
-    """Numbers that came as no tensor, as one on the CPU, in float64 unless they came in less."""
+    """A CPU tensor from numbers that are not in a tensor, in float64 unless they have a narrower float dtype."""
     what = "weight must be numbers, one for each pair"
     if hasattr(value, "__array__"):
         array = as_array("weight", value)
@@ -238,7 +238,7 @@ _NOT_NEGATIVE = frozenset({"margin", "eps"})
 
 
 def check_number(owner: str, name: str, value: object) -> float:
-    """A finite Python float from a number of any kind; raises with the argument's name otherwise."""
+    """A finite Python float from a number of any kind; errors use the argument's name."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise ValueError(
             f"{owner}: parameter {name!r} requires grad, but a parameter of a gradient-space objective has no "
@@ -262,7 +262,7 @@ def check_number(owner: str, name: str, value: object) -> float:
 
 
 def check_bool(what: str, value: object) -> bool:
-    """A Python bool from one of any kind; raises with the argument's name otherwise."""
+    """A Python bool from a boolean of any kind; errors use the argument's name."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{what} must be True or False, got {value!r}.")
     return bool(value)
@@ -290,7 +290,7 @@ def real_number(
     above: bool = False,
     finite: bool = True,
 ) -> float:
-    """A Python float within [low, high], or (low, high] where it has to be `above`, from a number of any kind."""
+    """A Python float within [low, high], or (low, high] with `above`, from a number of any kind."""
     given = _item(value)
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} ({value!r}).")
@@ -307,21 +307,21 @@ def real_number(
 
 
 def _item(value: Any) -> object:
-    """The number that an array or a tensor of one element holds; what holds none, or wants a gradient, as it came."""
+    """The number in an array or tensor of one element; other values, and tensors that require grad, unchanged."""
     if isinstance(value, Tensor) and (value.is_meta or value.requires_grad):
         return value
     return value.item() if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1 else value
 
 
 def device_of_values() -> torch.device:
-    """Where values begin that a module is made with: torch's default device, but for the one that would lose them."""
+    """The device on which a module's values are created: torch's default device, but the CPU if that is meta."""
     device = torch.get_default_device()
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def checks_finite(check_finite: bool | None, x: Tensor) -> bool:
-    """Whether entries are looked at, by what `check_finite=` says: by default on the CPU, outside `torch.compile` and
-    where vmap has not made one tensor of many.
+    """Whether entries are checked, from the argument `check_finite=`: by default on the CPU, outside `torch.compile`
+    and outside vmap.
     """
     if check_finite is None:
         return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _functorch.is_batchedtensor(x)
@@ -329,12 +329,12 @@ def checks_finite(check_finite: bool | None, x: Tensor) -> bool:
 
 
 def finite(**tensors: Tensor) -> None:
-    """Raise for NaN or inf, naming the tensor and its first bad row; one reduction per tensor while all is well."""
+    """Raise for NaN or inf, naming the tensor and its first bad row; if all is finite, one reduction per tensor."""
     for name, tensor in tensors.items():
         if math.isfinite(tensor.detach().sum(dtype=_accumulator(tensor)).item()):
             continue
         bad = (~tensor.detach().isfinite().all(1)).nonzero()
-        if len(bad):  # a sum may overflow where every entry is finite
+        if len(bad):  # the sum may overflow though every entry is finite
             row = int(bad[0])
             value = tensor[row][~tensor[row].isfinite()][0].item()
             raise ValueError(

@@ -11,9 +11,9 @@ import triton.language as tl
 INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
-SQUARE: tl.constexpr = tl.constexpr(1.8446742974197924e19)  # √ of it: the largest similarity with a square
-NO_KEY: tl.constexpr = tl.constexpr(-(2**30))  # key of no similarity; those of similarities are >= 0
-LIFT: tl.constexpr = tl.constexpr(2**28)  # keeps the key of -inf away from the least integer
+SQUARE: tl.constexpr = tl.constexpr(1.8446742974197924e19)  # √LARGEST: the largest similarity whose square is finite
+NO_KEY: tl.constexpr = tl.constexpr(-(2**30))  # the key if there is no similarity; keys of similarities are >= 0
+LIFT: tl.constexpr = tl.constexpr(2**28)  # keeps the key of -inf away from the lowest integer
 _NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 
 
@@ -22,7 +22,7 @@ _NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 
 @triton.jit
 def wide(number):
-    """A number, which may be one that Triton compiled in, as int64."""
+    """A number, which may be a compile-time constant, as int64."""
     return tl.full([], 1, tl.int64) * number
 
 
@@ -33,7 +33,7 @@ def bits(value):
 
 @triton.jit
 def real(word):
-    """The float that a word's bits are."""
+    """The float with the bits of a word."""
     return word.to(tl.float32, bitcast=True)
 
 
@@ -82,32 +82,32 @@ def bound(bounds, which, PARTS: tl.constexpr = 1):
 
 @triton.jit
 def threshold(bounds, PARTS: tl.constexpr = 1):
-    """min s⁺ − 0.1: the similarity from which a negative is valid."""
+    """min s⁺ − 0.1: the similarity from which a negative is valid for the sums."""
     return -real(ordered(bound(bounds, 0, PARTS))) - 0.1
 
 
 @triton.jit
 def reach_of(bounds, PARTS: tl.constexpr = 1):
-    """max ‖x‖ · max ‖y‖ ≥ every |s|, no larger than float32 holds."""
+    """max ‖x‖ · max ‖y‖ ≥ every |s|, clamped to the largest float32."""
     return tl.minimum(real(bound(bounds, 1, PARTS)) * real(bound(bounds, 2, PARTS)), LARGEST)
 
 
 @triton.jit
 def beyond(bounds, limit, PARTS: tl.constexpr = 1):
-    """Whether a similarity may be larger than a limit."""
+    """Whether a similarity may exceed a limit."""
     return real(bound(bounds, 1, PARTS)) * real(bound(bounds, 2, PARTS)) > limit
 
 
 @triton.jit
 def poison(bounds, PARTS: tl.constexpr = 1):
-    """0, or NaN where x or y holds a NaN or inf, which has to show."""
+    """0, or NaN if x or y has a NaN or inf, which has to show."""
     x, y = real(bound(bounds, 1, PARTS)), real(bound(bounds, 2, PARTS))
     return (x - x) + (y - y)
 
 
 @triton.jit
 def lost(own, other, p_pos, p_neg):
-    """Where a triplet's weights are not to be had in float32, so that a NaN has to show: `eager.lost`."""
+    """Where the weights of triplets cannot be computed in float32, so that a NaN has to show; see `range.lost`."""
     finite = (tl.abs(own) < float("inf")) & (tl.abs(other) < float("inf"))
     beyond = (tl.abs(own) > SQUARE) | (tl.abs(other) > SQUARE)
     return ~finite | (beyond & ((tl.abs(p_pos) >= SQUARE) | (tl.abs(p_neg) >= SQUARE)))
@@ -118,7 +118,7 @@ def lost(own, other, p_pos, p_neg):
 
 @triton.jit
 def power(length):
-    """2ᵏ that brings a length into [64, 128); 1 for 0 and whatever is not finite."""
+    """2ᵏ that scales a length into [64, 128); 1 for 0 and non-finite lengths."""
     exponent = (bits(length) >> 23) & 0xFF
     shift = tl.minimum(tl.maximum(260 - exponent, 1), 254)
     return tl.where((exponent == 0) | (exponent == 255), 1.0, real(shift << 23))
@@ -126,13 +126,13 @@ def power(length):
 
 @triton.jit
 def halving(length):
-    """What rows were multiplied by to become 16 bit; `length` points to the bits of the longest row's norm."""
+    """The factor of rows in a 16-bit copy; `length` points to the bits of the longest row's norm."""
     return power(real(tl.load(length)))
 
 
 @triton.jit
 def unhalving(bounds):
-    """What brings similarities of 16-bit copies back to those of the rows that were copied."""
+    """The factor that turns similarities of 16-bit copies into those of the original rows."""
     return 1.0 / (halving(bounds + 1) * halving(bounds + 2))
 
 
@@ -141,13 +141,13 @@ def unhalving(bounds):
 
 @triton.jit
 def scale_of(reach):
-    """Units of a key in 1: |s| · scale stays below 2²⁰. No larger than what has a normal reciprocal, 2¹²⁶."""
+    """Key units in 1: |s| · scale stays below 2²⁰. At most 2¹²⁶, the largest number with a normal reciprocal."""
     return tl.minimum(power(reach), 10384593717069655257060992658440192.0) * 8192.0
 
 
 @triton.jit
 def tie_of(reach, slack):
-    """Similarities closer than this are equal: slack · max ‖x‖ · max ‖y‖ down to a half between two units."""
+    """Similarities closer than this are equal: slack · max ‖x‖ · max ‖y‖, rounded down to a unit, plus half a unit."""
     scale = scale_of(reach)
     return (tl.floor(slack * reach * scale) + 0.5) * (1.0 / scale)
 
@@ -163,13 +163,13 @@ def keys_of(s, scale):
 
 @triton.jit
 def place_of(best):
-    """The place (< 256) that was subtracted from a key."""
+    """The position (< 256) that was subtracted from a key."""
     return -best & 255
 
 
 @triton.jit
 def units_of(best):
-    """The similarity behind a key in units; < 0 where there is none."""
+    """The similarity of a key, in units; < 0 if there is none."""
     return (best + 255) >> 8
 
 

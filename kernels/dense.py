@@ -21,29 +21,29 @@ from goal.kernels.weigh import Relative, equation
 
 
 class Anchors(NamedTuple):
-    """What is known of one side's anchors in a block: pointers to the first one's."""
+    """Data of one side's anchors in a block: pointers to the first anchor's."""
 
     s_pos: Any
-    share: Any  # what each of their negatives weighs
+    share: Any  # weight of each of their negatives
     relative: Any  # Relative
 
 
 class Listed(NamedTuple):
-    """Anchors that are met, and a pointer to how many of them there are."""
+    """A list in which the dense anchors come first, and a pointer to their number."""
 
     anchors: Any
     count: Any
 
 
 class Pulls(NamedTuple):
-    """What tiles take from the pairs of their anchors."""
+    """Pulls of tiles at the pairs of their anchors."""
 
-    rows: Any  # (width, row_anchors), at the listed places
+    rows: Any  # (width, row_anchors), at the positions in the list
     cols: Any  # (height, col_anchors)
 
 
 class Range(NamedTuple):
-    """Targets and sources of a product, counted within w, and where w begins; D features."""
+    """Targets and sources of a product, counted within w, and the offsets of w; D features."""
 
     targets: Any
     sources: Any
@@ -52,12 +52,12 @@ class Range(NamedTuple):
     D: Any
 
 
-# ── tiles, wherever their rows lie ──────────────────────────────────────────────────────────────────────────────────
+# ── tiles of any rows ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @triton.jit
 def _similarities(x, y, row, col, here, inside, D, bounds, CUT: tl.constexpr, ARITHMETIC: tl.constexpr):
-    """(height, width) float32 of S at these rows and columns; 0 where they are not `here` and `inside`."""
+    """(height, width) float32 of S at these rows and columns; 0 where not `here` or not `inside`."""
     acc = tl.zeros([CUT.height, CUT.width], tl.float32)
     depth = tl.arange(0, CUT.depth)
     p_x = x.at + row[:, None] * x.row + depth[None, :] * x.col
@@ -76,7 +76,7 @@ def _similarities(x, y, row, col, here, inside, D, bounds, CUT: tl.constexpr, AR
 
 @triton.jit
 def _rows(listed, place, block):
-    """The rows that stand at some places, and whether there are any."""
+    """The rows at some positions, and whether they exist."""
     if listed is None:
         row, here = wide(0) + place, place < block.N
     else:
@@ -87,13 +87,13 @@ def _rows(listed, place, block):
 
 @triton.jit
 def _share(anchors, at, on, bounds):
-    """(A,) what each negative of these anchors weighs; NaN where x or y holds a NaN or inf."""
+    """(A,) the weight of each negative of these anchors; NaN if x or y has a NaN or inf."""
     return tl.load(anchors.share + at, mask=on, other=0) + tl.where(on, poison(bounds), 0.0)
 
 
 @triton.jit
 def _one(relative, at, on, AXIS: tl.constexpr):
-    """A relative similarity of some anchors, along the other axis; anything where nobody reads it."""
+    """A relative similarity of some anchors, broadcast along AXIS; a dummy 0 if no term reads it."""
     if relative is None:
         return 0.0
     else:
@@ -111,7 +111,7 @@ def _relative(anchors, at, on, AXIS: tl.constexpr):
 
 @triton.jit
 def out_of_range(x, y, ids, bounds, shares, block, tiles, limit, ARITHMETIC: tl.constexpr, CUT: tl.constexpr):
-    """NaN into shares where an anchor meets a similarity beyond a limit; ends at once where none can be."""
+    """Write NaN into the shares of anchors with a similarity beyond a limit; return at once if there can be none."""
     if not beyond(bounds, limit):
         return
     i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
@@ -134,7 +134,7 @@ def out_of_range(x, y, ids, bounds, shares, block, tiles, limit, ARITHMETIC: tl.
 
 @triton.jit
 def _losses(anchors, at, on, s, bounds, numbers, VALUE: tl.constexpr, AXIS: tl.constexpr):
-    """A tile's losses of one direction, whether its entries are negatives or not."""
+    """The losses of a tile in one direction, at all entries, negatives or not."""
     weight = tl.expand_dims(_share(anchors, at, on, bounds), AXIS)
     own = tl.expand_dims(tl.load(anchors.s_pos + at, mask=on, other=0), AXIS)
     return weight * VALUE(own, s, 0.0, 0.0, 0.0, 0.0, *numbers)
@@ -168,7 +168,7 @@ def value(
 
 @triton.jit
 def _entries(anchors, at, on, s, live, bounds, numbers, WEIGHTS: tl.constexpr, AXIS: tl.constexpr):
-    """A tile's entries of G of one direction, negated those at the pairs: (pull, push), both of the tile's shape."""
+    """A tile's entries of G in one direction: (pull, push), both of the tile's shape; pull is negated."""
     own = tl.expand_dims(tl.load(anchors.s_pos + at, mask=on, other=0), AXIS)
     weights = WEIGHTS(own, s, *_relative(anchors, at, on, AXIS), *numbers)
     share = tl.expand_dims(_share(anchors, at, on, bounds), AXIS)
@@ -180,7 +180,7 @@ def coefficients(
     x, y, ids, rows, cols, bounds, listed, w, scales, pulls, block, tiles, numbers,
     WEIGHTS: tl.constexpr, ARITHMETIC: tl.constexpr, SCALED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G into the matrix w, times scales (height, width) if SCALED; its pulls. rows, cols: Anchors."""
+    """Write a tile of G into w (if SCALED, G = w · scales, (height, width)), and its pulls. rows, cols: Anchors."""
     i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
     begin = (tiles.first + i) * CUT.height
     if listed is not None:  # noqa: SIM102
@@ -199,7 +199,7 @@ def coefficients(
         pull, push = _entries(cols, col, on, s, live, bounds, numbers, WEIGHTS, 0)
         tl.store(pulls.cols + wide(i) * block.col_anchors + col, tl.sum(pull, 0), mask=on)
         g += push
-    if SCALED:  # float16 has few exponents: the tile's largest coefficient goes near 100
+    if SCALED:  # float16 has few exponents: the tile's largest coefficient is scaled to near 100
         by = power(tl.max(tl.abs(g)))
         tl.store(scales + wide(i) * tiles.width + j, 1.0 / by)
         g *= by
@@ -216,7 +216,7 @@ def product(
     """TARGETS rows of out (·, D) float32, BLOCK of their columns: += Σ over sources of w · other[source].
 
     w, scales: matrices (target, source), of entries and of tiles. LISTED: whether the "targets" or the "sources" are
-    places of the list. length: of what scaled `other`, see `bits.halving`.
+    positions in the list. length: the norm that gave the scale of `other`, see `bits.halving`.
     """
     t = tl.program_id(0)
     target, column = t * TARGETS + tl.arange(0, TARGETS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

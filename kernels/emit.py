@@ -17,7 +17,7 @@ from goal.kernels.tile import Matrix, or_zero
 
 @triton.jit
 def _first(targets, size, target):
-    """How many of the sorted targets lie below one."""
+    """The number of sorted targets below `target`."""
     low, high = 0, size
     while low < high:
         middle = (low + high) // 2
@@ -28,7 +28,7 @@ def _first(targets, size, target):
 
 @triton.jit
 def _rows(x, at, size, on, column, D):
-    """Some rows of a matrix, a block of their columns, float32; 0 where not `on`, and beyond its `size` rows.
+    """Rows `at` of a matrix, a block of their columns, float32; 0 where not `on`, and beyond its `size` rows.
 
     size: None if no row can lie beyond.
     """
@@ -43,10 +43,10 @@ def emit(
     x, y, gx, gy, mined, targets, order, incoming, block, K, blocks,
     SORTED: tl.constexpr, ROWS: tl.constexpr, SOURCES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of ∂l/∂x (the first `blocks` programs) or of ∂l/∂y, BLOCK of their columns.
+    """Compute ROWS rows of ∂l/∂x (the first `blocks` programs) or of ∂l/∂y, BLOCK of their columns.
 
-    mined: `goal.engine.types.Mined`, of the whole batch. incoming (1,): what everything is multiplied by.
-    targets, order (2, K): the negatives sorted, stably; not SORTED: as they are, and every anchor is looked at.
+    mined: `goal.engine.types.Mined`, of the whole batch. incoming (1,): the incoming gradient, a factor of the result.
+    targets, order (2, K): the negatives in stable sorted order; not SORTED: unsorted, and all anchors are compared.
     """
     program = tl.program_id(0)
     if program < blocks:

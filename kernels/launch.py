@@ -24,19 +24,19 @@ from goal.kernels.lower import lower, numbers
 from goal.kernels.tile import Block, Cut, Matrix, Sides, Tiles
 from goal.terms import STATISTICS, Product
 
-FAR = 1 << 30  # rows that a pair may lie ahead; no block has as many
-HELD = 1 << 26  # bytes of partials, or of coefficients, held at once
-FUSED = {"enable_fp_fusion": True}  # of every launch: Triton's default changes with 3.10, and the bits with it
-ROWS, BLOCK = 16, 128  # of a program's part of x or y
-SINGLE = {"ROWS": 8, "BLOCK": 128, **FUSED}  # of what computes single similarities: equal pairs have equal bits
-FEW = 1024  # pairs up to which the emission looks at every anchor instead of sorting them
-PARTS = 32  # of the bounds of few pairs, so that nobody has to clear them first; a power of two
+FAR = 1 << 30  # limit of `Block.ahead`; no block has as many rows
+HELD = 1 << 26  # bytes of partials, or of coefficients, in memory at a time
+FUSED = {"enable_fp_fusion": True}  # for every launch: Triton's default changes with 3.10, and the bits with it
+ROWS, BLOCK = 16, 128  # rows and columns of x or y in a program
+SINGLE = {"ROWS": 8, "BLOCK": 128, **FUSED}  # for kernels of single similarities: equal pairs get equal bits
+FEW = 1024  # pairs up to which emission compares every anchor instead of sorting them
+PARTS = 32  # parts of a small batch's bounds, so that no buffer has to be cleared first; a power of two
 MERGING = 8  # tiles in a row or column up to which `finish` merges their partials itself
-SMALL = 1 << 20  # elements of S up to which float32 inputs are scanned in tf32: copying them costs more than it saves
+SMALL = 1 << 20  # elements of S up to which float32 inputs are scanned in tf32: copies would cost more than they save
 
 
 class Tiling(NamedTuple):
-    """How a scan cuts S."""
+    """The tiles of a scan."""
 
     height: int
     width: int
@@ -54,7 +54,7 @@ class Tiling(NamedTuple):
 
 
 def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 0)) -> Tiling:
-    """Wide tiles where only maxima are sought; narrower ones leave registers for the sums."""
+    """Wide tiles if only maxima are needed; narrower tiles leave registers for the sums."""
     if arithmetic == "ieee":
         return Tiling(64, 64, 32, 4, 2)
     depth = 32 if arithmetic == "tf32" else 64
@@ -64,7 +64,7 @@ def tiling(request: Request, arithmetic: str, capability: tuple[int, int] = (9, 
 
 
 def dense_tiling(arithmetic: str) -> Tiling:
-    """Tiles of G hold both directions' weights at once: few elements for each thread."""
+    """Tiles for G: they need the weights of both directions, so a thread has few elements."""
     return Tiling(64, 64, 32 if arithmetic in ("ieee", "tf32") else 64, 8, 2)
 
 
@@ -73,7 +73,7 @@ def _capability(x: Tensor) -> tuple[int, int]:
 
 
 def arithmetic(x: Tensor, y: Tensor, precision: str) -> str:
-    """What the products of a scan are computed in: `half`, `halved` (copies of float32 inputs), `tf32` or `ieee`."""
+    """The arithmetic of a scan's products: `half`, `halved` (copies of float32 inputs), `tf32` or `ieee`."""
     if torch.float32 not in (x.dtype, y.dtype):
         return "half"
     if precision == "exact":
@@ -82,7 +82,7 @@ def arithmetic(x: Tensor, y: Tensor, precision: str) -> str:
 
 
 def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) -> Plan:
-    """How S would be walked through."""
+    """The tiles of S, the arithmetic, and the memory."""
     (n, d), m, k = x.shape, y.shape[0], min(x.shape[0], y.shape[0])
     how, said = arithmetic(x, y, precision), {"halved": "scanned in float16", "half": "16-bit inputs as they are"}
     cut = tiling(request, how, _capability(x))
@@ -95,12 +95,12 @@ def plan(x: Tensor, y: Tensor, request: Request, dense: bool, precision: str) ->
 
 
 def _padded(d: int) -> int:
-    """Features of a copy."""
+    """Number of features of a copy."""
     return -(-d // 16) * 16
 
 
 def _copy_size(x: Tensor, how: str) -> int:
-    """Bytes of the copy that a scan takes of one side."""
+    """Bytes of the copy that a scan makes of one side."""
     if how != "halved" and _direct(x):
         return 0
     return x.shape[0] * _padded(x.shape[1]) * (2 if how == "halved" else x.element_size())
@@ -111,14 +111,14 @@ def _words(request: Request, merged: bool = False) -> scan.Words:
 
 
 def _chunk(n: int, m: int, k: int, cut: Tiling, fields: int) -> int:
-    """Rows of tiles whose partials are held at once."""
+    """Rows of tiles whose partials are in memory at a time."""
     height, width = cut.tiles(n, m)
     fitting: int = HELD // (4 * fields * (width * cut.height + k))
     return int(max(1, min(height, fitting)))
 
 
 def _bulk(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator (sm_90 on) can load tiles of it: aligned rows, one after another."""
+    """Whether the tensor memory accelerator (sm_90 and later) can load tiles of it: aligned, contiguous rows."""
     return (
         _capability(x) >= (9, 0)
         and x.element_size() == 2
@@ -129,13 +129,13 @@ def _bulk(x: Tensor) -> bool:
 
 
 def _direct(x: Tensor) -> bool:
-    """Whether a scan loads it as it lies, many elements at a time; else it takes copies."""
+    """Whether a scan can load it without a copy, many elements at a time."""
     aligned = x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
     return aligned or _bulk(x)
 
 
 def _fold(x: Tensor, cut: Tiling, how: str) -> bool:
-    """Whether a thread holds several rows of a tile's columns (`scan._own`): not on sm_100, nor for ieee."""
+    """Whether a thread has several rows of a tile's columns (`scan._own`): not on sm_100, nor for ieee."""
     return cut.height % 64 == 0 and how != "ieee" and _capability(x) < (10, 0)
 
 
@@ -154,7 +154,7 @@ def _block(block: types.Block) -> Block:
 
 
 def _of_anchors(of_rows: Tensor, of_cols: Tensor, masks: Masks) -> Sides:
-    """Of numbers (K,) that anchors x→y and y→x have, those of a block's."""
+    """The block's part of values (K,) for anchors x→y and of values (K,) for anchors y→x."""
     return Sides(of_rows[masks.anchors(0)], of_cols[masks.anchors(1)])
 
 
@@ -163,7 +163,7 @@ def _ids(masks: Masks) -> Sides | None:
 
 
 def pair(x: Tensor, y: Tensor, pairs: int, apart: bool = False) -> Pairs:
-    """s⁺ (K,), and bounds (3,): min s⁺, max ‖x‖, max ‖y‖ as `tile.pair` writes them.
+    """s⁺ (K,), and bounds (3,): −min s⁺, max ‖x‖, max ‖y‖ as `tile.pair` writes them.
 
     `apart`: bounds of a small batch may be (3, PARTS), which the kernels of mined objectives read.
     """
@@ -182,7 +182,7 @@ def _descriptor(x: Tensor, rows: int, depth: int) -> Any:
 
 
 def _copied(x: Tensor, halved: bool, length: Tensor) -> Tensor:
-    """(N, D or a little more): what a scan loads; halved: in float16, `length` the longest row's."""
+    """A copy (N, D or a little more) for a scan; `halved`: in float16, with `length` the longest row's norm."""
     (n, d), width = x.shape, _padded(x.shape[1])
     out = torch.empty(n, width, dtype=torch.float16 if halved else x.dtype, device=x.device)
     tile.copy[(triton.cdiv(n, ROWS), triton.cdiv(width, BLOCK))](
@@ -192,14 +192,14 @@ def _copied(x: Tensor, halved: bool, length: Tensor) -> Tensor:
 
 
 def _loaded(x: Tensor, y: Tensor, how: str, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """What the products of a scan are made of: the inputs, or copies of them."""
+    """The operands of a scan's products: the inputs, or copies of them."""
     halved = how == "halved"
     a = _copied(x, halved, bounds[1:]) if halved or not _direct(x) else x
     return a, _copied(y, halved, bounds[2:]) if halved or not _direct(y) else y
 
 
 def _scaled_back(s: Tensor, bounds: Tensor) -> Tensor:
-    """Similarities of 16-bit copies as those of what they are copies of."""
+    """Similarities of 16-bit copies, scaled back to those of the original rows."""
     out = torch.empty_like(s)
     tile.scale_back[(triton.cdiv(s.shape[0], 1024),)](s, out, bounds, s.shape[0], BLOCK=1024, **FUSED)
     return out
@@ -224,7 +224,7 @@ def statistics(
 def mine(
     block: types.Block, pairs: Pairs, request: Request, precision: str, cut: Tiling | None = None
 ) -> tuple[Partial, Partial]:
-    """Both directions' partials of a block, as `eager.mine` has them."""
+    """The partials of a block in both directions, as from `eager.mine`."""
     out = _empty(block, request, sums=True)
     _reduce(block, pairs, request, precision, out, cut)
     rows = block.masks.anchors(0)
@@ -238,7 +238,7 @@ def mine(
 
 
 def _empty(block: types.Block, request: Request, sums: bool) -> merge.Finished:
-    """Memory for what anchors get, x→y's first; without `sums` their means stand in the place of the totals."""
+    """Memory for the results of anchors, x→y's first; without `sums` for means instead of counts and sums."""
     rows, cols = block.masks.anchors(0), block.masks.anchors(1)
     size, device = rows.stop - rows.start + cols.stop - cols.start, block.x.device
 
@@ -259,7 +259,7 @@ def _slack(d: int) -> float:
 
 
 def limits(bounds: Tensor, d: int) -> Limits:
-    """What partials of blocks are merged by, the numbers that kernels reduce them by; reads the bounds (3,)."""
+    """The limits by which partials of blocks are merged, as the kernels compute them; reads the bounds (3,)."""
     least, *longest = bounds.cpu()
     s_pos = -(least ^ ((least >> 31) & 0x7FFFFFFF)).view(torch.float32)
     reach = (longest[0].view(torch.float32) * longest[1].view(torch.float32)).clamp(max=torch.finfo(torch.float32).max)
@@ -278,7 +278,7 @@ def _reduce(
     (x, y, masks), bounds, block = of, pairs.bounds, _block(of)
     how = arithmetic(x, y, precision)
     if how == "halved" and request.semi_hard is not None and not masks.whole:
-        how = "tf32"  # pairs may lie outside the block, and they are not there in float16
+        how = "tf32"  # the pairs of the block's anchors may lie outside it, so there are no float16 copies of them
     cut = given or tiling(request, how, _capability(x))
     a, b = _loaded(x, y, how, bounds)
     s_pos = _scanned(a, b, pairs, masks) if how == "halved" and request.semi_hard is not None else pairs.s_pos
@@ -293,10 +293,10 @@ def _reduce(
     amounts = scan.Numbers(request.semi_hard or 0.0, _slack(block.D), _NEAR[how], request.beta or 0.0)
     bulk = _bulk(a) and _bulk(b)
     scanned = block._replace(D=max(a.shape[1], b.shape[1]))
-    # one of the two launches does the work, whichever the range asks for; a small batch takes the general one alone
+    # the range decides which of the two launches scans; a small batch takes only the general launch
     wides = (0,) if request.beta is None else (2,) if block.N * block.M <= SMALL else (0, 1)
     options: dict[str, Any] = {"PARTS": bounds.numel() // 3, **FUSED}
-    shape = cut.cut._replace(depth=0)  # of which merging knows nothing
+    shape = cut.cut._replace(depth=0)  # merging does not depend on the depth
     for first in range(0, height, step):
         high = min(step, height - first)
         anchors = max(0, min(block.row_anchors - first * cut.height, high * cut.height))
@@ -322,15 +322,15 @@ def _reduce(
 
 
 def _scanned(a: Tensor, b: Tensor, pairs: Pairs, masks: Masks) -> Tensor:
-    """s⁺ of 16-bit copies, so that semi-hard negatives are decided on numbers of one arithmetic."""
+    """s⁺ of 16-bit copies, so that semi-hard negatives are compared with s⁺ in the same arithmetic."""
     return _scaled_back(pair(a, b, masks.pairs).s_pos, pairs.bounds)
 
 
-# ── weighing and emitting what is mined ─────────────────────────────────────────────────────────────────────────────
+# ── weighing and emitting mined entries ─────────────────────────────────────────────────────────────────────────────
 
 
 def weighed(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined, Tensor]:
-    """The entries of G and the value (0-d) of a mined objective; `scale`: what anchors weigh, (K,) or a number."""
+    """The entries of G and the value (0-d) of a mined objective; `scale`: the weight of anchors, (K,) or a number."""
     s_pos, hardest, negative, semi, semi_negative, r_lin, r_exp = statistics
     k, declared = s_pos.shape[0], product.statistics
     selected, index = (hardest, negative) if semi is None or semi_negative is None else (semi, semi_negative)
@@ -367,21 +367,21 @@ def mined_emit(block: types.Block, mined: Mined, incoming: Tensor, needs: Needs)
 
 
 class _Walk(NamedTuple):
-    """One walk over the tiles that dense anchors meet: x→y and y→x at once, or the listed anchors of one of them."""
+    """A walk over the tiles of dense anchors: x→y and y→x at once, or the listed anchors of one direction."""
 
     x: Tensor  # the anchors' side
     y: Tensor
     ids: Sides | None
     anchors: Sides  # dense.Anchors of this side, and of the other
-    listed: dense.Listed | None  # those that are met first; None: all, of both directions
+    listed: dense.Listed | None  # the list of dense anchors; None: all anchors, of both directions
     block: Block
     side: int  # 0: anchors of x→y
 
 
 class _Dense(NamedTuple):
-    """What the kernels of dense.py need, however they walk."""
+    """Arguments of the kernels of dense.py, the same for all walks."""
 
-    x: Tensor  # what products are made of: the inputs, or their 16-bit copies
+    x: Tensor  # operands of products: the inputs, or their 16-bit copies
     y: Tensor
     ids: Sides | None
     anchors: Sides
@@ -419,7 +419,7 @@ def _listed(share: Tensor) -> dense.Listed:
 
 
 def _dense(of: types.Block, met: Dense, precision: str, cut: Tiling | None) -> _Dense:
-    """What the walks need, and in a copy of the share a NaN for anchors whose weights float32 does not hold."""
+    """The arguments of the walks; a copy of the share has NaN for anchors whose weights float32 cannot represent."""
     (x, y, masks), block = of, _block(of)
     how = arithmetic(x, y, precision)
     a, b = _loaded(x, y, how, met.bounds)
@@ -460,10 +460,10 @@ def dense_value(block: types.Block, met: Dense, precision: str, cut: Tiling | No
 def dense_block(
     block: types.Block, met: Dense, needs: Needs, precision: str, cut: Tiling | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """What the negatives in a block give its rows and columns, float32: G some rows of tiles at a time.
+    """Gradients of a block's negatives at its rows and columns, float32; G is computed some rows of tiles at a time.
 
     Returns:
-        At x, at y, and pull (2, K): what the block takes from the pairs of its anchors, x→y and y→x.
+        ∂l/∂x, ∂l/∂y, and pull (2, K): the block's pull at the pairs of its anchors, x→y and y→x.
     """
     run, (x, y, _) = _dense(block, met, precision, cut), block
     d = run.x.shape[1] if run.x.shape[1] == run.y.shape[1] else x.shape[1]  # of copies, with columns of 0
@@ -480,13 +480,13 @@ def dense_block(
 class _Held(NamedTuple):
     """Some rows of tiles of G."""
 
-    w: Tensor  # (rows, columns) in the dtype of what products are made of
-    scales: Tensor  # (rows of tiles, tiles in each), by which float16 is to be multiplied
+    w: Tensor  # (rows, columns) in the dtype of the operands of products
+    scales: Tensor  # (rows of tiles, tiles in each), factors that undo the scaling of float16
     scaled: bool
 
 
 def _walk_through(run: _Dense, walk: _Walk, product: Product, out: Sides, pull: Tensor) -> None:
-    """Adds what a walk gives to `out`, the gradients of its rows and columns, and to pull (2, K)."""
+    """Add the gradients of a walk to `out`, for its rows and columns, and its pulls to pull (2, K)."""
     block, cut = walk.block, run.cut
     height, width = run.tiles(walk)
     line = width * cut.width
@@ -547,8 +547,8 @@ def _product(
     run: _Dense, walk: _Walk, scaled: bool, w: Matrix, scales: Matrix, other: Tensor, out: Tensor, size: dense.Range,
     *, length: int, listed: str, targets: int, sources: int,
 ) -> None:  # fmt: skip
-    """out += w · other; `length`: which of the bounds scaled it. listed: which of the two a walk's list names."""
-    block = 64 if run.how == "ieee" else BLOCK  # which holds its operands in registers
+    """out += w · other; length: index of the bound that scaled `other`; listed: the side that the walk's list names."""
+    block = 64 if run.how == "ieee" else BLOCK  # ieee has its operands in registers
     dense.product[(triton.cdiv(size.targets, targets), triton.cdiv(size.D, block))](
         w, scales, _matrix(other), out, run.bounds[length:], walk.listed, size,
         LISTED="none" if walk.listed is None else listed, SCALED=scaled, ARITHMETIC=run.how,

@@ -29,26 +29,26 @@ _ELSE = 'or use impl="torch" or impl="auto".'
 
 
 class CannotLower(CannotTrace):
-    """A term holds something that no kernel can do; the message names the term, the operation and the way out."""
+    """A term has a part that no kernel can compute; the message names the term, the operation and the way out."""
 
 
 class Lowered(NamedTuple):
     """T × P as Triton device functions of (s_pos, s_neg, r_pos_lin, r_neg_lin, r_pos_exp, r_neg_exp, p0, …, p7).
 
-    The arguments are tiles or scalars that broadcast with each other; one that the terms do not read may be anything.
+    The arguments are tiles or scalars that broadcast with each other; arguments that no term reads may be anything.
     Results are float32, of the common shape of s_pos and s_neg.
     """
 
     weights: Any  # → (t, p_pos, p_neg), as `Product.weights`
     value: Any  # → l(s_pos, s_neg), as `Product.value`
-    limit: float  # the largest |s| for which the weights are to be had
+    limit: float  # the largest |s| for which the weights can be computed
 
 
 def lower(product: Product) -> Lowered:
     """The device functions of T × P, for kernels that take them as ``WEIGHTS: tl.constexpr`` and call them.
 
-    Products that differ only in numbers get the same object. A term is traced once: whatever else it reads, a global
-    number say, is fixed from then on.
+    Products that differ only in numbers get the same object. A term is traced once: other values that it reads, such
+    as a global number, are fixed from then on.
 
     Raises:
         CannotLower: a term branches on a traced value or uses an operation that is not in the table, or the two have
@@ -66,7 +66,7 @@ def lower(product: Product) -> Lowered:
 
 
 def numbers(product: Product) -> tuple[float, ...]:
-    """p0, …, p7: the numbers of T, then those of P, padded with 0. None and booleans take no place.
+    """p0, …, p7: the numbers of T, then those of P, padded with 0. None and booleans are left out.
 
     Raises:
         CannotLower: there are more than `MAX_PARAMS`.
@@ -114,7 +114,7 @@ def _evaluated(term: Term, given: Mapping[str, Any]) -> Any:
 
 
 def _renumbered(product: Product, values: Iterable[Any]) -> Product:
-    """The product with these in place of its numbers, T's first."""
+    """The product with these values in place of its numbers, T's first."""
     values = iter(values)
 
     def renumbered(term: Term) -> Term:
@@ -135,10 +135,10 @@ def _called(term: Term) -> str:
 
 
 class _Value(NamedTuple):
-    """Something that an operation takes or gives. f"{x}" is a float32, f"{x:?}" a truth, f"{x:t}" never a literal."""
+    """An operand or a result. f"{x}" is a float32, f"{x:?}" a truth, f"{x:t}" never a literal."""
 
     code: str
-    kind: str  # "real" and "truth": tensors; "number": a plain number, made of constants and parameters
+    kind: str  # "real" and "truth": tensors; "number": a scalar computed from constants and parameters
     constant: float | None = None
 
     def __format__(self, spec: str) -> str:
@@ -206,7 +206,7 @@ def _pow(input: _Value, exponent: _Value) -> str:
         return _power(f"{input}", int(n)) if n > 0 else f"1.0 / {_power(f'{input}', int(-n))}"
     if n is not None and abs(n) == 0.5:
         return f"tl.sqrt({input})" if n > 0 else f"tl.rsqrt({input})"
-    base, nan = f"{input:t}", 'float("nan")'  # what a negative base gives but for whole exponents
+    base, nan = f"{input:t}", 'float("nan")'  # the result for a negative base, unless the exponent is an integer
     size = f"tl.exp2({exponent} * tl.log2(tl.abs({base})))"
     if n is not None:
         sign = nan if not n.is_integer() else "-1.0" if n % 2 else "1.0"
@@ -218,7 +218,7 @@ def _pow(input: _Value, exponent: _Value) -> str:
 
 
 def _power(base: str, n: int) -> str:
-    """A product of n factors, by squaring; the compiler finds the equal halves."""
+    """A product of n factors, by squaring; the compiler shares equal halves."""
     if n == 1:
         return base
     half = _power(base, n // 2)
@@ -247,7 +247,7 @@ _DTYPES = {torch.float32: "real", torch.float64: "real", torch.bool: "truth"}
 
 
 def _to(input: _Value, dtype: _Value | torch.dtype) -> _Value:
-    """Also by a tensor of that dtype. A dtype read from a tensor stands for the tensor."""
+    """Convert to a dtype, also to that of a tensor. A dtype read from a tensor stands for the tensor."""
     kind = dtype.kind if isinstance(dtype, _Value) else _DTYPES.get(dtype)
     if kind is None:
         raise TypeError(f"a kernel computes in float32, there is no {dtype}")
@@ -260,8 +260,8 @@ def _full_like(input: _Value, fill_value: _Value, dtype: torch.dtype | None = No
     return _to(_Value(f"tl.cast({fill_value}, tl.float32)", "real"), input if dtype is None else dtype)
 
 
-# The names of an operation, as a function of torch or operator and as a method → Triton. Arguments are called as
-# torch calls them. "Tensor." marks a method that differs from the function of that name.
+# Names of an operation, as a function of torch or operator and as a method → Triton. Arguments have torch's names.
+# "Tensor." marks a method that differs from the function of that name.
 _TABLE: Mapping[str, Callable[..., str | _Value]] = {
     "add": _add,
     "sub subtract": lambda input, other, alpha=None: f"{input} - {_scaled(alpha, other)}",
@@ -315,7 +315,7 @@ _LIMIT = _LARGEST**0.5
 
 
 def _saturated(weight: _Value) -> _Value:
-    """As `Product.weights`: tensors are kept below √finfo.max, plain numbers are not."""
+    """As in `Product.weights`: tensors are clamped to ±√finfo.max, plain numbers are not."""
     if weight.kind == "number":
         return weight
     return _Value(f"tl.clamp({weight}, {-_LIMIT}, {_LIMIT}, {_NAN})", "real")
@@ -327,7 +327,7 @@ def _saturated(weight: _Value) -> _Value:
 def _traced(
     owner: str, prefix: str, product: Product, function: Callable[[Product, Mapping[str, Any]], tuple[Any, ...]]
 ) -> tuple[list[str], list[_Value]]:
-    """Lines of Triton that do what a function of (product, arguments) does, and what it returns."""
+    """The lines of Triton for a function of (product, arguments), and its results."""
 
     def of(given: Mapping[str, Any]) -> tuple[Any, ...]:
         return function(_renumbered(product, (given[name] for name in PARAMS)), given)
@@ -352,7 +352,7 @@ def _traced(
 
 
 def _device_function(name: str, lines: Sequence[str], results: Sequence[_Value]) -> Any:
-    """A Triton function of `ARGUMENTS`."""
+    """A Triton function with the arguments `ARGUMENTS`."""
     body = [
         "s_pos = tl.cast(s_pos, tl.float32)",
         "s_neg = tl.cast(s_neg, tl.float32)",
@@ -366,10 +366,10 @@ def _device_function(name: str, lines: Sequence[str], results: Sequence[_Value])
 
 @functools.cache
 def _jit(name: str, source: str) -> Any:
-    """The source as a `triton.jit` function. Its full name is its own: Triton compiles one body for each full name."""
+    """The source as a `triton.jit` function with a unique full name: Triton compiles one body for each full name."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     file = f"<goal lowered {name} {digest}>"
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # where Triton reads it
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # Triton reads the source here
     namespace = {"__name__": f"{__name__}.{digest}", "tl": tl, "triton": triton}
     exec(compile(source, file, "exec"), namespace)
     return triton.jit(namespace[name])

@@ -29,7 +29,7 @@ from goal.kernels.tile import or_zero, similarities
 
 
 class Four(NamedTuple):
-    """Something of each of the KEPT candidates, the best first."""
+    """A value for each of the KEPT candidates, the best first."""
 
     a: Any
     b: Any
@@ -38,36 +38,36 @@ class Four(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The candidates that are kept, in order; equal ones in the order of their coming."""
+    """The KEPT best candidates, in order; equal candidates in order of arrival."""
 
-    units: Any  # Four similarities in units of a key; < 0 where there is none
-    index: Any  # Four places
+    units: Any  # Four similarities in units of a key; < 0 if there is none
+    index: Any  # Four positions
 
 
 class Sums(NamedTuple):
-    """Over the candidates of anchors: as in `scan.Words`, floats. 0 is what was not asked for."""
+    """Sums over the candidates of anchors, as in `scan.Words`, as floats; 0 if not requested."""
 
     lin_count: Any
     lin_sum: Any
     ties: Any
-    exp_count: Any  # like exp_sum, over everything but those that are kept
+    exp_count: Any  # number of valid negatives; exp_sum leaves out the kept candidates
     exp_sum: Any
 
 
 class Limits(NamedTuple):
-    """What similarities are compared with."""
+    """Thresholds of similarities."""
 
     reach: Any  # ≥ every |s|
-    least: Any  # from which a negative is valid
+    least: Any  # similarity from which a negative is valid
     scale: Any  # of keys
-    tie: Any  # those closer are equal
+    tie: Any  # similarities closer than this are equal
     rate: Any  # β in powers of two
 
 
 class Finished(NamedTuple):
-    """What anchors get, x→y's and then y→x's; the fields of `goal.engine.partials.Partial`, None for what is not asked.
+    """Results for anchors, x→y's and then y→x's; the fields of `goal.engine.partials.Partial`, None if not requested.
 
-    Without a count, a mean stands in the place of a sum.
+    If there is no field for a count, the field of the sum has the mean.
     """
 
     s_neg: Any
@@ -82,7 +82,7 @@ class Finished(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Tiles in a row or a column: how many, their anchors, the candidates of each, and the place of the first."""
+    """A row or column of tiles: number of tiles, of anchors, of candidates per tile, and the first tile's position."""
 
     tiles: Any
     anchors: Any
@@ -97,12 +97,12 @@ def _limits(bounds, numbers, PARTS: tl.constexpr):
     return Limits(reach, least, scale_of(reach), tie_of(reach, numbers.slack), rate)
 
 
-# ── what is kept ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── kept candidates ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @triton.jit
 def _insert(n, at, kept):
-    """What is kept after one more candidate; and the units of the one that is left out."""
+    """The kept candidates after one more candidate, and the units of the candidate that drops out."""
     v, i = kept.units, kept.index
     above_a, above_b, above_c, above_d = n > v.a, n > v.b, n > v.c, n > v.d
     units = Four(
@@ -167,7 +167,7 @@ def _put_sums(state, WORDS: tl.constexpr, sums):
 
 @triton.jit
 def _next(part, row, WORD: tl.constexpr, t, kept):
-    """What is kept after the tile t of a row of them; also the units of its best, and of the one that is left out."""
+    """The kept candidates after tile t of a row, the units of its best, and the units of the one that drops out."""
     best = get(part, WORD, NO_KEY)
     n = units_of(best)
     kept, out = _insert(n, row.begin + t * row.length + place_of(best), kept)
@@ -182,7 +182,7 @@ def _after(part, row):
 
 @triton.jit
 def _merged(part, row, limits, kept, sums, WORDS: tl.constexpr):
-    """What is kept and summed after the partials of a row of tiles, the first of which `part` holds."""
+    """Kept candidates and sums after merging the partials of a row of tiles; `part` points to the first."""
     lin_count, lin_sum, ties, exp_count, exp_sum = sums
     least, scale, tie, rate = limits.least, limits.scale, limits.tie, limits.rate
     for t in range(0, row.tiles):
@@ -211,7 +211,7 @@ def _merged(part, row, limits, kept, sums, WORDS: tl.constexpr):
 
 @triton.jit
 def _merged_semi(part, row, kept, WORDS: tl.constexpr):
-    """The same of the semi-hard candidates, which have no sums."""
+    """The same for the semi-hard candidates, which have no sums."""
     for t in range(0, row.tiles):
         kept, _, _ = _next(part, row, WORDS.semi, t, kept)
         part = _after(part, row)
@@ -223,10 +223,10 @@ def merge(
     partials, state, bounds, anchors, tiles, numbers,
     WORDS: tl.constexpr, STATE: tl.constexpr, CUT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The partials of a row of tiles, or of a column of them, into `state` [word, anchor], x→y's anchors first.
+    """Merge the partials of a row of tiles, or of a column, into `state` [word, anchor], x→y's anchors first.
 
-    anchors: how many there are, x→y and y→x.
-    Rows are complete after their chunk of tiles; columns go on from chunk to chunk.
+    anchors: their numbers, x→y and y→x.
+    Rows are complete after their chunk of tiles; columns continue from chunk to chunk.
     """
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
@@ -240,7 +240,7 @@ def merge(
     part = Column(part + local, wide(row.tiles) * row.anchors, on)
     stride = wide(anchors.rows) + anchors.cols
     state = Column(state + at + local, stride, on)
-    going_on = on & (row.begin + tl.zeros([BLOCK], tl.int32) > 0)  # what is first begins
+    going_on = on & (row.begin + tl.zeros([BLOCK], tl.int32) > 0)  # the first chunk starts from nothing
     old = Column(state.at, stride, going_on)
     limits = _limits(bounds, numbers, PARTS)
     kept, sums = _merged(part, row, limits, _get_kept(old, STATE.best), _get_sums(old, STATE), WORDS)
@@ -254,17 +254,17 @@ def merge(
 
 
 class Scored(NamedTuple):
-    """The exact similarities of what is kept, and the best of them."""
+    """The exact similarities of the kept candidates, and the best of them."""
 
     s: Any  # Four
     best: Any
     index: Any
-    which: Any  # of the four
+    which: Any  # position of the best among the four
 
 
 @triton.jit
 def _score(x, y, anchor, side, units, at, cut, on, D, BLOCK: tl.constexpr):
-    """A kept candidate's exact similarity, and whether it was computed: where it is no worse than `cut`."""
+    """A kept candidate's exact similarity, and whether it was computed: only if its units are at least `cut`."""
     close = on & (units >= 0) & (units >= cut)
     at = at.to(tl.int64)
     row, col = tl.where(side == 0, anchor, at), tl.where(side == 0, at, anchor)
@@ -273,7 +273,7 @@ def _score(x, y, anchor, side, units, at, cut, on, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _better(s, at, close, best, index, which, RANK: tl.constexpr):
-    """The winner so far after one more candidate: the higher, the lower index among equals."""
+    """The best so far after one more candidate: the higher similarity, among equals the lower index."""
     wins = close & ((s > best) | ((s == best) & (at < index)))
     return tl.where(wins, s, best), tl.where(wins, at, index), tl.where(wins, RANK, which)
 
@@ -293,14 +293,14 @@ def _scored(x, y, anchor, side, kept, cut, on, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _joins(units, s, which, top, limits, RANK: tl.constexpr):
-    """exp(−β(s⁻ − s)) of a kept candidate that did not win, if it is valid."""
+    """exp(−β(s⁻ − s)) of a kept candidate that is not the best, if it is valid; else 0."""
     valid = (units >= 0) & (which != RANK) & (s >= limits.least)
     return tl.where(valid, tl.exp2(limits.rate * tl.minimum(s - top, 0.0)), 0.0)
 
 
 @triton.jit
 def _finished_lin(sums, gap, has):
-    """How many valid negatives lie below the best, and Σ (best − sᵢⱼ) over them; 0 where the best is not valid."""
+    """Number of valid negatives below the best, and Σ (best − sᵢⱼ) over them; 0 if the best is not valid."""
     valid = has & (gap >= 0)
     others = tl.maximum(sums.lin_count - sums.ties, 0.0)
     total = tl.maximum(sums.lin_count * gap - sums.lin_sum, 0.0)
@@ -309,9 +309,9 @@ def _finished_lin(sums, gap, has):
 
 @triton.jit
 def _finished_exp(sums, kept, scored, limits, has):
-    """How many valid negatives there are but the best, and Σ exp(−β(best − sᵢⱼ)) over them."""
+    """Number of valid negatives but the best, and Σ exp(−β(best − sᵢⱼ)) over them."""
     top = tl.maximum(scored.best, limits.least)
-    # the best is known to within a unit only now; in units of long rows that may be far
+    # so far the best was known only to within a unit; for long rows a unit may be large
     shift = limits.rate * (tl.maximum(value_of(kept.units.a, limits.scale), limits.least) - top)
     total = tl.where(sums.exp_sum > 0, sums.exp_sum * tl.exp2(tl.minimum(shift, 126.0)), 0.0)
     total += _joins(kept.units.a, scored.s.a, scored.which, top, limits, 0)
@@ -328,13 +328,13 @@ def finish(
     WORDS: tl.constexpr, STATE: tl.constexpr, MERGES: tl.constexpr,
     CUT: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`out`, as `Finished` says.
+    """Write the statistics of the anchors to `out`, see `Finished`.
 
-    MERGES: the partials of all tiles are merged here; else `state` holds what `merge` left.
+    MERGES: merge the partials of all tiles here; else `state` has the result of `merge`.
     """
     side = tl.program_id(1)
     anchor = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
-    # in arithmetic: what comes of branches takes registers
+    # written as arithmetic: results of branches take registers
     on = anchor < block.row_anchors + side * (block.col_anchors - block.row_anchors)
     at = anchor + side * wide(block.row_anchors)
     row_offset, col_offset = or_zero(block.row_offset), or_zero(block.col_offset)
@@ -353,11 +353,11 @@ def finish(
         kept, sums = _merged(part, row, limits, kept, sums, WORDS)
     close = (numbers.near * limits.reach * limits.scale).to(tl.int32) + 2
     cut = kept.units.a - close
-    if STATE.exp_sum is not None:  # all of them: those that do not win join the sum
+    if STATE.exp_sum is not None:  # score all candidates: those that are not the best join the sum
         cut = cut * 0
     scored = _scored(x, y, anchor, side, kept, cut, on, block.D, BLOCK)
     best, has = scored.best, kept.units.a >= 0
-    # a NaN or inf anywhere is in every maximum; −inf says that there is no negative
+    # a NaN or inf in x or y shows in every maximum; −inf means that there is no negative
     shown = tl.where(best == -float("inf"), float("nan"), best) + poison(bounds, PARTS)
     tl.store(out.s_neg + at, tl.where(has, shown, -float("inf")), mask=on)
     tl.store(out.negative + at, scored.index.to(tl.int64) + offset, mask=on)
@@ -381,10 +381,10 @@ def finish(
         kept = _get_kept(state, STATE.semi)
         if MERGES:
             kept = _merged_semi(part, row, kept, WORDS)
-        limits = _limits(bounds, numbers, PARTS)  # again: what is kept from above takes registers
+        limits = _limits(bounds, numbers, PARTS)  # computed again: keeping it from above would take registers
         close = (numbers.near * limits.reach * limits.scale).to(tl.int32) + 2
         scored = _scored(x, y, anchor, side, kept, kept.units.a - close, on, block.D, BLOCK)
         found = tl.where(kept.units.a >= 0, scored.best + poison(bounds, PARTS), -float("inf"))
-        found = tl.where(limits.reach > SQUARE, float("nan"), found)  # ties would hide what is none
+        found = tl.where(limits.reach > SQUARE, float("nan"), found)  # beyond it the limit of ties is not reliable
         tl.store(out.semi + at, found, mask=on)
         tl.store(out.semi_negative + at, scored.index.to(tl.int64) + offset, mask=on)

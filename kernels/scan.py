@@ -33,29 +33,29 @@ from goal.kernels.bits import (
 )
 from goal.kernels.tile import negatives, or_zero, same_ids, tile, tile_of
 
-_NEVER: tl.constexpr = tl.constexpr(float("-inf"))  # the similarity of what is no negative
-KEPT = 4  # candidates of each anchor that are scored exactly
+_NEVER: tl.constexpr = tl.constexpr(float("-inf"))  # stands for the similarity at an entry that is no negative
+KEPT = 4  # candidates of each anchor that are rescored exactly
 
 
 class Words(NamedTuple):
-    """Where the words of a partial [word, tile, anchor] stand, or those of what is merged [word, anchor]; compiled in.
+    """The layout of a partial [word, tile, anchor], or of merged partials [word, anchor]; compile-time constants.
 
-    None is what was not asked for. A partial holds a key for the best candidate; what is merged holds the KEPT best,
+    None means not requested. A partial has a key for the best candidate; merged partials have the KEPT best, first
     their units and then their indices.
     """
 
-    size: int  # of them all
+    size: int  # total number of words
     best: int  # the hardest negatives
-    semi: int | None = None  # the semi-hard ones
-    lin_sum: int | None = None  # Σ (sᵢⱼ − threshold) over the valid ones
-    lin_count: int | None = None  # how many are valid; in a partial, with 4096 for each tie
-    ties: int | None = None  # how many equal the best, where that is merged
-    exp_count: int | None = None  # how many are valid
-    exp_sum: int | None = None  # Σ exp(−β(best − sᵢⱼ)) over the valid ones but the best, or the KEPT best
+    semi: int | None = None  # the hardest semi-hard negatives
+    lin_sum: int | None = None  # Σ (sᵢⱼ − threshold) over the valid negatives
+    lin_count: int | None = None  # number of valid negatives; in a partial, plus 4096 for each tie
+    ties: int | None = None  # number of negatives equal to the best; merged partials only
+    exp_count: int | None = None  # number of valid negatives
+    exp_sum: int | None = None  # Σ exp(−β(best − sᵢⱼ)) over the valid negatives but the best, or the KEPT best
 
 
 def words(semi: bool, lin: bool, exp: bool, merged: bool = False) -> Words:
-    """The layout for a request, of partials or of what is merged of them."""
+    """The layout for a request, of partials or of merged partials."""
     keys = 2 * KEPT if merged else 1
     sizes = {"best": keys, "semi": keys * semi, "lin_sum": lin, "lin_count": lin, "ties": lin and merged}
     sizes |= {"exp_count": exp, "exp_sum": exp}
@@ -68,16 +68,16 @@ def words(semi: bool, lin: bool, exp: bool, merged: bool = False) -> Words:
 
 
 class Numbers(NamedTuple):
-    """What a request compares and weighs with."""
+    """Numbers of a request, for comparisons and sums."""
 
     margin: Any  # of semi-hard mining
     slack: Any  # similarities closer than slack · max ‖x‖ · max ‖y‖ are equal
-    near: Any  # candidates within near · max ‖x‖ · max ‖y‖ of the best are scored exactly
+    near: Any  # candidates within near · max ‖x‖ · max ‖y‖ of the best are rescored exactly
     beta: Any  # of the exponential sums
 
 
 class Column(NamedTuple):
-    """The words of some anchors in a buffer: pointers to the first of each, words apart, and which anchors exist."""
+    """The words of some anchors in a buffer: pointers to the first word, the stride of words, and a mask of anchors."""
 
     at: Any
     stride: Any
@@ -99,17 +99,17 @@ def get(column, WORD: tl.constexpr, other):
 
 @triton.jit
 def _spread(t):
-    """The rows of a tile, in two halves, laid so that a thread holds many rows of few columns.
+    """The rows of a tile in two halves, in a layout in which a thread has many rows of few columns.
 
-    Where a product leaves it, a column lies in many threads, and reducing it would shuffle every column through all of
-    them. tl.split wants the halves of a pair in one thread: that is what makes the compiler move the tile, once.
+    In the layout of a product, a column lies in many threads, and its reduction would shuffle every column through all
+    of them. tl.split requires both halves in the same thread, so the compiler converts the layout of the tile, once.
     """
     return tl.split(tl.permute(tl.reshape(t, [t.shape[0] // 2, 2, t.shape[1]]), (0, 2, 1)))
 
 
 @triton.jit
 def _own(t):
-    """(rows of a thread, other rows, columns): of a product of four warps on sm_80 and sm_90, 8 and 64 rows apart."""
+    """(rows of a thread, other rows, columns) for a product of four warps on sm_80 and sm_90, 8 and 64 rows apart."""
     H: tl.constexpr = t.shape[0] // 64
     return tl.reshape(tl.permute(tl.reshape(t, [H, 4, 2, 8, t.shape[1]]), (0, 2, 1, 3, 4)), [2 * H, 32, t.shape[1]])
 
@@ -142,7 +142,7 @@ def _sum(t, DIM: tl.constexpr, FOLD: tl.constexpr):
 
 @triton.jit
 def _once(word):
-    """The same, and computed once: else the compiler makes a reduction again for every layout that it is used in."""
+    """The same word, computed once: otherwise the compiler repeats a reduction for every layout in which it is used."""
     if INTERPRET:
         return word
     else:
@@ -151,15 +151,15 @@ def _once(word):
 
 @triton.jit
 def _best(keys, place, DIM: tl.constexpr, FOLD: tl.constexpr):
-    """The largest key along DIM, the lowest place (< 256) among equals subtracted from it: one reduction finds both."""
+    """Largest key along DIM minus the lowest position (< 256) among equals: one reduction gives value and position."""
     return _max(keys - (tl.expand_dims(place, 1 - DIM) - LIFT), DIM, FOLD)
 
 
 @triton.jit
 def _best_below(keys, place, high, low, DIM: tl.constexpr, FOLD: tl.constexpr):
-    """The same among keys above `low` and below `high`.
+    """The same for keys above `low` and below `high`.
 
-    As unsigned numbers, differences to `high` are largest just below it and small from it on.
+    As unsigned numbers, the differences to `high` are largest just below it, and small for keys from `high` on.
     """
     high -= 255
     ahead = (keys - (tl.expand_dims(place, 1 - DIM) + tl.expand_dims(high, DIM))).to(tl.uint32, bitcast=True)
@@ -170,7 +170,7 @@ def _best_below(keys, place, high, low, DIM: tl.constexpr, FOLD: tl.constexpr):
 
 @triton.jit
 def _between(own, margin, top, floor, scale):
-    """The keys between which semi-hard negatives of anchors lie."""
+    """The keys between which the semi-hard negatives of anchors lie."""
     return keys_of(own - top, scale), keys_of(tl.maximum(own - margin, floor), scale)
 
 
@@ -180,16 +180,16 @@ def scan(
     WORDS: tl.constexpr, WIDE: tl.constexpr, ARITHMETIC: tl.constexpr, TMA: tl.constexpr,
     CUT: tl.constexpr, FOLD: tl.constexpr, PARTS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a block: partials.rows [word, tile, tiles.anchors] and .cols [word, tile, col_anchors] get theirs.
+    """Reduce a tile of a block into partials.rows [word, tile, tiles.anchors] and .cols [word, tile, col_anchors].
 
-    s_pos: of the arithmetic of the scan. WIDE: 0 runs where one shift serves all exponents, 1 runs elsewhere, 2 runs
-    always. INNER: for counting instructions, a tile of negatives alone.
+    s_pos: in the arithmetic of the scan. WIDE: 0 runs if a single shift serves all exponents, 1 runs otherwise, 2 runs
+    always. INNER: for counting instructions, a tile with negatives only.
     """
     LIN: tl.constexpr = WORDS.lin_sum is not None
     EXP: tl.constexpr = WORDS.exp_sum is not None
     if EXP:  # noqa: SIM102
         if WIDE < 2 and (numbers.beta * (reach_of(bounds, PARTS) - threshold(bounds, PARTS)) >= 80.0) != (WIDE == 1):
-            return  # the other launch does it
+            return  # the other launch scans
     i, j = tile_of(tl.program_id(0), tiles.height, tiles.width)
     first_row, first_col = (tiles.first + i) * CUT.height, j * CUT.width
     s = tile(x, y, first_row, first_col, block, CUT, ARITHMETIC, TMA)
@@ -197,7 +197,7 @@ def scan(
         by_x, by_y = halving(bounds + 1), halving(bounds + 2)
         back = 1.0 / (by_x * by_y)
     if not INNER:  # noqa: SIM102
-        if beyond(bounds, LARGEST, PARTS):  # what overflows is the best, for `finish` to compute it again and show it
+        if beyond(bounds, LARGEST, PARTS):  # an overflow is the best, so that `finish` rescores it and it shows
             if ARITHMETIC == "halved":
                 s = s * (1.0 / by_x) * (1.0 / by_y)
                 back = tl.full([], 1.0, tl.float32)
@@ -229,7 +229,7 @@ def scan(
     put(rows, WORDS.best, row_best)
     put(cols, WORDS.best, col_best)
     if WORDS.semi is not None:
-        top, floor = numbers.slack * reach, -2 * reach  # below all similarities, and inside a key's range
+        top, floor = numbers.slack * reach, -2 * reach  # the floor is below all similarities, within the keys' range
         own = tl.load(s_pos.rows + row, mask=row < block.row_anchors, other=0)
         high, low = _between(own, numbers.margin, top, floor, scale)
         put(rows, WORDS.semi, _best_below(keys, c, high, low, 1, FOLD))
@@ -239,11 +239,11 @@ def scan(
     if LIN or EXP:
         least = threshold(bounds, PARTS)
         row_value, col_value = value_of(units_of(row_best), scale), value_of(units_of(col_best), scale)
-        steep = tl.minimum(scale, 1099511627776.0) * 1152921504606846976.0  # who is above a limit is so by > 1 / steep
+        steep = tl.minimum(scale, 1099511627776.0) * 1152921504606846976.0  # above a limit means by more than 1 / steep
         valid = saturated(s, steep, -(least - tl.abs(least) * 1.2e-7) * steep)
     if LIN:
-        # sums of what lies above `least`, in a power of two that keeps it below 1; a tie counts 4096 and a valid one 1:
-        # there are no more of either than places, 256
+        # sums of the excess over `least`, times a power of two that keeps it below 1; a tie counts 4096 and a valid
+        # negative 1: a tile has at most 256 of each
         top = tie_of(reach, numbers.slack)
         unit = tl.maximum(power(reach - least) * 0.0078125, 1.1754943508222875e-38)
         above = saturated(s, unit, -least * unit)
@@ -254,7 +254,7 @@ def scan(
         equal = saturated(s, steep, ((top - col_value) * steep)[None, :])
         put(cols, WORDS.lin_count, bits(_sum(equal * 4096.0 + valid, 0, FOLD)))
     if EXP:
-        # each direction leaves its own hardest out while summing
+        # the sum of each direction leaves out its own hardest negative
         rate = numbers.beta * 1.4426950408889634
         row_top, col_top = tl.maximum(row_value, least), tl.maximum(col_value, least)
         not_row = tl.where(c.to(tl.float32)[None, :] != place_of(row_best).to(tl.float32)[:, None], 1.0, 0.0)
@@ -264,7 +264,7 @@ def scan(
         if WIDE > 0:
             of_row = _sum(not_row * (valid * exp2(rate * tl.minimum(s - row_top[:, None], 0.0))), 1, FOLD)
             of_col = _sum(not_col * (valid * exp2(rate * tl.minimum(s - col_top[None, :], 0.0))), 0, FOLD)
-        else:  # both directions share an exponential, relative to the largest similarity that there can be
+        else:  # both directions share an exponential, relative to an upper bound of the similarities
             shift = rate * reach
             e = exp2(rate * s - shift) * valid
             of_row = _sum(not_row * e, 1, FOLD) * exp2(shift - rate * row_top)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from goal.kernels.bits import INTERPRET, LOWEST, halving, ordered, unhalving, visible, wide
 
-GROUP: tl.constexpr = tl.constexpr(8)  # rows of tiles that are taken together
+GROUP: tl.constexpr = tl.constexpr(8)  # rows of tiles that are processed together
 
 
 class Matrix(NamedTuple):
@@ -25,7 +25,7 @@ class Matrix(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """The same thing for x→y, or of the rows of S, and for y→x, or of its columns."""
+    """A pair of values: for x→y, or the rows of S; and for y→x, or the columns of S."""
 
     rows: Any
     cols: Any
@@ -37,24 +37,24 @@ class Block(NamedTuple):
     N: Any  # rows
     M: Any  # columns
     D: Any
-    row_anchors: Any  # the first so many rows are anchors of x→y
-    col_anchors: Any  # the first so many columns are anchors of y→x
+    row_anchors: Any  # number of rows that are anchors of x→y; they come first
+    col_anchors: Any  # number of columns that are anchors of y→x; they come first
     row_offset: Any  # global index of the first row
-    col_offset: Any  # of the first column
-    ahead: Any  # row i's pair is column i + ahead, which may lie outside
+    col_offset: Any  # global index of the first column
+    ahead: Any  # the pair of row i is column i + ahead, which may lie outside the block
 
 
 class Tiles(NamedTuple):
     """Some rows of tiles of a block."""
 
-    first: Any  # row of tiles
-    height: Any  # how many rows of tiles
-    width: Any  # tiles in each
-    anchors: Any  # of their rows, those that are anchors
+    first: Any  # index of the first row of tiles
+    height: Any  # number of rows of tiles
+    width: Any  # number of tiles in a row of tiles
+    anchors: Any  # number of their rows that are anchors
 
 
 class Cut(NamedTuple):
-    """A tile's rows and columns, and how many features are loaded at once; compiled in."""
+    """Rows and columns of a tile, and the number of features loaded at once; compile-time constants."""
 
     height: int
     width: int
@@ -66,7 +66,7 @@ class Cut(NamedTuple):
 
 @triton.jit
 def tile_of(program, height, width):
-    """Row and column of a tile: GROUP rows of tiles at a time, so that what they load stays in the L2 cache."""
+    """Row and column of a program's tile: GROUP rows of tiles together, so that their loads stay in the L2 cache."""
     in_group = GROUP * width
     first = (program // in_group) * GROUP
     size = tl.minimum(height - first, GROUP)
@@ -75,8 +75,8 @@ def tile_of(program, height, width):
 
 @triton.jit
 def dot(a, b, acc, ARITHMETIC: tl.constexpr):
-    """acc + a b, in `ieee`, or in what the operands' dtype makes of tensor cores."""
-    if INTERPRET:  # its product of bfloat16 is wrong
+    """acc + a b, in `ieee`, or in the tensor-core arithmetic of the operands' dtype."""
+    if INTERPRET:  # the interpreter's product of bfloat16 is wrong
         a, b = a.to(tl.float32), b.to(tl.float32)
     PRECISION: tl.constexpr = "ieee" if ARITHMETIC == "ieee" else "tf32"
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -126,16 +126,16 @@ def or_zero(offset):
 
 @triton.jit
 def pairs_in(row, first_col, block):
-    """The columns of a tile, counted from its first, in which rows have their pairs; outside of it for rows without.
+    """For each row the column of its pair, counted from the tile's first; out of range if it is not in the tile.
 
-    Where both of a pair are in S, they are anchors.
+    If both rows of a pair are in S, they are anchors.
     """
     return (row + (or_zero(block.ahead) - first_col)).to(tl.int32)
 
 
 @triton.jit
 def negatives(row, first_col, ids, block, WIDTH: tl.constexpr):
-    """Where entries of a tile are negatives: inside the block, no pair, ids that differ (None: there are none)."""
+    """Where entries of a tile are negatives: inside the block, no pair, different ids (`ids` may be None)."""
     place = tl.arange(0, WIDTH)
     live = (row < block.N)[:, None] & (first_col + place < block.M)[None, :]
     live = live & (pairs_in(row, first_col, block)[:, None] != place[None, :])
@@ -149,7 +149,7 @@ def negatives(row, first_col, ids, block, WIDTH: tl.constexpr):
 
 @triton.jit
 def similarities(x, row, y, col, on, D, BLOCK: tl.constexpr):
-    """(B,) float32 S[row, col], the same bits for equal pairs wherever they stand; 0 where not `on`."""
+    """(B,) float32 S[row, col]; equal pairs give equal bits in any position; 0 where not `on`."""
     total = tl.zeros([row.shape[0], BLOCK], tl.float32)
     for start in range(0, D, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -162,7 +162,7 @@ def similarities(x, row, y, col, on, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm(x, row, on, D, BLOCK: tl.constexpr):
-    """(B,) ‖x‖ of rows, for any representable norm; NaN for a row that holds one."""
+    """(B,) ‖x‖ of rows, for any representable norm; NaN for a row that has a NaN."""
     largest = tl.zeros([row.shape[0]], tl.float32)
     for start in range(0, D, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -192,7 +192,7 @@ def _leave(bounds, which, words, PARTS: tl.constexpr):
 def pair(x, y, s_pos, bounds, N, M, K, D, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """s⁺ (K,), and bounds (3, PARTS) int32: −min s⁺ as an ordered integer, the bits of max ‖x‖ and max ‖y‖.
 
-    A single part begins as LOWEST; of several, each program writes its own, and who reads takes their maximum.
+    A single part must be initialised with LOWEST; of several, each program writes one, and readers take the maximum.
     """
     row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     _leave(bounds, 1, visible(_norm(x, row, row < N, D, BLOCK)), PARTS)
@@ -210,7 +210,7 @@ def pair(x, y, s_pos, bounds, N, M, K, D, PARTS: tl.constexpr, ROWS: tl.constexp
 def copy(x, out, length, N, D, width, HALVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Copies (N, width) of rows, 0 beyond D.
 
-    HALVED: float16, times the power of two that suits the longest; `length` its bits.
+    HALVED: in float16, times a power of two for the longest row; `length` points to the bits of its norm.
     """
     row = wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -223,7 +223,7 @@ def copy(x, out, length, N, D, width, HALVED: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def scale_back(s, out, bounds, K, BLOCK: tl.constexpr):
-    """(K,) similarities of 16-bit copies, without the powers of two that `copy` multiplied by."""
+    """(K,) similarities of 16-bit copies, divided by the powers of two of `copy`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     by = unhalving(bounds)
     tl.store(out + at, tl.load(s + at, mask=at < K, other=0) * by, mask=at < K)

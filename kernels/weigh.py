@@ -13,7 +13,7 @@ from goal.kernels.bits import SQUARE, lost, wide
 
 
 class Relative(NamedTuple):
-    """The relative similarities of some anchors, in the order in which terms take them; None what no term reads."""
+    """The relative similarities of some anchors, in the order of the terms' arguments; None if no term reads them."""
 
     r_pos_lin: Any
     r_neg_lin: Any
@@ -23,9 +23,9 @@ class Relative(NamedTuple):
 
 @triton.jit
 def equation(weights, share, met):
-    """What triplets give the entries of G at their pairs, negated, and at their negatives: share · T · P±, or 0.
+    """Pull and push of triplets: share · T · P⁺, which is −G at the pairs, and share · T · P⁻; 0 where not `met`.
 
-    weights: T, P⁺ and P⁻. The one place in which kernels multiply them.
+    weights: T, P⁺ and P⁻. Kernels multiply them nowhere else.
     """
     t, p_pos, p_neg = weights
     selected = tl.where(met, share * t, 0.0)
@@ -49,7 +49,7 @@ def _positives(
             some = valid & (gap != 0)
             lin += tl.sum(tl.where(some, gap, 0.0), 1)
             lin_count += tl.sum(tl.where(some, 1.0, 0.0), 1)
-        if EXP:  # beyond −745 an entry is 0 in float64, and left out
+        if EXP:  # for exponents below −745 an entry is 0 in float64, and left out
             some = valid & (k[None, :] != anchor[:, None]) & (alpha * gap > -745.13)
             exp += tl.sum(tl.where(some, tl.exp(alpha * gap), 0.0), 1)
             exp_count += tl.sum(tl.where(some, 1.0, 0.0), 1)
@@ -64,8 +64,8 @@ def weigh(
 ):  # fmt: skip
     """mined.pull and mined.push (2, K): the entries of G at the pairs and at the negatives; value (1,): their loss.
 
-    statistics: `goal.engine.Statistics`, R⁻ where the terms read it. selected (2, K): the similarities that are met.
-    weight (K,), or None and scale: what an anchor weighs.
+    statistics: `goal.engine.Statistics`, with R⁻ if the terms read it. selected (2, K): similarities of the selected
+    negatives. weight (K,), or None and `scale`: the weight of an anchor.
     """
     loss = tl.zeros([ANCHORS], tl.float32)
     for start in range(0, 2 * K, ANCHORS):
@@ -77,7 +77,7 @@ def weigh(
         hardest = tl.load(statistics.s_neg + at, mask=on, other=-float("inf"))
         found = tl.load(selected + at, mask=on, other=-float("inf"))
         has = found != -float("inf")
-        met = tl.where(has, found, own)  # a stand-in where there is no negative: its share is 0
+        met = tl.where(has, found, own)  # a stand-in for a missing negative: its share is 0
         share = tl.zeros([ANCHORS], tl.float32) + scale
         if weight is not None:
             share = tl.load(weight + anchor, mask=on, other=0)

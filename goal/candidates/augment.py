@@ -19,29 +19,29 @@ from goal.engine.call import Arguments
 from goal.names import unknown
 from goal.objective import Objective
 
-_SHORT = 1e-3  # a made row shorter than this is not normalised: its direction says nothing, its gradient is huge
+_SHORT = 1e-3  # a made row shorter than this is not normalised: its direction is noise, and its gradient huge
 
 
 class Made(NamedTuple):
-    """Rows that were made of others."""
+    """Rows made from other rows."""
 
     rows: Tensor  # (A, D), unit, differentiable
-    ids: Tensor  # (A,) int64: the id that a row is no negative of
+    ids: Tensor  # (A,) int64; a row is no negative of anchors with its id
 
 
 def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None = None) -> Made:
-    """n rows that divide the line between two items of one id into n + 1 equal parts, and have that id.
+    """n rows on each line between two items of the same id, dividing the line into n + 1 equal parts, with that id.
 
         x̄ₖ = (k·a + (n + 1 − k)·b) / (n + 1), then x̄ₖ / ‖x̄ₖ‖,    k = 1 … n
 
-    The items of an id stand in a ring in random order, and the lines lead from each to the next: one line where there
-    are two of them, none where there is one.
+    The items of an id stand in a ring in random order, and lines connect neighbours: there is a single line for two
+    items, and none for one.
 
     Args:
         x: (B, D) unit embeddings, differentiable; of both modalities, one after the other, if there are two.
         ids: (B,) integers.
         n: rows on a line, >= 1.
-        generator: of the order, on the device of x; by default torch's own, as for dropout.
+        generator: draws the order, on the device of x; by default torch's own, as for dropout.
 
     Returns:
         `Made`: rows (A, D) and ids (A,); A is n times the number of lines.
@@ -57,7 +57,7 @@ def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator |
         (tensor([[0.7071, 0.0000, 0.7071]]), tensor([5]))
 
     Source: Ko & Gu, "Embedding Expansion", CVPR 2020, §3.1 (one line between the two items of a class; the ring is
-    what becomes of it where a class has more).
+    our extension to classes with more items).
     """
     x, ids, n = _checked(x, ids, n)
     shuffle = torch.randperm(len(ids), generator=generator, device=ids.device)
@@ -72,23 +72,23 @@ def interpolate(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator |
 
 
 def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None = None) -> Made:
-    """n mixtures of each item with items of other ids, of which it is the greater part and whose id it keeps.
+    """n mixtures of each item with random items of other ids; the item has the greater share, and the mixture its id.
 
         x̄ = λ·a + (1 − λ)·b, then x̄ / ‖x̄‖,    λ uniform in [½, 1]
 
-    A mixture is a negative for every item of another id, those of b's id as well, of which it holds less than half.
+    A mixture is a negative of every item of another id, including items of b's id, whose share is less than half.
 
     Args:
         x: (B, D) unit embeddings, differentiable; of both modalities, one after the other, if there are two.
         ids: (B,) integers, not all the same.
-        n: mixtures of each item, >= 1; each with another random partner.
-        generator: of λ and of the partners, on the device of x; by default torch's own, as for dropout.
+        n: mixtures of each item, >= 1; every mixture has another random partner.
+        generator: draws λ and the partners, on the device of x; by default torch's own, as for dropout.
 
     Returns:
         `Made`: rows (n·B, D) and ids (n·B,).
 
     Raises:
-        ValueError, TypeError: for a shape, a dtype or an n that is not allowed, or one id for all.
+        ValueError, TypeError: for a shape, a dtype or an n that is not allowed, or if all ids are the same.
 
     Example:
         >>> import torch
@@ -97,15 +97,15 @@ def mixup(x: Tensor, ids: Tensor, n: int = 2, generator: torch.Generator | None 
         >>> made.rows.shape, bool((made.rows[:3].diagonal() > 0.7).all())
         (torch.Size([12, 3]), True)
 
-    Source: Zhang et al., "mixup", ICLR 2018, with λ ~ Beta(1, 1) folded at ½; that a negative may hold less than half
-    of its query is from Kalantidis et al., "Hard Negative Mixing", NeurIPS 2020, §3.3. To normalise is ours.
+    Source: Zhang et al., "mixup", ICLR 2018, with λ ~ Beta(1, 1) folded at ½; a negative with a share of less than half
+    of its query is from Kalantidis et al., "Hard Negative Mixing", NeurIPS 2020, §3.3. Normalising is our addition.
     """
     x, ids, n = _checked(x, ids, n)
     order, first, size = _groups(ids, torch.arange(len(ids), device=ids.device))
     if bool(size[0] == len(ids)):
         raise ValueError("mixup: all ids are the same, so no item has another to be mixed with.")
     draw = torch.rand(2, n, len(ids), generator=generator, device=x.device, dtype=torch.float64)
-    place = (draw[0] * (len(ids) - size)).long()  # (n, B) among the items of other ids, which lie around the group
+    place = (draw[0] * (len(ids) - size)).long()  # (n, B) among the items of other ids, before and after the group
     partner = order[place + size * (place >= first)]
     share = (0.5 + draw[1] / 2).to(x.dtype)[..., None]
     rows = share * x[order] + (1 - share) * x[partner]
@@ -120,9 +120,9 @@ def _checked(x: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor, int]:
 
 
 def _groups(ids: Tensor, shuffle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The items in order of their ids, and in that of `shuffle` within one; the first place and the size of each group.
+    """Items sorted by id, within an id in the order of `shuffle`; the first position and the size of each id's group.
 
-    All three are (B,), by place.
+    All three are (B,), by position in the sorted order.
     """
     ordered, within = ids[shuffle].sort(stable=True)
     _, group, sizes = ordered.unique_consecutive(return_inverse=True, return_counts=True)
@@ -136,16 +136,16 @@ _BY_NAME: dict[str, Callable[[Tensor, Tensor, int, torch.Generator | None], Made
 
 
 class Augmented(TwoWay):
-    """An objective that mines in the augmented space: negatives are the batch's, and rows made of the batch.
+    """An objective whose negatives are the batch's rows and rows made from them ("the augmented space").
 
-    With C made of the 2K embeddings, the anchors xᵢ meet the candidates y ∪ C, the anchors yᵢ meet x ∪ C. Pairs,
-    anchors and positive sets stay those of the batch; `TwoWay` says how, and what a `group=` of the objective does. All
-    ranks then make the same rows.
+    With C made from the 2K embeddings, the anchors xᵢ meet the candidates y ∪ C, the anchors yᵢ meet x ∪ C. Pairs,
+    anchors and positive sets remain those of the batch. `TwoWay` describes this, and the objective's `group=`; with a
+    group all ranks make the same rows.
 
     Args:
-        objective: what is emitted; its mining is that in the augmented space. Similarity `dot` or `cosine`.
+        objective: its T, P and mining are used in the augmented space. Similarity `dot` or `cosine`.
         augment: `interpolate` (within an id) or `mixup` (between ids).
-        n: as there.
+        n: as in `interpolate` or `mixup`.
 
     Raises:
         ValueError, TypeError: an unknown name, an n that is not allowed, or order embeddings, at construction.
@@ -177,17 +177,17 @@ class Augmented(TwoWay):
         y_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The scalar of (K, D) and (K, D) embeddings.
+        """The scalar for (K, D) and (K, D) embeddings.
 
         Args:
             x, y: unit vectors, or of any length with similarity `cosine`.
-            ids: (K,) integers, by default one for each pair.
+            ids: (K,) integers, by default a different one for each pair.
             y_ids: (K,), by default `ids`.
             weight: (K,) or (2, K), as for `goal.apply`.
 
         Raises:
-            ValueError, TypeError: as `goal.apply`; x and y of different lengths; for `mixup`, one id for all. Where no
-                id has two items `interpolate` makes no rows.
+            ValueError, TypeError: as `goal.apply`; x and y of different lengths; for `mixup`, if all ids are the same.
+                `interpolate` makes no rows if no id has two items.
         """
         over = self.objective.ranks
         call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, self)

@@ -27,7 +27,7 @@ class Past(NamedTuple):
 
 
 class Buffer(nn.Module):
-    """The last `size` rows of all that were pushed, with their ids: one side of a `Bank`."""
+    """A first-in, first-out buffer of the last `size` pushed rows, with their ids: one side of a `Bank`."""
 
     rows: Tensor
     ids: Tensor
@@ -36,27 +36,27 @@ class Buffer(nn.Module):
         super().__init__()
         device = validation.device_of_values()
         rows = torch.zeros(size, dim, dtype=dtype, device=device)
-        self.register_buffer("rows", rows)  # row p, pushed p-th, at p modulo size
+        self.register_buffer("rows", rows)  # the p-th row pushed is stored at p modulo size
         self.register_buffer("ids", torch.zeros(size, dtype=torch.int64, device=device))
         self.pushed = 0
 
     @property
     def held(self) -> Past:
-        """What it holds, (A, D) and (A,), in no particular order; views, which the next push overwrites."""
+        """The stored rows (A, D) and ids (A,), in no particular order; views, which the next push overwrites."""
         count = min(self.pushed, len(self.rows))
         return Past(self.rows[:count], self.ids[:count])
 
     def push(self, rows: Tensor, ids: Tensor) -> None:
-        """Put rows (n, D), in the buffer's dtype, in the place of the oldest."""
+        """Replace the oldest rows by rows (n, D), in the buffer's dtype."""
         size = len(self.rows)
-        first = max(0, len(rows) - size)  # the last ones stay where there are more than it holds
+        first = max(0, len(rows) - size)  # of more rows than fit, only the last are stored
         at = (self.pushed + torch.arange(first, len(rows), device=self.rows.device)) % size
         self.rows.index_copy_(0, at, rows[first:])
         self.ids.index_copy_(0, at, ids[first:])
         self.pushed += len(rows)
 
     def keep_finite(self) -> int:
-        """Leave out what is not finite, and how many rows that were."""
+        """Remove rows that are not finite, and return their number."""
         fine = self.held.rows.isfinite().all(1)
         count = int((~fine).sum())
         if count:
@@ -76,17 +76,17 @@ class Buffer(nn.Module):
 class Bank(nn.Module):
     """The embeddings of the last `size` items of each side, first in, first out, with their ids.
 
-    `Banked` takes them as candidates. They are in the state dict, and move with ``to(device)``. What is pushed is
-    detached. The encoders have moved on since: a row is as old as size / (batch size) steps at most, so either the bank
-    is short against the speed of learning (Wang et al. begin when that has slowed down), or what is pushed comes from a
-    slow copy of the encoders, `torch.optim.swa_utils.AveragedModel`.
+    `Banked` uses them as candidates. They are in the state dict, and move with ``to(device)``. Pushed rows are detached
+    and come from older encoders, at most size / (batch size) steps ago. So either the bank is short compared with the
+    speed of learning (Wang et al. start it when learning has slowed down), or the pushed rows come from a slow copy of
+    the encoders, `torch.optim.swa_utils.AveragedModel`.
 
     Args:
-        size: rows kept of each side, ≥ 1.
+        size: rows stored for each side, ≥ 1.
         dim: D.
-        dtype: in which they are kept; they are used in that of the batch.
-        group: a `ProcessGroup` or `"world"`, for an objective with that group: all ranks keep the rows of all, and so
-            the same; `size` counts them.
+        dtype: of the stored rows; they are used in the dtype of the batch.
+        group: a `ProcessGroup` or `"world"`, for an objective with that group: every rank stores the rows of all
+            ranks, so all banks are the same; `size` counts all these rows.
 
     Raises:
         ValueError, TypeError: a size, dim, dtype or group that is not allowed, at construction.
@@ -116,14 +116,14 @@ class Bank(nn.Module):
         self.register_load_state_dict_post_hook(_keep_finite)  # type: ignore[no-untyped-call]
 
     def push(self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None) -> None:
-        """Keep these rows, after the loss of their batch: before it they would meet themselves.
+        """Store these rows, after the loss of their batch: before it they would be their own candidates.
 
-        Rows that are not finite in the bank's dtype, as after a step that overflowed, are left out; the other side's
-        are kept. So are those of a state that is loaded. A bank warns of the first.
+        Rows that are not finite in the bank's dtype, as after a step that overflowed, are left out; the same row of the
+        other side is stored. This also holds for a loaded state. A bank warns the first time.
 
         Args:
             x: (N, D) embeddings.
-            y: (M, D) of the other side.
+            y: (M, D) embeddings of the other side.
             ids: (N,) integers.
             y_ids: (M,), by default `ids`.
 
@@ -136,7 +136,7 @@ class Bank(nn.Module):
         rows, cols = self._fitting(call)
         x, y = call.x.to(self.x.rows.dtype), call.y.to(self.y.rows.dtype)
         fine_x, fine_y = x.isfinite().all(1), y.isfinite().all(1)
-        all_fine = bool(torch.cat((fine_x, fine_y)).all())  # the one read-out from a GPU
+        all_fine = bool(torch.cat((fine_x, fine_y)).all())  # the only synchronisation with a GPU
         if not all_fine:
             x, rows, y, cols = x[fine_x], rows[fine_x], y[fine_y], cols[fine_y]
         self.x.push(x, rows)
@@ -154,7 +154,7 @@ class Bank(nn.Module):
             )
 
     def load_finite(self) -> None:
-        """Leave out what is not finite of a state that has been loaded, as `push` does."""
+        """Remove rows of a loaded state that are not finite, as `push` does."""
         bad = [f"{count} rows of {side}" for side in ("x", "y") if (count := getattr(self, side).keep_finite())]
         if bad and not self._warned:
             self._warned = True
@@ -165,7 +165,7 @@ class Bank(nn.Module):
             )
 
     def _fitting(self, call: Call) -> tuple[Tensor, Tensor]:
-        """The ids of a call, whose rows fit this bank."""
+        """The ids of a call, after checking that its rows fit this bank."""
         if call.ids is None or call.y_ids is None:
             raise TypeError("ids must be integers, one for each row of x, got None: an item may meet its own past.")
         dim, device = self.x.rows.shape[1], self.x.rows.device
@@ -177,7 +177,7 @@ class Bank(nn.Module):
         return call.ids, call.y_ids
 
     def __len__(self) -> int:
-        """Rows held of x."""
+        """Number of stored rows of x."""
         return len(self.x.held.ids)
 
     def extra_repr(self) -> str:
@@ -185,27 +185,27 @@ class Bank(nn.Module):
 
 
 def _keep_finite(bank: Bank, unfit: object) -> None:
-    """After a state was loaded; a function of the module, so that banks are pickled and copied."""
+    """Hook after loading a state; a function of the module, so that banks can be pickled and copied."""
     if not bank.x.rows.is_meta:
         bank.load_finite()
 
 
 class Banked(TwoWay):
-    """An objective whose negatives are the batch's and a bank's: xᵢ meets y and the bank's y, yⱼ meets x and its x.
+    """An objective with the batch's and a bank's rows as negatives: xᵢ meets y and the bank's y, yⱼ meets x and its x.
 
-    It is exactly the objective with the bank's rows as constant candidates. They receive no gradient. They are no
-    anchors and no positives, so they enter neither minₖ s⁺ₖ nor the positive sets, and K and what `mean` divides by are
-    the batch's. They are negatives like any other: of every anchor of another id, in the negative sets of
-    multi-similarity, and counted in the mean over all negatives.
+    It is exactly the objective with the bank's rows as constant candidates. They receive no gradient. They are neither
+    anchors nor positives, so they enter neither minₖ s⁺ₖ nor the positive sets, and K and the divisor of `mean` are
+    the batch's. They are ordinary negatives: of every anchor of another id, in the negative sets of multi-similarity,
+    and counted in the mean over all negatives.
 
     Args:
-        objective: what is emitted. With `group=` it is that of the global batch, computed on every rank
+        objective: any `goal.Objective`; with `group=` that of the global batch, computed on every rank
             (`goal.distributed.gathered`), and the bank needs the same group.
-        bank: where the candidates come from; `Bank.push` fills it, a call of the objective does not.
+        bank: the source of candidates; `Bank.push` fills it, a call of the objective does not.
 
     Raises:
-        TypeError: an objective that is no `goal.Objective`, or a bank that is none.
-        ValueError: an objective with a group, and a bank without it; exchange="ring".
+        TypeError: objective is no `goal.Objective`, or bank no `goal.Bank`.
+        ValueError: the objective has a group and the bank does not have the same; exchange="ring".
 
     Example:
         >>> import goal, torch
@@ -231,18 +231,18 @@ class Banked(TwoWay):
     def forward(
         self, x: Tensor, y: Tensor, ids: Tensor, y_ids: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """The scalar of (N, D) and (M, D) embeddings.
+        """The scalar for (N, D) and (M, D) embeddings.
 
         Args:
             x, y, y_ids, weight: as for `goal.apply`.
-            ids: (N,) integers, which are needed: an item that comes again meets its own past.
+            ids: (N,) integers, required: an item that comes again meets its own past.
 
         Raises:
-            ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device; where
+            ValueError, TypeError: as `goal.apply`; no ids; a bank of another dimension or on another device; if
                 finiteness is checked, a row of the bank that is not finite in the batch's dtype.
         """
         over = self.objective.ranks
-        what = over and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # are banks alike?
+        what = over and f"{self}, {self.bank.x.pushed} of x, {self.bank.y.pushed} of y pushed"  # compared over ranks
         call = batch_of(Arguments(x, y, ids, y_ids, weight, self.objective.check_finite), over, what)
         self.bank._fitting(call)
         past_x, past_y = self.bank.x.held, self.bank.y.held

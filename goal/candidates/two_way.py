@@ -16,20 +16,20 @@ Candidates = tuple[Tensor, Tensor]  # rows (A, D) and their ids (A,)
 
 
 class TwoWay(nn.Module):
-    """The base of objectives in which anchors of x meet y and some rows A, anchors of y meet x and some rows B.
+    """Base class of objectives in which anchors of x meet y and some rows A, anchors of y meet x and some rows B.
 
-    It takes two calls, (x, [y; A]) for x→y and ([x; B], y) for y→x, each with weight 0 for the other direction: in one
-    call the rows of A and B would face each other as pairs. So they enter neither min s⁺ nor the positive sets.
+    It makes two calls, (x, [y; A]) for x→y and ([x; B], y) for y→x, each with weight 0 for the other direction. In a
+    single call the rows of A and B would be pairs; with two calls they enter neither min s⁺ nor the positive sets.
 
-    With `group=` of the objective it is that of the global batch, and every rank computes all of it
+    If the objective has a `group=`, the batch is the global one, and every rank computes all of it
     (`goal.distributed.gathered`); `stats` are those of all ranks' anchors.
 
     Args:
-        objective: what is emitted.
+        objective: the objective of both calls.
 
     Raises:
-        TypeError: an objective that is no `goal.Objective`.
-        ValueError: one with exchange="ring", by which no rank would have all rows.
+        TypeError: objective is no `goal.Objective`.
+        ValueError: the objective has exchange="ring", with which no rank would have all rows.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -39,12 +39,12 @@ class TwoWay(nn.Module):
         if objective.ranks is not None and objective.ranks.exchange != "gather":
             raise ValueError(f"exchange must be 'gather' where rows are added, got {objective.ranks.exchange!r}.")
         self.objective = objective
-        self._seen: list[Any] = []  # what each of the two calls saw
+        self._seen: list[Any] = []  # settings and `Seen` of the two calls
 
     def _emit(self, call: Call, beside_x: Candidates, beside_y: Candidates) -> Tensor:
-        """The scalar of a checked call, whose first K = min(N, M) rows are anchors, with candidates beside both sides.
+        """The scalar of a checked call, with candidates beside both sides; the first K = min(N, M) rows are anchors.
 
-        Rows beside the batch count as x's or y's where the objective looks for NaN and inf.
+        The candidates are treated as rows of x or y if the objective checks for NaN and inf.
         """
         assert call.ids is not None
         assert call.y_ids is not None
@@ -67,12 +67,12 @@ class TwoWay(nn.Module):
 
     @property
     def settings(self) -> Any:
-        """The objective's."""
+        """The settings of the objective."""
         return self.objective.settings
 
     @property
     def stats(self) -> Stats:
-        """`goal.Stats` of the last call; an index from M (x→y) or N (y→x) on is that of a row beside the batch."""
+        """`goal.Stats` of the last call; an index from M (x→y) or N (y→x) on is a row beside the batch."""
         if not self._seen:
             raise RuntimeError("stats are those of the last call, and there was none: call objective(x, y) first.")
         with torch.no_grad():

@@ -13,32 +13,32 @@ from goal.distributed.exchange import Wire, pack, unpack
 
 
 class Line(NamedTuple):
-    """What a rank says of its call."""
+    """A rank's message about its call."""
 
     rows: int
-    arguments: dict[str, object]  # what has to be the same on all ranks
-    error: Exception | None = None  # why it refuses its arguments
-    needs: tuple[bool, bool] = (False, False)  # whether it needs a gradient of its x, of its y
-    bounds: tuple[float, ...] = (0.0, 0.0, 0.0)  # numbers of which the largest over all ranks is wanted
+    arguments: dict[str, object]  # must be the same on all ranks
+    error: Exception | None = None  # raised by the checks of the rank's arguments
+    needs: tuple[bool, bool] = (False, False)  # whether the rank needs a gradient of its x, of its y
+    bounds: tuple[float, ...] = (0.0, 0.0, 0.0)  # numbers whose maximum over all ranks is needed
 
 
 class Agreed(NamedTuple):
-    """What all lines say together."""
+    """Summary of all ranks' lines."""
 
     counts: list[int]  # rows of each rank
     needs: tuple[bool, bool]  # whether any rank needs a gradient of its x, of its y
-    bounds: Tensor  # (3,) float64 the largest of each
+    bounds: Tensor  # (3,) float64, maxima over the ranks
 
 
 def agree(wire: Wire, line: Line, device: torch.device) -> Agreed:
-    """One line from each rank. Where arguments differ, or one rank has refused its own, all ranks raise.
+    """Exchange one line per rank. If arguments differ, or a rank refuses its own, all ranks raise.
 
-    The digest of the arguments travels with every call, in 8 bytes: a rank cannot know that another's have changed. The
-    texts are exchanged only where digests differ.
+    The digest of the arguments travels with every call, in 8 bytes, because a rank cannot know whether another rank's
+    arguments have changed. The texts are exchanged only if digests differ.
 
     Raises:
         ValueError: on every rank, naming the ranks that differ and what differs, or that refuse and why.
-        TypeError: on a rank that refuses its own for that.
+        TypeError: on a rank that refuses its own arguments with a TypeError.
     """
     error = line.error
     text = "\n".join(f"{name}={' '.join(str(value).split())}" for name, value in line.arguments.items())
@@ -61,7 +61,7 @@ def agree(wire: Wire, line: Line, device: torch.device) -> Agreed:
 
 
 def _difference(texts: list[str], refused: list[bool], error: Exception | None) -> Exception:
-    """What is said on all ranks when they do not agree."""
+    """The exception that a rank raises if the ranks do not agree."""
     if any(refused):
         said = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if refused[rank]]
         return (TypeError if isinstance(error, TypeError) else ValueError)("\n".join(said))

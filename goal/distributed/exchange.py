@@ -27,7 +27,7 @@ EXCHANGES = ("gather", "ring")
 
 
 class Ranks(NamedTuple):
-    """What the arguments say about ranks, checked."""
+    """The checked arguments about ranks."""
 
     group: ProcessGroup | str  # "world": the default group at the time of the call
     averaged: bool
@@ -52,17 +52,17 @@ def ranks(group: object, averaged: object, exchange: str) -> Ranks | None:
 
 @contextmanager
 def joined(backend: str = "gloo", **options: Any) -> Iterator[None]:
-    """This process is a rank of the default group within the block, and after it nothing is left of that group.
+    """Within the block this process is a rank of the default group; after it nothing of the group is left.
 
-    To destroy a group is not enough: as long as anything holds it, it has threads, and one that frees a tensor while
-    Python ends aborts the process.
+    Destroying a group is not enough: while any object refers to it, its threads live, and a thread that frees a tensor
+    while Python ends aborts the process.
 
     Args:
         backend: "gloo", or "nccl" on GPUs.
-        options: the other arguments of `torch.distributed.init_process_group`; without any, what torchrun says.
+        options: the other arguments of `torch.distributed.init_process_group`; by default torchrun's settings.
 
     Raises:
-        ValueError, RuntimeError: as `init_process_group` does, of arguments or of ranks that do not come.
+        ValueError, RuntimeError: as `init_process_group` does, for wrong arguments or missing ranks.
 
     Example:
         >>> import goal.distributed, tempfile, torch
@@ -71,22 +71,22 @@ def joined(backend: str = "gloo", **options: Any) -> Iterator[None]:
         ...     goal.apply(x, x, group="world").item() == goal.apply(x, x).item()
         True
     """
-    importlib.import_module("torch._dynamo")  # DDP imports it, and with a group already there it would keep that
+    importlib.import_module("torch._dynamo")  # DDP imports it; imported while a group exists, it would keep the group
     dist.init_process_group(backend, **options)
-    group = dist.group.WORLD  # held to the end, where Python alone frees it: then its threads are waited for
+    group = dist.group.WORLD  # kept to the end, so that only Python frees it: then its threads are waited for
     try:
         yield
     finally:
         dist.destroy_process_group()
-        gc.collect()  # models hold it, and what an exception that any library caught has kept in a circle of frames
+        gc.collect()  # frees references in models, and in reference cycles of frames of caught exceptions
         del group
 
 
-# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Sent:
-    """Bytes that this rank has sent to others."""
+    """Bytes that this rank has sent to other ranks."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -97,7 +97,7 @@ _counting: list[Sent] = []
 
 @contextmanager
 def counting() -> Iterator[Sent]:
-    """Counts the bytes that this rank sends to others for objectives with `group=` within the block.
+    """Count the bytes that this rank sends to others for objectives with `group=` within the block.
 
     Example:
         >>> import goal.distributed
@@ -115,7 +115,7 @@ def counting() -> Iterator[Sent]:
 
 
 class Coming(NamedTuple):
-    """Rows on their way, and what has to stay in memory until they are here."""
+    """Rows in transit, and the tensors that must stay in memory until they have arrived."""
 
     rows: Tensor  # (n, B) uint8, undefined before `wait`
     works: list[Any]
@@ -139,7 +139,7 @@ class Wire:
             raise ValueError("this process is not a member of group.")
 
     def gather(self, rows: Tensor, counts: Sequence[int]) -> Coming:
-        """All ranks' rows in rank order, `counts` of them."""
+        """All ranks' rows in rank order; rank r has `counts[r]` rows."""
         if self.size == 1:
             return Coming(rows, [])
         self._count(rows.numel() * (self.size - 1))
@@ -156,7 +156,7 @@ class Wire:
         return Coming(out, works, (rows,))
 
     def swap(self, rows: Tensor, to: Sequence[int], of: Sequence[int]) -> Tensor:
-        """`to[r]` of the rows to each rank r in turn; `of[r]` rows come from it."""
+        """Send the first `to[0]` rows to rank 0, the next `to[1]` to rank 1, …; receive `of[r]` rows from rank r."""
         if self.size == 1:
             return rows
         self._count((rows.shape[0] - to[self.rank]) * rows.shape[1])
@@ -165,7 +165,7 @@ class Wire:
         return out
 
     def shift(self, rows: Tensor, height: int) -> Coming:
-        """The rows to the next rank; `height` rows come from the one before."""
+        """Send the rows to the next rank and receive `height` rows from the previous rank."""
         if self.size == 1:
             return Coming(rows, [])
         self._count(rows.numel())
@@ -185,18 +185,18 @@ class Wire:
 
 
 def as_bytes(rows: Tensor) -> Tensor:
-    """(n, B) uint8 of rows (n, c); a single column counts as contiguous whatever its stride, and is copied."""
+    """(n, B) uint8 from rows (n, c); a single column counts as contiguous whatever its stride, and is copied."""
     dense = rows if rows.stride(-1) == 1 else rows.clone(memory_format=torch.contiguous_format)
     return dense.contiguous().view(torch.uint8)
 
 
 def pack(*columns: Tensor) -> Tensor:
-    """(n, B) uint8: each row the bytes of the columns' entries, (n,) or (n, c)."""
+    """(n, B) uint8: row i has the bytes of row i of all columns, which are (n,) or (n, c)."""
     return torch.cat([as_bytes(one.reshape(len(one), -1)) for one in columns], 1)
 
 
 def unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The columns again, with the dtypes and widths of `like`."""
+    """The inverse of `pack`: columns with the dtypes and widths of `like`."""
     columns, start = [], 0
     for one in like:
         width = one.shape[1:].numel() * one.itemsize

@@ -38,7 +38,7 @@ from goal.engine.weigh import Weighed, share_of, weights_of
 
 
 def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) -> Outcome:
-    """The objective of the global batch; `shown`: statistics are wanted in any case. All ranks call it together."""
+    """The objective of the global batch; `shown`: mine statistics in any case. All ranks call it together."""
     wire, mines = Wire(over.group), settings.mines or (shown and over.exchange == "ring")
     ready: Ready | None = None
     try:
@@ -70,12 +70,12 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
 
 
 class Ready(NamedTuple):
-    """What a rank has before the first exchange."""
+    """A rank's data before the first exchange."""
 
     call: Call
     backend: Backend
     block: Block  # the own rows, embedded
-    pairs: Pairs  # the own ones
+    pairs: Pairs  # of the own rows
 
 
 def _share(wire: Wire, settings: Settings, ready: Ready, agreed: Agreed) -> Spread:
@@ -93,7 +93,7 @@ def _share(wire: Wire, settings: Settings, ready: Ready, agreed: Agreed) -> Spre
 
 
 def _described(settings: Settings, does: Backend) -> dict[str, object]:
-    """What of an objective has to be the same on all ranks."""
+    """The parts of an objective that must be the same on all ranks."""
     return {
         "T": settings.product.T,
         "P": settings.product.P,
@@ -106,19 +106,19 @@ def _described(settings: Settings, does: Backend) -> dict[str, object]:
 
 
 def _seen(spread: Spread, weighed: Weighed, own: Statistics | None, statistics: Statistics | None, blocks: Any) -> Seen:
-    """What `Stats` shows of the own anchors."""
+    """The fields of `Stats` for the own anchors."""
     here, weights = spread.here, weighed.weights
-    if weights is None and statistics is not None:  # R⁺ is over all pairs: not to be made again from the own ones
+    if weights is None and statistics is not None:  # R⁺ is over all pairs: the own pairs alone do not give it
         weights = weights_of(spread.settings, statistics)
     if weights is not None:
         own_ones = (one[..., here] if isinstance(one, Tensor) and one.dim() else one for one in weights)
         weights = type(weights)(*own_ones)
     fallback = None if weighed.fallback is None else weighed.fallback[:, here]
-    return Seen(spread.pairs.s_pos[here], own, weights, fallback, blocks)  # the last keeps all rows alive
+    return Seen(spread.pairs.s_pos[here], own, weights, fallback, blocks)  # `blocks` keeps all rows alive
 
 
 def _shared(spread: Spread, own: Statistics) -> Statistics:
-    """All ranks' statistics from the own anchors'."""
+    """The statistics of all ranks' anchors, from those of the own anchors."""
     columns = [one.T for one in own[1:] if one is not None]
     rows = spread.wire.gather(pack(*columns), spread.counts).wait()
     every = iter(unpack(rows, columns))
@@ -130,11 +130,11 @@ def _shared(spread: Spread, own: Statistics) -> Statistics:
 
 
 class Emission(NamedTuple):
-    """What emits the own rows' gradient."""
+    """Emits the gradient of the own rows."""
 
     spread: Spread
     own: Callable[[Tensor | None, Needs], Gradients]  # (incoming, needs) → at the embedded own rows
-    by: int  # what the gradient is multiplied by
+    by: int  # factor of the gradient
 
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         if self.by != 1:

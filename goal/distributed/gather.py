@@ -18,15 +18,15 @@ from goal.engine.types import Block, Dense, Gradients, Mined, Needs
 
 
 class Gathered:
-    """The blocks of S with all rows here: own x with all of y, and for gradients all of x with own y."""
+    """The blocks of S if a rank has all rows: own x with all of y, and for gradients all of x with own y."""
 
     def __init__(self, spread: Spread) -> None:
         self.spread = spread
         needs, wire, (x, y) = spread.needs, spread.wire, spread.rows
         self._y = wire.gather(as_bytes(y), spread.counts)
-        dense = spread.settings.mining.dense != "never"  # its entries at the pairs want both
+        dense = spread.settings.mining.dense != "never"  # dense entries at the pairs need all of x and all of y
         self._x = None
-        if needs[1] or (dense and needs[0]) or not spread.settings.mines:  # for stats, which may be asked for later
+        if needs[1] or (dense and needs[0]) or not spread.settings.mines:  # the last: stats may be requested later
             self._x = wire.gather(as_bytes(x), spread.counts)
 
     @functools.cached_property
@@ -36,7 +36,7 @@ class Gathered:
 
     @functools.cached_property
     def x(self) -> Tensor:
-        """(N, D) all rows of x; where no rank needs a gradient they have not been sent."""
+        """(N, D) all rows of x; raises if they were not exchanged because no gradient needs them."""
         if self._x is None:
             raise RuntimeError("no rank needs a gradient of y, so the rows of x were not exchanged.")
         return self.spread.embed(self._x.wait(), self.spread.rows[0])
@@ -54,7 +54,7 @@ class Gathered:
         return spread.block(self.x, spread.everything, spread.own.y, spread.here)
 
     def walk(self, meet: Meet, join: Join) -> Columns:
-        """The own block while the others' rows arrive, then those before it and after it; columns go home in a swap."""
+        """Mine the own block while other rows arrive, then the blocks before and after; columns go home in a swap."""
         spread = self.spread
         own, end = spread.here, spread.everything.stop
         here = meet(spread.own)
@@ -69,11 +69,11 @@ class Gathered:
         return functools.reduce(join, (unpack(rows, columns) for rows in came.split(height)))
 
     def statistics(self) -> Statistics:
-        """The own anchors' statistics; all ranks together."""
+        """The statistics of the own anchors; all ranks call it together."""
         return mine(self.spread, self.walk)
 
     def mine(self, settings: Settings) -> Statistics:
-        """The same for `Stats` of objectives that mined nothing, from what is here; nothing is sent."""
+        """The same for `Stats` of objectives that mined nothing, from the rows on this rank; nothing is sent."""
         spread = self.spread
         rows, _ = spread.backend.mine(self.rows, spread.pairs, settings.request)
         _, cols = spread.backend.mine(self.cols, spread.pairs, settings.request)
@@ -82,7 +82,7 @@ class Gathered:
     def finish(
         self, mined: Mined | None, dense: Dense | None
     ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
-        """The own rows' part of the dense value, and what emits; backward waits for nothing."""
+        """The own rows' part of the dense value, and the function that emits; backward waits for no exchange."""
         spread = self.spread
         value = None if dense is None else spread.backend.dense_value(self.rows, dense)
         if self._x is not None:

@@ -18,19 +18,19 @@ from goal.engine.types import Block, Dense, Entries, Gradients, Mined, Needs, to
 
 
 class Ring:
-    """Blocks of y go round, with what was reduced for their rows behind them; two of others' are here at once.
+    """Blocks of y go round the ring, followed by the reductions for their rows; at most two of other ranks are here.
 
-    The next block arrives while this one is worked on. Emission is in forward, since rows of others are no longer there
-    in backward; that has only to multiply.
+    The next block arrives while the current block is processed. Gradients are emitted in forward, because in backward
+    the rows of other ranks are gone; backward only multiplies.
     """
 
     def __init__(self, spread: Spread) -> None:
         self.spread = spread
         keeps = any(spread.needs) and spread.settings.mining.mined != "none"
-        self._won = torch.empty_like(spread.own.x) if keeps else None  # (n, D) the negatives of the own x
+        self._won = torch.empty_like(spread.own.x) if keeps else None  # (n, D) rows of the own x's negatives
 
     def walk(self, meet: Meet, join: Join) -> Columns:
-        """Meets each block of y with the own x; what all ranks reduced for the own block comes home."""
+        """Call `meet` for all blocks of y with the own x; return all ranks' reductions for the own block, joined."""
         spread, wire = self.spread, self.spread.wire
         like: Columns = []
         block, behind = as_bytes(spread.rows[1]), None
@@ -47,18 +47,18 @@ class Ring:
         return unpack(behind.wait(), like)
 
     def statistics(self) -> Statistics:
-        """The own anchors' statistics; all ranks together."""
+        """The statistics of the own anchors; all ranks call it together."""
         return mine(self.spread, self.walk, self._keep)
 
     def mine(self, settings: Settings) -> Statistics:
-        """What `Stats` of objectives that mined nothing would want."""
+        """Raises: `Stats` of an objective that mined nothing would need another round."""
         raise RuntimeError(
             "stats of mining='all' want the hardest negatives, which a ring has not looked for (it would take one more "
             "round, on all ranks): use exchange='gather', or goal.gradients, which looks for them."
         )
 
     def _keep(self, block: Block, before: Partial | None, merged: Partial) -> None:
-        """The rows of the negatives so far."""
+        """Store the rows of the mined negatives so far."""
         if self._won is None:
             return
         index = _negative(merged)
@@ -68,7 +68,7 @@ class Ring:
     def finish(
         self, mined: Mined | None, dense: Dense | None
     ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
-        """The own rows' part of the dense value, and what emits."""
+        """The own rows' part of the dense value, and the function that emits."""
         value, gx, gy = None, None, None
         if mined is not None and any(self.spread.needs):
             gx, gy = self._mined(mined)
@@ -84,7 +84,7 @@ class Ring:
         return value, emit
 
     def _mined(self, mined: Mined) -> Gradients:
-        """An anchor's owner has its negative's row, and sends that row's gradient to its owner."""
+        """The owner of an anchor has the row of its negative, and sends the gradient of this row to the row's owner."""
         spread, (negative, pull, push) = self.spread, mined
         vjp, here, needs = spread.backend.similarity.vjp, spread.here, spread.needs
         x, y = spread.own.x.to(push.dtype), spread.own.y.to(push.dtype)
@@ -100,7 +100,7 @@ class Ring:
         return total(gx, pair_x, from_y), total(gy, pair_y, from_x)
 
     def _dense(self, dense: Dense) -> tuple[Tensor, Gradients]:
-        """A round of its own: the value, and with it the gradients if anybody needs them."""
+        """A separate round for the value, and for the gradients if any rank needs them."""
         spread, needs, here = self.spread, self.spread.needs, self.spread.here
         value, taken = dense.s_pos.new_zeros(()), torch.zeros_like(dense.share)
         gradients: list[Tensor | None] = [None]
@@ -131,7 +131,7 @@ def _negative(part: Partial) -> Tensor:
 
 
 class _Routes:
-    """Between anchors and their negatives' owners: a row goes once between two ranks, however many anchors it has."""
+    """Exchange between anchors and their negatives' owners; a row that a rank's anchors share is sent to it once."""
 
     def __init__(self, spread: Spread, negative: Tensor) -> None:
         own = spread.here
@@ -141,14 +141,14 @@ class _Routes:
         self.theirs = torch.bincount(torch.bucketize(self.rows, ends, right=True), minlength=len(ends)).tolist()
         mine = [one[(one >= own.start) & (one < own.stop)].unique() for one in negative.split(spread.counts)]
         self.ours = [len(one) for one in mine]
-        self.at = torch.cat(mine) - own.start  # own rows that others' anchors have, by rank
+        self.at = torch.cat(mine) - own.start  # own rows that are negatives of the ranks' anchors, rank by rank
 
     def fetch(self, rows: Tensor) -> Tensor:
-        """The negatives' rows for each own anchor, from what each rank has of its own."""
+        """The row of each own anchor's negative, from all ranks' own `rows`."""
         return self.spread.wire.swap(rows[self.at], self.ours, self.theirs)[self.inverse]
 
     def deliver(self, gradient: Tensor) -> Tensor:
-        """The own rows' sum of the gradients (n, D) that all ranks' anchors have for their negatives' rows."""
+        """(n, D) for each own row, the sum of the gradients of all ranks' anchors whose negative it is."""
         total = gradient.new_zeros(len(self.rows), gradient.shape[1]).index_add_(0, self.inverse, gradient)
         came = self.spread.wire.swap(as_bytes(total), self.theirs, self.ours).view(gradient.dtype)
         return torch.zeros_like(gradient).index_add_(0, self.at, came)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-# ── what a rank brings ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── a rank's own data ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def described(call: Call) -> dict[str, object]:
-    """What of a call has to be the same on all ranks."""
+    """The properties of a call that must be the same on all ranks."""
     return {
         "D": call.x.shape[1],
         "x.dtype": call.x.dtype,
@@ -37,7 +37,7 @@ def described(call: Call) -> dict[str, object]:
 
 
 def columns_of(call: Call) -> list[Tensor]:
-    """Ids and weights, a row for each pair, as they are sent."""
+    """Ids and weights as columns to send, a row for each pair."""
     dtype = computing_dtype(call.x, call.y)
     weight = None if call.weight is None else call.weight.to(dtype).movedim(-1, 0)
     y_ids = None if call.y_ids is call.ids else call.y_ids
@@ -55,9 +55,9 @@ def of_all(call: Call, columns: list[Tensor]) -> tuple[Tensor | None, Tensor | N
 
 
 class Global(NamedTuple):
-    """The rows of all ranks, one rank after the other."""
+    """The rows of all ranks, in rank order."""
 
-    x: Tensor  # (K, D); the own rows take the gradient, the others are constant
+    x: Tensor  # (K, D); the own rows receive the gradient, the others are constants
     y: Tensor  # (K, D)
     ids: Tensor | None  # (K,)
     y_ids: Tensor | None  # (K,)
@@ -75,25 +75,25 @@ def gathered(
     averaged: bool = False,
     what: str = "",
 ) -> Global:
-    """The global batch, for a loss that has no `group=` of its own: every rank computes all of it.
+    """The global batch, for a loss without a `group=` of its own: every rank computes all of it.
 
-    The value is then the same on every rank, and the gradient at x and y exactly that of the global loss for the own
-    rows: since all ranks compute one and the same function, nothing has to be sent in backward. It takes the work and
-    the memory of the global batch on every rank; objectives with `group=` share them out. All ranks call it together.
+    The value is then the same on every rank, and the gradient at x and y is exactly that of the global loss for the own
+    rows. Since all ranks compute the same function, nothing is sent in backward. Every rank needs the work and the
+    memory of the global batch; objectives with `group=` divide them. All ranks call it together.
 
     Args:
         x, y: (n, D) own rows, pairs in order; n may differ from rank to rank.
         ids, y_ids, weight: (n,), weight also (2, n), as for `goal.apply`.
         group: a `ProcessGroup`, or `"world"`.
-        averaged: multiply the gradient at x and y by the number of ranks, for DDP and FSDP, which average that of
-            parameters. Parameters of the loss itself get their whole gradient on every rank: leave those alone.
-        what: has to be the same on all ranks, such as the loss and its numbers.
+        averaged: multiply the gradient at x and y by the number of ranks, for DDP and FSDP, which average the gradient
+            of parameters. The loss's own parameters get their full gradient on every rank: leave them unwrapped.
+        what: must be the same on all ranks, such as the loss and its numbers.
 
     Returns:
         `Global`.
 
     Raises:
-        ValueError, TypeError: on all ranks, naming those whose arguments are refused, or differ and in what.
+        ValueError, TypeError: on all ranks, naming the ranks whose arguments are refused, or differ and in what.
 
     Example:
         >>> import goal, tempfile, torch
@@ -114,14 +114,14 @@ def gathered(
 
 
 def batch_of(arguments: Arguments, over: Ranks | None, what: object) -> Call:
-    """The checked call: that of all ranks, as `gathered` says, or without ranks that of the arguments.
+    """The checked call: over ranks the global batch, as in `gathered`; without ranks the arguments themselves.
 
     Args:
-        what: its text has to be the same on all ranks; it is made only where there are any.
+        what: its text must be the same on all ranks; the text is made only over ranks.
     """
     if over is None:
         return arguments.checked()
-    if torch.compiler.is_compiling():  # a graph ends here, and another begins
+    if torch.compiler.is_compiling():  # a graph break
         inner: Any = torch.compiler.disable(batch_of)
         call: Call = inner(arguments, over, what)
         return call
@@ -144,7 +144,7 @@ def batch_of(arguments: Arguments, over: Ranks | None, what: object) -> Call:
 
 
 def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:
-    """All ranks' rows, the own ones as they came, with their gradient multiplied by a number."""
+    """All ranks' rows; the own rows keep their graph, with their gradient multiplied by a number."""
     if own.requires_grad and by != 1:
         own = own.view_as(own)
         own.register_hook(lambda gradient: gradient * by)
@@ -152,6 +152,6 @@ def _live(every: Tensor, own: Tensor, here: slice, by: int) -> Tensor:
 
 
 def shared_seed(over: Ranks, device: torch.device) -> int:
-    """A random number of rank 0, the same on all ranks, which all draw one."""
+    """A random number, the same on all ranks: every rank draws one, and rank 0's is used."""
     wire, drawn = Wire(over.group), torch.randint(2**62, (1, 1), device=device)
     return int(wire.gather(drawn.view(torch.uint8), [1] * wire.size).wait().view(torch.int64)[0])

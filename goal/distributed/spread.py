@@ -16,18 +16,18 @@ from goal.engine.types import Block, Limits, Masks, Needs, Pairs
 
 
 class Spread(NamedTuple):
-    """This rank's part of the global batch, and the O(N) that it knows of the whole."""
+    """This rank's part of the global batch, and its O(N) data of the global batch."""
 
     wire: Wire
     counts: list[int]  # rows of each rank
     settings: Settings
     backend: Backend
-    rows: tuple[Tensor, Tensor]  # (n, D) own rows of x and y as they came, which travel
+    rows: tuple[Tensor, Tensor]  # (n, D) own rows of x and y in their own dtype, as they are sent
     own: Block  # the own rows, embedded
-    masks: Masks  # of the whole batch
-    pairs: Pairs  # of all of them
-    share: Any  # what each anchor weighs: (K,), (2, K) or a number
-    needs: Needs  # of any rank
+    masks: Masks  # of the global batch
+    pairs: Pairs  # of the global batch
+    share: Any  # weight of each anchor: (K,), (2, K) or a number
+    needs: Needs  # whether any rank needs a gradient of x, of y
 
     def of(self, rank: int) -> slice:
         """A rank's rows in the global batch."""
@@ -44,29 +44,29 @@ class Spread(NamedTuple):
 
     @property
     def limits(self) -> Limits:
-        """What blocks were reduced by, for merging them."""
+        """The limits of the global batch, for merging partials."""
         return self.backend.limits(self.own, self.pairs, self.settings.request)
 
     def block(self, x: Tensor, rows: slice, y: Tensor, cols: slice) -> Block:
-        """A block of S, of embedded rows and their places."""
+        """A block of S, from embedded rows and their positions."""
         return Block(x, y, self.masks.block(rows, cols))
 
     def embed(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows that came as bytes of `like`'s dtype, embedded."""
+        """Received bytes as rows of `like`'s dtype, embedded."""
         return self.backend.similarity.embed(rows.view(like.dtype).to(self.own.x.dtype))
 
 
 # ── mine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Columns = list[Tensor]  # what was reduced for the columns of a block: (m,) or (m, c) each
-Meet = Callable[[Block], Columns]  # what a block has for its columns
-Join = Callable[[Columns, Columns], Columns]  # of two blocks with the same columns
-Walk = Callable[[Meet, Join], Columns]  # meets own x with all of y, block by block, and brings home what was joined
-Met = Callable[[Block, Partial | None, Partial], None]  # a block, the own rows' partial before it and with it
+Columns = list[Tensor]  # reductions for the columns of a block: tensors (m,) or (m, c)
+Meet = Callable[[Block], Columns]  # reduces a block for its columns
+Join = Callable[[Columns, Columns], Columns]  # joins the reductions of two blocks with the same columns
+Walk = Callable[[Meet, Join], Columns]  # meets own x with all of y, block by block; returns the own columns, joined
+Met = Callable[[Block, Partial | None, Partial], None]  # a block, the own rows' partial before it and after it
 
 
 def mine(spread: Spread, walk: Walk, met: Met = lambda block, before, merged: None) -> Statistics:
-    """The own anchors' statistics: partials of each block, merged, those of its columns where they belong."""
+    """The statistics of the own anchors: partials of all blocks are merged, those of columns at their owners."""
     request, limits = spread.settings.request, spread.limits
     of_rows: list[Partial] = []
     like: list[Partial] = []
@@ -88,12 +88,12 @@ def mine(spread: Spread, walk: Walk, met: Met = lambda block, before, merged: No
 
 
 def fields(part: Partial) -> Columns:
-    """What of a partial there is."""
+    """The fields of a partial that are not None."""
     return [one for one in part if one is not None]
 
 
 def partial(columns: Columns, like: Partial) -> Partial:
-    """The partial with these fields."""
+    """The inverse of `fields`; `like` says which fields there are."""
     rest = iter(columns)
     every: list[Any] = [None if one is None else next(rest) for one in like]
     return Partial(*every)

@@ -10,7 +10,7 @@ from goal.engine.settings import Settings
 
 
 def size_of(group: object, ranks_: int | None, exchange: str) -> int | None:
-    """How many ranks `goal.explain` is asked about; None without any."""
+    """The number of ranks that `goal.explain` is asked about; None for one process."""
     checked = ranks(group, False, exchange)
     if ranks_ is None:
         return None if checked is None else Wire(checked.group).size
@@ -20,20 +20,20 @@ def size_of(group: object, ranks_: int | None, exchange: str) -> int | None:
 
 
 class Traffic(NamedTuple):
-    """What a rank sends in a step, forward and backward together."""
+    """Bytes that a rank sends in a step, forward and backward together."""
 
     gather: int  # bytes; exact
-    ring: int  # bytes, at most, on average over the ranks: a negative that is near, or shared, costs less
+    ring: int  # bytes, at most, averaged over the ranks: negatives that are own rows, or shared, cost less
     rounds: int  # times that y goes round the ring
-    held: dict[str, int]  # bytes of others' rows, and of gradients on their way, by exchange
+    held: dict[str, int]  # exchange → bytes of other ranks' rows, and of gradients in transit
 
 
 def traffic(settings: Settings, n: int, d: int, x_size: int, y_size: int, size: int, ranks: int) -> Traffic:
-    """The same for ranks of n rows each whose x and y need gradients; ids, y_ids and weights come on top.
+    """The traffic of ranks of n rows each whose x and y need gradients; ids, y_ids and weights are not included.
 
     Args:
-        x_size, y_size: bytes of an element of x and y as they come.
-        size: the same in the computing dtype.
+        x_size, y_size: bytes of an element of x and of y in their own dtypes.
+        size: bytes of an element in the computing dtype.
     """
     request, others, mined = settings.request, ranks - 1, settings.mining.mined != "none"
     dense = settings.mining.dense != "never"

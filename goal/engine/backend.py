@@ -35,10 +35,10 @@ WEIGHED = 256  # pairs up to which kernels weigh in one launch
 
 
 class Backend(NamedTuple):
-    """Who computes, in which arithmetic, and the similarity of what."""
+    """The implementation that computes, its arithmetic, and the similarity."""
 
     impl: str  # "torch" or "triton"
-    precision: str  # "fast", "tf32" or "exact": of Triton's scans of float32 inputs
+    precision: str  # "fast", "tf32" or "exact": the arithmetic of Triton's scans of float32 inputs
     similarity: Dot
 
     @property
@@ -46,7 +46,7 @@ class Backend(NamedTuple):
         return self.impl == "triton"
 
     def dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
-        """Of the rows that the stages take: the computing dtype; kernels take products of 16-bit rows as they are."""
+        """The dtype of the stages' rows: the computing dtype; kernels with dot take 16-bit rows as given."""
         as_they_are = self.kernels and self.similarity.name == "dot" and x.dtype == y.dtype
         return x.dtype if as_they_are else computing_dtype(x, y)
 
@@ -56,16 +56,16 @@ class Backend(NamedTuple):
         return Block(embed(x.detach().to(dtype)), embed(y.detach().to(dtype)), masks)
 
     def plan(self, x: Tensor, y: Tensor, request: Request, dense: bool) -> Plan:
-        """How the quadratic stages would go about a batch."""
+        """How the quadratic stages would compute a batch."""
         if self.kernels:
             plan: Plan = _kernels().plan(x, y, request, dense, self.precision)
             return plan
         return eager.plan(x.shape[0], y.shape[0], computing_dtype(x, y), request, dense)
 
     def pair(self, x: Tensor, y: Tensor, pairs: int, mined: bool = False) -> Pairs:
-        """s⁺ (K,) of the first K = `pairs` rows, and what kernels want to know of the batch.
+        """s⁺ (K,) of the first K = `pairs` rows, and the bounds of the batch if the backend needs them beforehand.
 
-        `mined`: nobody will meet all negatives, and the bounds may be left in parts.
+        `mined`: the objective never uses all negatives, so the bounds may be left in parts.
         """
         if self.kernels:
             positives: Pairs = _kernels().pair(x, y, pairs, mined)
@@ -74,27 +74,27 @@ class Backend(NamedTuple):
         return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.float64))
 
     def bounds(self, block: Block, pairs: Pairs, request: Request) -> list[float]:
-        """Of some rows of a batch, numbers whose largest over all rows are `Pairs.bounds`."""
+        """Bounds of some rows of a batch; their maximum over all rows is `Pairs.bounds`."""
         if self.kernels:
             return [float(word) for word in pairs.bounds.tolist()]
         return eager.bounds(self.similarity, block.x, block.y, pairs.s_pos, request)
 
     def limits(self, block: Block, pairs: Pairs, request: Request) -> Limits:
-        """What partials of blocks are merged by."""
+        """The limits of the batch by which partials of blocks are merged."""
         if self.kernels:
             limits: Limits = _kernels().limits(pairs.bounds, block.x.shape[1])
             return limits
         return eager.limits(self.similarity, block, pairs, request)
 
     def statistics(self, block: Block, pairs: Pairs, request: Request) -> Statistics:
-        """What the request asks for of a whole batch."""
+        """The requested statistics of a whole batch."""
         if self.kernels:
             statistics: Statistics = _kernels().statistics(block, pairs, request, self.precision)
             return statistics
         return eager.statistics(self.similarity, block, pairs, request)
 
     def mine(self, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
-        """Both directions' partials of a block of S."""
+        """The partials of a block of S in both directions."""
         if self.kernels:
             partials: tuple[Partial, Partial] = _kernels().mine(block, pairs, request, self.precision)
             return partials
@@ -108,7 +108,7 @@ class Backend(NamedTuple):
         return eager.dense_value(self.similarity, block, dense)
 
     def dense_block(self, block: Block, dense: Dense, needs: Needs) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """What the negatives in a block of S give its rows and columns, and the pairs (2, K); see `eager`."""
+        """Gradients of a block's negatives at its rows and columns, and the pull at the pairs (2, K); see `eager`."""
         if self.kernels:
             emitted: tuple[Tensor | None, Tensor | None, Tensor] = _kernels().dense_block(
                 block, dense, needs, self.precision
@@ -117,7 +117,7 @@ class Backend(NamedTuple):
         return eager.dense_block(self.similarity, block, dense, needs)
 
     def mined_emit(self, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
-        """What the mined entries in a block of S give its rows and columns, times the incoming gradient (0-d)."""
+        """Gradients of the mined entries in a block of S at its rows and columns, times the incoming gradient (0-d)."""
         if self.kernels:
             incoming = mined.pull.new_ones(()) if incoming is None else incoming
             gradients: Gradients = _kernels().mined_emit(block, mined, incoming, needs)
@@ -125,7 +125,7 @@ class Backend(NamedTuple):
         return eager.mined_emit(self.similarity, block, mined, incoming, needs)
 
     def weighs(self, product: Product, pairs: int) -> bool:
-        """Whether `weigh` takes a mined objective: a small one whose terms lower, on kernels, outside a graph."""
+        """Whether `weigh` supports a mined objective: a small one whose terms lower, on kernels, outside a graph."""
         if not self.kernels or pairs > WEIGHED or torch.compiler.is_compiling():
             return False
         return cannot_lower(product) is None
@@ -137,7 +137,7 @@ class Backend(NamedTuple):
 
 
 def computing_dtype(x: Tensor, y: Tensor) -> torch.dtype:
-    """float64 where either side has it, else float32."""
+    """float64 if either side is float64, else float32."""
     return torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
 
 
@@ -151,7 +151,7 @@ def _kernels() -> ModuleType:
 
 
 def backend(settings: Settings, x: Tensor, y: Tensor) -> tuple[Backend, str]:
-    """Who computes, and why; impl="triton" raises where it cannot, impl="auto" takes PyTorch there."""
+    """The backend and why it was chosen. Where kernels cannot run, impl="triton" raises and "auto" takes PyTorch."""
     eager_one = Backend("torch", settings.precision, settings.similarity)
     if settings.impl == "torch":
         return eager_one, "asked for"
@@ -165,7 +165,7 @@ def backend(settings: Settings, x: Tensor, y: Tensor) -> tuple[Backend, str]:
 
 
 def _obstacle(settings: Settings, x: Tensor, y: Tensor) -> str | None:
-    """What stands in the way of kernels, or None."""
+    """The reason why kernels cannot run, or None."""
     if settings.similarity.name not in ("dot", "cosine"):
         return f"similarity={settings.similarity.name!r} is no matrix product"
     if torch.float64 in (x.dtype, y.dtype):
@@ -185,13 +185,13 @@ def _interpreted() -> bool:
 
 
 def cannot_lower(product: Product) -> str | None:
-    """What keeps T × P from the dense kernels, or None. Numbers do not matter; in a graph the answer is a constant."""
+    """Why T × P has no dense kernels, or None. Numbers do not matter; in a graph the answer is a constant."""
     T, P = product.T, product.P
     return _cannot_lower(T.name, _structure(T), P.name, _structure(P))
 
 
 def _structure(term: Term) -> tuple[Parameter, ...]:
-    """A term's parameters, any number in place of its numbers."""
+    """A term's parameters, with 0.5 in place of every number."""
     return tuple(value if value is None or isinstance(value, bool) else 0.5 for _, value in term.values)
 
 
@@ -202,7 +202,7 @@ def _cannot_lower(t: str, t_values: tuple[Parameter, ...], p: str, p_values: tup
     return _refusal(Product(term(terms.T[t], t_values), term(terms.P[p], p_values)))
 
 
-# what torch.compiler.assume_constant_result does; but calling that here would import Dynamo, and Triton with it
+# the effect of torch.compiler.assume_constant_result; calling that here would import Dynamo, and Triton with it
 _cannot_lower._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

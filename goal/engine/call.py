@@ -14,20 +14,20 @@ from goal.engine.types import Needs
 
 
 class Call(NamedTuple):
-    """The data of a call, checked; plain tensors, detached."""
+    """The checked data of a call: plain tensors, detached."""
 
     x: Tensor  # (N, D) in its own dtype; or the similarity matrix S (N, M)
     y: Tensor  # (M, D); (M, 0) beside a similarity matrix
     ids: Tensor | None  # (N,) int64
-    y_ids: Tensor | None  # (M,) int64; `ids` itself where none were given
+    y_ids: Tensor | None  # (M,) int64; `ids` itself if the caller gave no y_ids
     weight: Tensor | None  # (K,) or (2, K), >= 0
     needs: Needs  # whether x and y need a gradient
-    finite: bool  # whether the entries were looked at
-    inputs: tuple[Tensor, Tensor]  # x and y as they came: where the gradient goes
+    finite: bool  # whether the entries were checked to be finite
+    inputs: tuple[Tensor, Tensor]  # x and y as the caller gave them: the gradient goes to these
 
 
 class Arguments(NamedTuple):
-    """The data of a call as they came; `goal.apply` says what each is."""
+    """The data of a call as the caller gave them; `goal.apply` describes them."""
 
     x: object
     y: object = None  # None: x is a similarity matrix
@@ -36,10 +36,10 @@ class Arguments(NamedTuple):
     weight: object = None
     check_finite: bool | None = None
     needs: Needs | None = None  # by default, whether x and y require grad
-    ordinary: bool = False  # for a loss with autograd, which torch.func's transforms go through by themselves
+    ordinary: bool = False  # for a loss with autograd, which torch.func's transforms handle by themselves
 
     def checked(self, even: bool = False) -> Call:
-        """The call; `even`: x and y must have as many rows, as they do over ranks.
+        """The checked call; `even`: x and y must have the same number of rows, as over ranks.
 
         Raises:
             ValueError, TypeError: as `goal.apply`.
@@ -69,7 +69,7 @@ class Arguments(NamedTuple):
             return Call(x.detach(), y.detach(), ids, y_ids, weight, needs, finite, inputs)  # type: ignore[arg-type]
 
     def needed(self) -> Needs:
-        """Whether x and y need a gradient, whatever they are."""
+        """Whether x and y need a gradient; works for unchecked arguments."""
         if self.needs is not None:
             return self.needs
         tracked = torch.is_grad_enabled()

@@ -19,9 +19,9 @@ from goal.engine.statistics import BAND, Request, Statistics
 from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan
 from goal.similarity import Dot, norm
 
-TILE = 1 << 22  # elements of S held at once
+TILE = 1 << 22  # elements of S in memory at a time
 SMALL = 1 << 18  # elements of S up to which the calls cost more than the arithmetic
-_GROUP = 16  # rows whose maximum is taken before an index is sought
+_GROUP = 16  # rows reduced to their maximum before its index is searched
 
 
 def tiles(n: int, m: int) -> Iterator[slice]:
@@ -32,19 +32,19 @@ def tiles(n: int, m: int) -> Iterator[slice]:
 
 
 def _coded(masks: Masks, dtype: torch.dtype) -> Masks:
-    """The masks with ids as small floats, which tiles are compared with many times faster."""
+    """The masks with ids as small floats: comparing a tile with floats is many times faster."""
     if masks.ids is None or masks.y_ids is None:
         return masks
     _, codes = torch.unique(torch.cat((masks.ids, masks.y_ids)), return_inverse=True)
-    if len(codes) < 1 << 24:  # float32 holds all whole numbers up to there
+    if len(codes) < 1 << 24:  # float32 represents all integers below
         codes = codes.to(dtype)
     return masks._replace(ids=codes[: masks.n], y_ids=codes[masks.n :])
 
 
 def bounds(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Request) -> list[float]:
-    """−min s⁺, max ‖x‖ and max ‖y‖ of some rows; 0 where nothing that is requested asks for them.
+    """−min s⁺, max ‖x‖ and max ‖y‖ of some rows; 0 for a bound that the request does not need.
 
-    The largest of several blocks' bounds are those of all of them.
+    The bounds of several blocks together are the maxima of the blocks' bounds.
     """
     least = -s_pos.min().item() if request.sums and s_pos.shape[0] else 0.0
     if not request.compares or similarity.name == "given":
@@ -53,10 +53,10 @@ def bounds(similarity: Dot, x: Tensor, y: Tensor, s_pos: Tensor, request: Reques
 
 
 def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Limits:
-    """What the reductions of a block compare with, from the bounds of the batch, or where none are given, its own.
+    """Thresholds for the reductions of a block, from the bounds of the batch; without those, from the block's own.
 
-    Similarities closer than 2√D · eps · max ‖x‖ · max ‖y‖ are equal for the arithmetic of one product; order embeddings
-    are no product: the longer of the two.
+    Similarities closer than 2√D · eps · max ‖x‖ · max ‖y‖ are equal in the arithmetic of a product. Order embeddings
+    are no product: there the larger of the two norms takes the place of their product.
     """
     x, y, _ = block
     known = pairs.bounds.tolist() if pairs.bounds.numel() else bounds(similarity, x, y, pairs.s_pos, request)
@@ -66,10 +66,10 @@ def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Lim
 
 
 def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Statistics:
-    """The mining stage over a whole batch: what `finish` makes of `mine`.
+    """The mining stage over a whole batch: `mine`, then `finish`.
 
-    A square batch that fits one tile is reduced in both directions at once, S beside its transpose: half the calls,
-    which is what a small batch costs.
+    A square batch that fits one tile is reduced in both directions at once, with S beside its transpose. This halves
+    the number of calls, which dominates the time of a small batch.
     """
     x, y, masks = block
     n, m = masks.n, masks.m
@@ -89,10 +89,10 @@ def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) ->
 
 
 def mine(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial]:
-    """Both directions' partials of a block of S, from one pass over its tiles.
+    """The partials of a block of S in both directions, from one pass over its tiles.
 
     Args:
-        pairs: of the batch; without bounds, those of the block stand for them, which is right for all of S.
+        pairs: of the batch; without bounds, the block's own are used, which is right if the block is all of S.
 
     Returns:
         The partials of the block's anchors x→y (rows) and y→x (columns), with indices in the batch.
@@ -135,7 +135,7 @@ def mine(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple
 
 
 def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
-    """How S (n, m) would be walked through."""
+    """The tiles of S (n, m), the arithmetic, and the memory."""
     rows = next(tiles(n, m)).stop
     tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense
     name = str(dtype).removeprefix("torch.")
@@ -143,7 +143,7 @@ def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> P
 
 
 class _Shared(NamedTuple):
-    """What both directions' sums over one tile are taken of, made once."""
+    """Intermediates of a tile that the sums of both directions use; computed once."""
 
     valid: Tensor  # 1 where sᵢⱼ ≥ threshold
     excess: Tensor | None  # max(sᵢⱼ − threshold, 0)
@@ -152,7 +152,7 @@ class _Shared(NamedTuple):
 
 
 class _Reduction:
-    """How tiles are reduced to partials: one for all the tiles of a block, both directions.
+    """Reduces tiles to partials; one object serves all tiles of a block, in both directions.
 
     It keeps the memory of tile-sized intermediates from one tile to the next: fresh pages cost more than the sums.
     """
@@ -162,7 +162,7 @@ class _Reduction:
         self._memory: dict[str, Tensor] = {}
 
     def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A tensor of that shape, dtype as `like`, its content undefined; what had the same use is overwritten."""
+        """An uninitialised tensor of the shape, dtype as `like`; it overwrites the previous tensor of the same use."""
         size = math.prod(shape)
         kept = self._memory.get(use)
         if kept is None or kept.numel() < size:
@@ -172,14 +172,14 @@ class _Reduction:
     def __call__(
         self, tile: Tensor, dim: int, offset: int, s_pos: Tensor, shared: _Shared | None = None
     ) -> tuple[Partial, _Shared | None]:
-        """One direction's partial of one tile whose non-negatives are −inf.
+        """The partial of a tile in one direction; entries that are no negatives are −inf.
 
         Args:
             tile: (n, m), or (2, K, K) with both directions' candidates last.
-            dim: that of the candidates, 0 or −1.
+            dim: the dimension of the candidates, 0 or −1.
             offset: global index of the tile's first candidate.
             s_pos: of the tile's anchors.
-            shared: what the other direction made of the same tile; made here where it is None, and returned.
+            shared: intermediates from the other direction of the same tile; computed here if None, and returned.
         """
         s_neg, index = _max(tile, dim)
         part = Partial(s_neg, index + offset if offset else index)
@@ -187,14 +187,14 @@ class _Reduction:
             above, below = (s_pos - self.request.semi_hard).unsqueeze(dim), (s_pos - self.limits.tie).unsqueeze(dim)
             semi, semi_index = _max(torch.where((tile > above) & (tile < below), tile, -torch.inf), dim)
             info = torch.finfo(tile.dtype)
-            if self.limits.tie > info.eps * info.max**0.5:  # where squares are out of range, ties hide what is no tie
+            if self.limits.tie > info.eps * info.max**0.5:  # squares are out of range, and `tie` is no reliable limit
                 hidden = (tile > above) & (tile >= below) & (tile < s_pos.unsqueeze(dim))
                 semi = torch.where(hidden.any(dim), torch.nan, semi)
             part = part._replace(semi=semi, semi_negative=semi_index + offset)
         if not self.request.sums:
             return part, None
         shared = self._share(tile, s_neg) if shared is None else shared
-        valid = shared.valid.sum(dim)  # the hardest included, where it is valid
+        valid = shared.valid.sum(dim)  # includes the hardest negative, if it is valid
         has = (s_neg >= self.limits.threshold).to(tile.dtype)
         if shared.excess is not None:
             cut, out = (s_neg - self.limits.tie).unsqueeze(dim), self.memory("ties", tile.shape, tile)
@@ -223,7 +223,7 @@ class _Reduction:
         return _Shared(valid, excess, exps, shift)
 
     def _exp_sum(self, tile: Tensor, dim: int, s_neg: Tensor, hardest: Tensor, shared: _Shared, beta: float) -> Tensor:
-        """Σ exp(−β(s⁻ − sᵢⱼ)) over the valid negatives but the hardest, which is left out, not subtracted."""
+        """Σ exp(−β(s⁻ − sᵢⱼ)) over the valid negatives but the hardest, which is excluded, not subtracted."""
         top = s_neg.clamp(min=self.limits.threshold)  # below the threshold the sum is empty
         if shared.exps is not None:
             outside = shared.exps.gather(dim, hardest)
@@ -240,7 +240,7 @@ def _reach(dtype: torch.dtype) -> float:
 
 
 def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """`tile.max(dim)`, values and the lowest index; down long columns by groups of rows, several times faster."""
+    """`tile.max(dim)`, values and the lowest index; for long columns by groups of rows, several times faster."""
     if dim == -1 or tile.shape[0] % _GROUP or tile.numel() < 1 << 16:
         values, index = tile.max(dim)
         return values, index
@@ -253,9 +253,9 @@ def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _filled(full: Partial | None, part: Partial, start: int, size: int) -> Partial:
-    """The partial of `size` anchors with those from `start` on set.
+    """The partial of `size` anchors with the part from `start` on filled in.
 
-    Parts kept until all were there would lie between the memory of large tiles, and keep it from being used again.
+    Parts kept in a list until the end would lie between the memory of large tiles, and prevent its reuse.
     """
     if full is None:
         if part.s_neg.shape[0] == size:
@@ -283,15 +283,15 @@ def _nothing(s_pos: Tensor, request: Request) -> Partial:
 
 
 def _rescore(part: Partial, count: Callable[[], Tensor] | None, pairs: Callable[[Tensor], Tensor]) -> Partial:
-    """The partial with its mined similarities computed as s⁺ is, so that equal pairs compare equal.
+    """The partial with its mined similarities computed in the same way as s⁺, so that equal pairs compare equal.
 
-    count: how many negatives the anchors have here, where some may have none. A maximum that is not finite stays so.
+    count: the number of negatives of each anchor in the block, if some may have none. A non-finite maximum stays.
     """
     s_neg = torch.add(pairs(part.negative), part.s_neg, alpha=0)
     if count is not None:
         none = part.s_neg == -torch.inf
         s_neg = torch.where(none, part.s_neg, s_neg)
-        if bool(none.any()):  # or all of an anchor's similarities are below what the dtype holds
+        if bool(none.any()):  # no negatives, or all similarities of the anchor are below the dtype's range
             s_neg = torch.where(none & (count() > 0), torch.nan, s_neg)
     part = part._replace(s_neg=s_neg)
     if part.semi is not None and part.semi_negative is not None:
@@ -313,7 +313,7 @@ def dense_value(similarity: Dot, block: Block, dense: Dense) -> Tensor:
             loss = dense.product.value(own, s)
             if not fits:
                 loss = torch.where(own.isfinite() & s.isfinite(), loss, torch.nan)
-                loss = torch.where(live[part] * met != 0, loss, 0.0)  # 0 · inf is no 0
+                loss = torch.where(live[part] * met != 0, loss, 0.0)  # 0 · inf would be NaN
             total += (met * loss * live[part]).sum()
     return total
 
@@ -321,14 +321,14 @@ def dense_value(similarity: Dot, block: Block, dense: Dense) -> Tensor:
 def dense_block(
     similarity: Dot, block: Block, dense: Dense, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """What the negatives in a block of S give its rows and columns: G is made tile by tile, S a second time.
+    """Gradients of the negatives in a block of S: computes S a second time, and G, tile by tile.
 
     Args:
         needs: whether x and y need a gradient.
 
     Returns:
-        ∂l/∂x (n, D) and ∂l/∂y (m, D) without what the pairs give, and (2, K) what the block pulls at the pairs of
-        x→y and of y→x: its share of −G there.
+        ∂l/∂x (n, D) and ∂l/∂y (m, D) without the contribution of the pairs, and (2, K), the block's pull at the pairs
+        of x→y and of y→x: its share of −G there.
     """
     x, y, masks = block
     product, s_pos, coded = dense.product, dense.s_pos, _coded(masks, x.dtype)
@@ -375,7 +375,7 @@ Index = tuple[slice, slice]
 
 
 def _directions(masks: Masks) -> Iterator[tuple[int, Index, slice]]:
-    """For x→y and y→x: the candidates' dimension, a tile's part with anchors, and which anchors those are."""
+    """For x→y and y→x: the candidates' dimension, the part of a tile that has anchors, and these anchors' slice."""
     rows, cols = masks.anchors(0), masks.anchors(1)
     yield 1, (slice(0, rows.stop - rows.start), slice(None)), rows
     yield 0, (slice(None), slice(0, cols.stop - cols.start)), cols

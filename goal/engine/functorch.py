@@ -24,10 +24,10 @@ _NO_TRANSFORM = (
 
 
 def plain(*arguments: Any) -> tuple[Any, ...]:
-    """The arguments without what torch.func.grad and vjp wrap tensors in.
+    """The arguments without the wrappers of torch.func.grad and vjp.
 
     Raises:
-        RuntimeError: one of them is batched by vmap, or has a forward-mode tangent.
+        RuntimeError: an argument is batched by vmap, or has a forward-mode tangent.
     """
     if torch.compiler.is_compiling() or not (inside() or forward_ad._current_level >= 0):
         return arguments
@@ -46,23 +46,23 @@ def plain(*arguments: Any) -> tuple[Any, ...]:
 
 
 def inside() -> bool:
-    """Whether a transform of torch.func is at work."""
+    """Whether a transform of torch.func is active."""
     return not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None
 
 
 def outside() -> AbstractContextManager[Any]:
-    """Without the transforms of torch.func, for tensors that are plain."""
+    """A context without the transforms of torch.func, for plain tensors."""
     return temporarily_clear_interpreter_stack() if inside() else nullcontext()
 
 
 def batched(tensor: Tensor) -> bool:
-    """Whether it stands for several, by vmap."""
+    """Whether vmap batches the tensor."""
     while functorch.is_functorch_wrapped_tensor(tensor) and not functorch.is_batchedtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def no_autocast(device: str) -> AbstractContextManager[None]:
-    """Products in the computing dtype; entered only where autocast is on, as it costs more than a small product."""
+    """A context without autocast; entered only if autocast is on, as entering costs more than a small product."""
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -26,14 +26,14 @@ from goal.terms import Parameter, Product, Term
 
 
 def pair(backend: Backend, block: Block, mined: bool) -> Pairs:
-    """s⁺ of a whole batch; `mined`: nobody will meet all negatives."""
+    """s⁺ of a whole batch; `mined`: the objective never uses all negatives."""
     if not torch.compiler.is_compiling():
         return backend.pair(block.x, block.y, block.masks.pairs, mined)
     return Pairs(*_PAIR(Work(backend, block)))
 
 
 def statistics(backend: Backend, block: Block, pairs: Pairs, request: Request) -> Statistics:
-    """What the request asks for of a whole batch."""
+    """The requested statistics of a whole batch."""
     if not torch.compiler.is_compiling():
         return backend.statistics(block, pairs, request)
     s_neg, negative, *rest = _MINE(Work(backend, block, pairs, request))
@@ -51,7 +51,7 @@ def dense_value(backend: Backend, block: Block, dense: Dense) -> Tensor:
 def dense_block(
     backend: Backend, block: Block, dense: Dense, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """What the negatives in a block of S give its rows and columns, and the pairs (2, K)."""
+    """Gradients of the negatives in a block of S at its rows and columns, and the pull at the pairs (2, K)."""
     if not torch.compiler.is_compiling():
         return backend.dense_block(block, dense, needs)
     gx, gy, pull = _DENSE_BLOCK(Work(backend, block, dense=dense, needs=needs))
@@ -59,19 +59,19 @@ def dense_block(
 
 
 def mined_emit(backend: Backend, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
-    """What the mined entries in a block of S give its rows and columns, times the incoming gradient (0-d)."""
-    if not (backend.kernels and torch.compiler.is_compiling()):  # the eager one is plain tensor functions
+    """Gradients of the mined entries in a block of S at its rows and columns, times the incoming gradient (0-d)."""
+    if not (backend.kernels and torch.compiler.is_compiling()):  # the eager stage is plain tensor functions
         return backend.mined_emit(block, mined, incoming, needs)
     incoming = mined.pull.new_ones(()) if incoming is None else incoming
     gx, gy = _MINED_EMIT(Work(backend, block, mined=mined, incoming=incoming, needs=needs))
     return gx if needs[0] else None, gy if needs[1] else None
 
 
-# ── what operators take ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── the arguments of operators ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Work(NamedTuple):
-    """What an operator is asked for: whatever its stage takes."""
+    """The arguments of an operator's stage."""
 
     backend: Backend
     block: Block
@@ -145,7 +145,7 @@ def unpack(tensors: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[fl
 
 
 def _term(definition: terms.Definition, numbers: Iterator[float]) -> Term:
-    """The term whose parameters are the next numbers; NaN is None, and a default's type tells a boolean."""
+    """The term whose parameters are the next numbers; NaN is None, and a boolean is known by its default's type."""
 
     def value(default: Parameter, number: float) -> Parameter:
         return bool(number) if isinstance(default, bool) else None if math.isnan(number) else number
@@ -162,7 +162,7 @@ Operator = Callable[[Work], list[Tensor]]
 
 
 def _operator(name: str, run: Callable[[Work], Outputs], shapes: Callable[[Work], Outputs]) -> Operator:
-    """A `torch.library` operator of what a stage does and of empty tensors like those that it returns."""
+    """A `torch.library` operator from a stage's function and a function that returns empty tensors like its results."""
     schema = "(Tensor[] tensors, SymInt[] sizes, Tensor numbers, str structure) -> Tensor[]"
 
     def returned(work: Work, outputs: Outputs) -> list[Tensor]:
@@ -171,7 +171,7 @@ def _operator(name: str, run: Callable[[Work], Outputs], shapes: Callable[[Work]
 
     def compute(tensors: list[Tensor], sizes: list[int], numbers: Tensor, structure: str) -> list[Tensor]:
         work = unpack(tensors, sizes, numbers.tolist(), structure)
-        return [one.clone() for one in returned(work, run(work))]  # what an operator returns is its own
+        return [one.clone() for one in returned(work, run(work))]  # an operator's results must not alias its inputs
 
     def fake(tensors: list[Tensor], sizes: list[int], numbers: Tensor, structure: str) -> list[Tensor]:
         work = unpack(tensors, sizes, [0.5] * numbers.shape[0], structure)

@@ -12,16 +12,16 @@ from goal.engine.types import Limits
 
 
 class Partial(NamedTuple):
-    """One direction's reductions over some of the candidates of A anchors. What was not requested is None.
+    """One direction's reductions over some of the candidates of A anchors. Fields that were not requested are None.
 
-    The sums are relative to the partial's own hardest negative, which stays outside them, so merging only ever adds.
+    The sums are relative to the partial's own hardest negative and exclude it, so merging only ever adds.
     """
 
-    s_neg: Tensor  # (A,) similarity of the hardest negative; −inf where there is none yet
+    s_neg: Tensor  # (A,) similarity of the hardest negative; −inf if there is none yet
     negative: Tensor  # (A,) int64, its global index
-    semi: Tensor | None = None  # (A,) similarity of the hardest semi-hard negative; −inf where none
+    semi: Tensor | None = None  # (A,) similarity of the hardest semi-hard negative; −inf if there is none
     semi_negative: Tensor | None = None  # (A,) int64
-    ties: Tensor | None = None  # (A,) negatives equal to the hardest, itself included
+    ties: Tensor | None = None  # (A,) number of negatives equal to the hardest, itself included
     lin_count: Tensor | None = None  # (A,) valid negatives below the hardest
     lin_sum: Tensor | None = None  # (A,) Σ (s⁻ − sᵢⱼ) over them
     exp_count: Tensor | None = None  # (A,) valid negatives other than the hardest
@@ -29,12 +29,12 @@ class Partial(NamedTuple):
 
 
 def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
-    """The partial over both sets of candidates: associative, and commutative but for the order of summing.
+    """The partial over both sets of candidates: associative, and commutative except for the order of summing.
 
     Args:
         a, b: partials of the same anchors over disjoint candidates.
-        request: what both were asked for.
-        limits: the threshold of the sums, and what counts as equal, of the batch.
+        request: the request of both partials.
+        limits: of the batch: the threshold of the sums, and the distance below which similarities are equal.
     """
     takes_b = _beats(b.s_neg, b.negative, a.s_neg, a.negative)
     s_neg, index = torch.where(takes_b, b.s_neg, a.s_neg), torch.where(takes_b, b.negative, a.negative)
@@ -48,11 +48,11 @@ def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
     if not request.sums:
         return merged
 
-    def ordered(name: str) -> tuple[Tensor, Tensor]:  # (winner's, loser's)
+    def ordered(name: str) -> tuple[Tensor, Tensor]:  # (the winner's field, the loser's field)
         of_a, of_b = getattr(a, name), getattr(b, name)
         return torch.where(takes_b, of_b, of_a), torch.where(takes_b, of_a, of_b)
 
-    lost = torch.where(takes_b, a.s_neg, b.s_neg)  # the loser's hardest now joins the sums, if it is valid
+    lost = torch.where(takes_b, a.s_neg, b.s_neg)  # the loser's hardest negative joins the sums, if it is valid
     joins = lost >= limits.threshold
     gap = torch.where(joins, s_neg - lost, 0)
     if request.lin:
@@ -76,12 +76,12 @@ def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
 
 
 def _beats(s: Tensor, index: Tensor, other: Tensor, other_index: Tensor) -> Tensor:
-    """Where s goes before other: higher, or equal with the lower index; NaN goes before all, so that it shows."""
+    """Where s goes before `other`: higher, or equal with the lower index; NaN goes before all, so that it shows."""
     return (s > other) | ((s == other) & (index < other_index)) | s.isnan()
 
 
 def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
-    """The partials over all candidates, x→y and y→x (or one that holds both as its rows) → statistics."""
+    """Statistics from the partials over all candidates: x→y and y→x, or a single partial with both as its rows."""
     part = directions[0]
     if len(directions) == 2:
         columns: list[Any] = [

@@ -29,7 +29,7 @@ from goal.terms.product import Weights
 
 
 class Mines(Protocol):
-    """What mines a batch."""
+    """A batch that can be mined."""
 
     def mine(self, settings: Settings) -> Statistics:
         """The statistics of the own anchors."""
@@ -37,17 +37,17 @@ class Mines(Protocol):
 
 
 class Seen(NamedTuple):
-    """What the weights were computed from, for `Stats`; row 0 is x→y, row 1 is y→x."""
+    """Inputs of the weights, for `Stats`; row 0 is x→y, row 1 is y→x."""
 
     s_pos: Tensor  # (K,)
     statistics: Statistics | None
-    weights: Weights | None  # of the mined triplets, each (2, K) or a number
-    fallback: Tensor | None  # (2, K) bool: anchors that met all their negatives
-    miner: Mines  # what mines where nothing was mined
+    weights: Weights | None  # of the mined triplets; fields (2, K) or a number
+    fallback: Tensor | None  # (2, K) bool: anchors that use all their negatives
+    miner: Mines  # mines on request, if the objective mined nothing
 
 
 class Emits(Protocol):
-    """What emits the gradient of a call in backward."""
+    """Emits the gradient of a call in backward."""
 
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         """∂l/∂x and ∂l/∂y in the inputs' dtypes, times the incoming gradient; None for a side that needs none."""
@@ -55,7 +55,7 @@ class Emits(Protocol):
 
 
 class Outcome(NamedTuple):
-    """What forward knows at its end."""
+    """The result of forward."""
 
     value: Tensor  # 0-d
     emission: Emits
@@ -83,7 +83,7 @@ def batch_of(call: Call, settings: Settings) -> Whole:
 
 
 def forward(call: Call, settings: Settings) -> Outcome:
-    """The value, and what backward needs besides x and y."""
+    """The value, and the objects that backward needs besides x and y."""
     batch = batch_of(call, settings)
     does, block, pairs = batch
     share = share_of(pairs, call.weight, settings.reduction)
@@ -100,7 +100,7 @@ def weighed_by(
     does: Backend, settings: Settings, masks: Masks, pairs: Pairs, statistics: Statistics | None, share: object
 ) -> Weighed:
     """The weighing stage: small mined objectives on kernels in one launch, all others by plain tensor functions."""
-    alike = not isinstance(share, Tensor) or share.dim() == 1  # both directions, as the kernel takes them
+    alike = not isinstance(share, Tensor) or share.dim() == 1  # same in both directions, as the kernel requires
     mined = statistics is not None and settings.mining.dense == "never"
     if statistics is not None and mined and alike and does.weighs(settings.product, masks.pairs):
         entries, value = does.weigh(statistics, settings.product, share)
@@ -112,7 +112,7 @@ def weighed_by(
 
 
 class Emission(NamedTuple):
-    """What emits the gradient of a batch in one process."""
+    """Emits the gradient of a batch in one process."""
 
     backend: Backend
     masks: Masks
@@ -126,7 +126,7 @@ class Emission(NamedTuple):
         return pulled_back(self.backend.similarity, (x, y), block, gradients)
 
 
-Blocks = Iterable[tuple[Block, tuple[bool, bool]]]  # and whether it has all candidates of its rows, of its columns
+Blocks = Iterable[tuple[Block, tuple[bool, bool]]]  # with: has it all candidates of its rows, of its columns?
 
 
 def emit_blocks(
@@ -137,12 +137,12 @@ def emit_blocks(
     incoming: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """∂l/∂x and ∂l/∂y at the embedded rows of the own block, from blocks that have all of their candidates.
+    """∂l/∂x and ∂l/∂y at the embedded rows of the own block, from blocks that have all candidates of these rows.
 
     Args:
-        blocks: each counts for its rows, its columns or both, where it has all of their candidates; those are own rows.
+        blocks: a block counts for its rows, its columns or both, if it has all of their candidates; those are own rows.
         own: the own rows of x and of y, pair by pair.
-        entries: what weighing left of mined triplets, and of anchors that meet all their negatives.
+        entries: weighed mined triplets, and weighed anchors that use all their negatives.
     """
     blocks, (mined, dense) = list(blocks), entries
     gx, gy = None, None
@@ -167,7 +167,7 @@ def emit_blocks(
 
 
 def at_pairs(similarity: Dot, own: Block, value: Tensor, needs: Needs) -> Gradients:
-    """∂l/∂x and ∂l/∂y at own rows, of entries of G (K,) at all pairs."""
+    """∂l/∂x and ∂l/∂y at own rows, from entries of G (K,) at all pairs."""
     anchors = own.masks.anchors(0)
     k = torch.arange(anchors.stop - anchors.start, device=value.device)
     x, y = own.x.to(value.dtype), own.y.to(value.dtype)

@@ -9,7 +9,7 @@ from goal.terms.product import Weights
 
 
 def bounded(*similarities: Tensor) -> bool:
-    """Whether these are known to be far inside the dtype's range; only on the CPU, where asking waits for nobody."""
+    """Whether these are known to be far inside the dtype's range; read on the CPU only, where reading does not wait."""
     if torch.compiler.is_compiling() or similarities[0].device.type != "cpu":
         return False
     far = torch.finfo(similarities[0].dtype).max ** 0.75
@@ -17,9 +17,9 @@ def bounded(*similarities: Tensor) -> bool:
 
 
 def lost(s_pos: Tensor, s_neg: Tensor, weights: Weights, loss: Tensor) -> Tensor:
-    """Where the weights of triplets are not to be had in this dtype, so that a NaN has to show; bool.
+    """Where the weights of triplets cannot be computed in this dtype, so that a NaN has to show; bool.
 
-    A similarity is not finite; or its square is not, and the weights or the loss are beyond their range with it.
+    That is: a similarity is not finite, or its square is not finite and the weights or the loss overflow too.
     """
     limit = torch.finfo(s_neg.dtype).max ** 0.5
     size = torch.maximum(s_pos.abs(), s_neg.abs())

@@ -25,19 +25,19 @@ PRECISIONS = ("fast", "tf32", "exact")
 
 @dataclass(frozen=True)
 class Settings:
-    """An objective, checked: everything about it but the data."""
+    """A checked objective: all its settings, without the data."""
 
     product: Product
     mining: Mining
     similarity: Dot
     reduction: str
-    request: Request  # what the miner has to reduce
+    request: Request  # the statistics that the miner has to compute
     impl: str
     precision: str
 
     @property
     def mines(self) -> bool:
-        """Whether anything of the mining stage is needed for the gradient."""
+        """Whether the gradient needs the mining stage."""
         return self.mining.mined != "none" or bool(self.product.statistics)
 
     def relative(self, statistics: Statistics) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ def settings(
     impl: str = "auto",
     precision: str = "fast",
 ) -> Settings:
-    """The checked objective behind the arguments of `goal.apply`; checked once for the same arguments."""
+    """The checked objective for the arguments of `goal.apply`; cached by arguments."""
     arguments = (T, P, mining, similarity, reduction, impl, precision)
     known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
     return (_make_once if known else _make)(*arguments)
@@ -98,7 +98,7 @@ Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | No
 
 
 def numbers(objective: Settings) -> Numbers:
-    """Everything in an objective that is a number."""
+    """All numbers of an objective."""
     mining = objective.mining
     return objective.product.T.params, objective.product.P.params, {"margin": mining.margin, "eps": mining.eps}
 
@@ -106,7 +106,7 @@ def numbers(objective: Settings) -> Numbers:
 def renumbered(
     objective: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
 ) -> Settings:
-    """An objective with other numbers."""
+    """The objective with other numbers."""
     old = objective.mining
     return settings(
         objective.product.T.definition(**T),

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_UNDERFLOW = 745.13  # exp(−z) is exactly 0 in float64 beyond: such entries are left out of the positive sets
-_FEW = 256  # pairs up to which the definition is quicker than sorting
+_UNDERFLOW = 745.13  # exp(−z) is exactly 0 in float64 for larger z: such entries are left out of the positive sets
+_FEW = 256  # pairs up to which the definition is faster than sorting
 BAND = 0.1  # the reach of multi-similarity's valid sets: s ≥ min s⁺ − 0.1 and s⁺ ≤ s⁻ + 0.1
 
 
 class Request(NamedTuple):
-    """What the chosen terms and mining need from S; the hardest negative is always found."""
+    """The statistics that terms and mining need from S; the hardest negative is always mined."""
 
     semi_hard: float | None = None  # the margin of semi-hard mining
     lin: bool = False  # r_neg_lin
@@ -25,24 +25,24 @@ class Request(NamedTuple):
 
     @property
     def compares(self) -> bool:
-        """Whether equal similarities have to be told from close ones."""
+        """Whether the reductions have to distinguish equal similarities from close ones."""
         return self.lin or self.semi_hard is not None
 
 
 class Statistics(NamedTuple):
-    """Per anchor and direction, row 0 is x→y and row 1 is y→x: what the weights are functions of."""
+    """The inputs of the weights, for each anchor and direction; row 0 is x→y, row 1 is y→x."""
 
     s_pos: Tensor  # (K,) similarity of each pair
-    s_neg: Tensor  # (2, K) of the hardest negative; −inf where an anchor has none
-    negative: Tensor  # (2, K) int64: its row of y (x→y) or of x (y→x)
-    semi: Tensor | None  # (2, K), of the hardest semi-hard negative; −inf where none
+    s_neg: Tensor  # (2, K) similarity of the hardest negative; −inf if an anchor has none
+    negative: Tensor  # (2, K) int64, its row in y (x→y) or in x (y→x)
+    semi: Tensor | None  # (2, K) similarity of the hardest semi-hard negative; −inf if there is none
     semi_negative: Tensor | None  # (2, K)
     r_neg_lin: Tensor | None  # (2, K)
     r_neg_exp: Tensor | None  # (2, K)
 
     @property
     def selected(self) -> tuple[Tensor, Tensor]:
-        """Similarity and index of the negative that mining selects, (2, K) each; −inf where an anchor has none."""
+        """Similarity and index of the negative that mining selects, both (2, K); −inf if an anchor has none."""
         if self.semi is not None and self.semi_negative is not None:
             return self.semi, self.semi_negative
         return self.s_neg, self.negative
@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
 def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
     """R⁺ = mean (s⁺ᵢ − s⁺ₖ) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out: (K,), (2, K) → (2, K).
 
-    By the definition for small K, else from sorted prefix sums: O(K log K).
+    Computed by the definition for small K, else from sorted prefix sums: O(K log K).
     """
     own, reach = s_pos.double(), s_neg.double() + BAND
     if own.shape[0] <= _FEW:
@@ -60,9 +60,9 @@ def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
         return ((differences * valid).sum(-1) / valid.sum(-1).clamp_(min=1)).to(s_pos.dtype)
     ordered = own.sort().values
     prefix = torch.cat((ordered.new_zeros(1), ordered.cumsum(0)))
-    valid = torch.searchsorted(ordered, reach, right=True)  # (2, K), how many k lie below
+    valid = torch.searchsorted(ordered, reach, right=True)  # (2, K), number of k with s⁺ₖ within reach
     first, last = torch.searchsorted(ordered, own), torch.searchsorted(ordered, own, right=True)
-    equal = (torch.minimum(valid, last) - first).clamp(min=0)  # zeros: s⁺ₖ = s⁺ᵢ, i itself among them
+    equal = (torch.minimum(valid, last) - first).clamp(min=0)  # number of zeros: s⁺ₖ = s⁺ᵢ, including k = i
     total = valid * own - prefix[valid]
     return (total / (valid - equal).clamp(min=1)).to(s_pos.dtype)
 
@@ -70,9 +70,9 @@ def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:
 def r_pos_exp(s_pos: Tensor, s_neg: Tensor, alpha: float) -> Tensor:
     """R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ)) over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1: (K,), (2, K) → (2, K).
 
-    By the definition for small K. Else in sorted order, where the set is [0, rank) ∪ (rank, valid): a prefix, and the
-    difference of two suffixes whose first entry is their largest, so nothing cancels; in logarithms nothing overflows.
-    O(K log K). Entries that are exactly 0 in float64 are left out.
+    Computed by the definition for small K. For larger K in sorted order, where the set is [0, rank) ∪ (rank, valid): a
+    prefix, and the difference of two suffixes whose first entry is their largest, so nothing cancels; in logarithms
+    nothing overflows. O(K log K). Entries that are exactly 0 in float64 are left out.
     """
     own, reach = s_pos.double(), s_neg.double() + BAND
     k = own.shape[0]

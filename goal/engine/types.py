@@ -14,7 +14,7 @@ Needs = tuple[bool, bool]
 
 
 def total(*parts: Tensor | None) -> Tensor | None:
-    """The sum of those that are there."""
+    """The sum of the parts that are not None; None if all are."""
     sum_ = None
     for part in parts:
         sum_ = part if sum_ is None else sum_ if part is None else sum_ + part
@@ -22,7 +22,7 @@ def total(*parts: Tensor | None) -> Tensor | None:
 
 
 class Entries(NamedTuple):
-    """Entries of G = ∂l/∂S; repeated ones add."""
+    """Entries of G = ∂l/∂S; repeated entries add."""
 
     row: Tensor  # (E,) int64
     col: Tensor  # (E,) int64
@@ -30,14 +30,14 @@ class Entries(NamedTuple):
 
 
 class Mined(NamedTuple):
-    """What weighing leaves of mined objectives: entries of G, row 0 of anchors x→y, row 1 of anchors y→x."""
+    """Entries of G of mined objectives, from weighing; row 0 has the anchors of x→y, row 1 those of y→x."""
 
-    negative: Tensor  # (2, K) int64: its row in y, or in x
+    negative: Tensor  # (2, K) int64, row of the negative in y (x→y) or in x (y→x)
     pull: Tensor  # (2, K) entries at the pairs; both rows add
     push: Tensor  # (2, K) entries at the negatives
 
     def entries(self) -> Entries:
-        """The same, one by one: those at the pairs, then x→y's, then y→x's."""
+        """The same as a list of entries: at the pairs, at the negatives of x→y, at the negatives of y→x."""
         anchors = torch.arange(self.negative.shape[1], device=self.negative.device)
         return Entries(
             row=torch.cat((anchors, anchors, self.negative[1])),
@@ -47,26 +47,26 @@ class Mined(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What leaves the pair stage."""
+    """Result of the pair stage."""
 
     s_pos: Tensor  # (K,) similarity of each pair
-    bounds: Tensor  # (3,) −min s⁺, max ‖x‖, max ‖y‖, as a backend writes them; (0,) where it needs none beforehand
+    bounds: Tensor  # (3,) −min s⁺, max ‖x‖, max ‖y‖, in the backend's format; (0,) if it needs none beforehand
 
 
 class Masks(NamedTuple):
-    """What makes S[i, j] not a negative, in a block of S: the pair itself, and equal ids."""
+    """Says which entries of a block of S are no negatives: the pair itself, and equal ids."""
 
     n: int  # rows of the block
-    m: int  # its columns
+    m: int  # columns of the block
     size: tuple[int, int]  # (N, M) of the batch
     row_offset: int = 0  # index in the batch of the block's first row
     col_offset: int = 0
     ids: Tensor | None = None  # (n,) int64 ids of the block's rows
-    y_ids: Tensor | None = None  # (m,) of its columns
+    y_ids: Tensor | None = None  # (m,) int64 ids of the block's columns
 
     @property
     def pairs(self) -> int:
-        """K: rows and columns of the batch below it are anchors."""
+        """K: the first K rows and columns of the batch are anchors."""
         return min(self.size)
 
     @property
@@ -76,27 +76,27 @@ class Masks(NamedTuple):
 
     @property
     def may_lack(self) -> bool:
-        """Whether an anchor could be left without a negative here."""
+        """Whether an anchor may have no negative in the block."""
         return self.ids is not None or min(self.n, self.m) < 2
 
     def block(self, rows: slice, cols: slice) -> Masks:
-        """Those of some rows and columns of a whole batch."""
+        """The masks of some rows and columns of a whole batch."""
         ids, y_ids = (None if one is None else one[at] for one, at in ((self.ids, rows), (self.y_ids, cols)))
         n, m = rows.stop - rows.start, cols.stop - cols.start
         return Masks(n, m, self.size, rows.start, cols.start, ids, y_ids)
 
     def tile(self, rows: slice) -> Masks:
-        """Those of some rows of the block, with all of its columns."""
+        """The masks of some rows of the block, with all of its columns."""
         ids = None if self.ids is None else self.ids[rows]
         return self._replace(n=rows.stop - rows.start, ids=ids, row_offset=self.row_offset + rows.start)
 
     def anchors(self, side: int) -> slice:
-        """Which anchors of the batch the block begins with: its rows (side 0) or its columns (side 1)."""
+        """The anchors of the batch among the block's rows (side 0) or columns (side 1); they come first."""
         offset, size = (self.col_offset, self.m) if side else (self.row_offset, self.n)
         return slice(offset, offset + max(0, min(self.pairs - offset, size)))
 
     def negatives(self, side: int, device: torch.device) -> Tensor:
-        """(A,) how many negatives the anchors of one side have in the block."""
+        """(A,) number of negatives in the block for each anchor of a side."""
         at = self.anchors(side)
         own, others, offset, m = self.ids, self.y_ids, self.col_offset, self.m
         if side:
@@ -106,11 +106,11 @@ class Masks(NamedTuple):
         if own is None or others is None:
             return m - pair.long()
         own = own[: at.stop - at.start]
-        pair &= own != others[place.clamp(0, m - 1)]  # ids remove it already where they are equal
+        pair &= own != others[place.clamp(0, m - 1)]  # equal ids already exclude the pair
         return m - _occurrences(own, others) - pair.long()
 
     def diagonal(self, tile: Tensor) -> Tensor:
-        """View of the entries of a tile that are pairs."""
+        """View of the pairs among a tile's entries."""
         first = max(self.row_offset, self.col_offset)
         last = min(self.row_offset + self.n, self.col_offset + self.m, self.pairs)
         i, j = first - self.row_offset, first - self.col_offset
@@ -124,10 +124,10 @@ class Masks(NamedTuple):
         return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
 
     def hide(self, tile: Tensor) -> Tensor:
-        """The tile with −inf wherever an entry is not a negative, in place."""
+        """The tile with −inf at entries that are no negatives, in place."""
         self.diagonal(tile).fill_(-torch.inf)
         differ = self.differ(tile)
-        # the log of the indicator is 0 or −inf: streaming passes, several times faster than a masked fill
+        # the log of the indicator is 0 or −inf: its streaming passes are several times faster than a masked fill
         return tile if differ is None else tile.add_(differ.log_())
 
     def live(self, tile: Tensor) -> Tensor:
@@ -152,26 +152,26 @@ class Block(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """Anchors that meet all their negatives, weighed: what makes the entries of G tile by tile."""
+    """Weighed anchors that use all their negatives; from these the entries of G are computed tile by tile."""
 
     product: Product
     s_pos: Tensor  # (K,)
-    bounds: Tensor  # of the batch, as `Pairs` has them
-    share: Tensor  # (2, K) what an anchor's negatives weigh; 0 for anchors that do not meet all of them
-    relative: dict[str, Tensor]  # the statistics that the terms declared, each (2, K)
-    every: bool  # all anchors meet all their negatives, not only some
+    bounds: Tensor  # of the batch, as in `Pairs`
+    share: Tensor  # (2, K) weight of each negative of an anchor; 0 for anchors that do not use all of theirs
+    relative: dict[str, Tensor]  # the statistics that the terms declared: name → (2, K)
+    every: bool  # whether all anchors use all their negatives
 
 
 class Limits(NamedTuple):
-    """What the reductions of any block compare with: numbers of the batch."""
+    """Thresholds of the batch, the same for the reductions of every block."""
 
     threshold: float  # min s⁺ − 0.1: the similarity from which a negative is valid for the sums
-    tie: float  # similarities closer than this are equal (the rounding of one product)
+    tie: float  # similarities closer than this count as equal (the rounding of a product)
 
 
 class Plan(NamedTuple):
-    """How an implementation would go about a batch, for `goal.explain`."""
+    """How an implementation computes a batch, for `goal.explain`."""
 
-    tile: tuple[int, int]  # rows and columns of S that are made at once
+    tile: tuple[int, int]  # rows and columns of S that are computed at once
     arithmetic: str  # of the products
-    held: int  # bytes beyond the inputs and their gradients, at the peak
+    held: int  # bytes at the peak, beyond the inputs and their gradients

@@ -15,17 +15,17 @@ from goal.terms.product import Weights
 
 
 class Weighed(NamedTuple):
-    """What weighing leaves: the value, the entries of G, and what `Stats` shows."""
+    """Result of weighing: the value, the entries of G, and fields for `Stats`."""
 
     value: Tensor  # 0-d, of the mined triplets
     mined: Mined | None
     dense: Dense | None
-    weights: Weights | None = None  # of the mined triplets, each (2, K) or a number
-    fallback: Tensor | None = None  # (2, K) bool: anchors that meet all their negatives
+    weights: Weights | None = None  # of the mined triplets; fields (2, K) or a number
+    fallback: Tensor | None = None  # (2, K) bool: anchors that use all their negatives
 
 
 def share_of(pairs: Pairs, weight: Tensor | None, reduction: str) -> Any:
-    """What each anchor weighs, (K,), (2, K) or a number: wᵢ, divided by Σ w (by K without weights) for the mean."""
+    """The weight of each anchor, (K,), (2, K) or a number: wᵢ, divided by Σ w (by K without weights) for the mean."""
     if weight is None:
         return 1.0 if reduction == "sum" else 1.0 / pairs.s_pos.shape[0]
     weight = weight.to(pairs.s_pos.dtype)
@@ -36,16 +36,16 @@ def share_of(pairs: Pairs, weight: Tensor | None, reduction: str) -> Any:
 
 
 def weigh(settings: Settings, masks: Masks, pairs: Pairs, statistics: Statistics | None, share: Any) -> Weighed:
-    """All but the value of dense anchors.
+    """The weighing stage; only the value of dense anchors is not included.
 
     Args:
         masks: of the whole batch.
         statistics: of all anchors; None where nothing was mined.
-        share: what each anchor weighs, from `share_of`.
+        share: the weight of each anchor, from `share_of`.
     """
     s_pos, mining = pairs.s_pos, settings.mining
     relative = {} if statistics is None else settings.relative(statistics)
-    if relative and not bounded(s_pos):  # they are over all pairs
+    if relative and not bounded(s_pos):  # relative similarities depend on all pairs
         gone = torch.where(s_pos.isfinite().all(), 0.0, torch.nan)
         relative = {name: value + gone for name, value in relative.items()}
     fallback = None
@@ -62,7 +62,7 @@ def weigh(settings: Settings, masks: Masks, pairs: Pairs, statistics: Statistics
 
 
 def weights_of(settings: Settings, statistics: Statistics) -> Weights:
-    """T and P± of all anchors at the negatives that mining selects; at s⁺ where an anchor has none."""
+    """T and P± of all anchors at the negatives that mining selects; at s⁺ if an anchor has none."""
     s_pos, (s_neg, _) = statistics.s_pos, statistics.selected
     stand_in = torch.where(s_neg == -torch.inf, s_pos, s_neg)
     return settings.product.weights(s_pos, stand_in, settings.relative(statistics))
@@ -81,7 +81,7 @@ def _mined(
     s_neg, index = statistics.selected
     if statistics.semi is not None or masks.may_lack:
         has = s_neg != -torch.inf
-        s_neg = torch.where(has, s_neg, s_pos)  # a stand-in where there is no negative: its share is 0
+        s_neg = torch.where(has, s_neg, s_pos)  # a stand-in for a missing negative: its share is 0
         share = has.to(s_pos.dtype) * share
     if fallback is not None:
         share = (~fallback).to(s_pos.dtype) * share
@@ -106,7 +106,7 @@ def _expanded(weight: Any, like: Tensor) -> Tensor:
 
 
 def _dense_share(settings: Settings, masks: Masks, pairs: Pairs, share: Any, fallback: Tensor | None) -> Tensor:
-    """(2, K): what each negative weighs of the anchors that meet all of theirs; 0 for the others."""
+    """(2, K): the weight of each negative of the anchors that use all of theirs; 0 for other anchors."""
     s_pos, (n, m) = pairs.s_pos, masks.size
     sizes = s_pos.new_tensor([[m - 1.0], [n - 1.0]]).expand(2, masks.pairs)  # number of negatives
     if masks.ids is not None:

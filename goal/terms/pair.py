@@ -19,7 +19,7 @@ def pair_weight(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a pair weight (P⁺(s⁺), P⁻(s⁻)) under a name.
 
-    As `triplet_weight`, but the function returns the two weights: ``return p_pos, p_neg``.
+    Works as `triplet_weight`, but the function returns the two weights: ``return p_pos, p_neg``.
 
     Example:
         >>> import goal, torch
@@ -32,8 +32,8 @@ def pair_weight(
     return P.register(name, statistics, potential, probe)
 
 
-# Potentials: the losses l(s⁺, s⁻) that some T × P are, with ∂l/∂s⁺ = −T·P⁺ and ∂l/∂s⁻ = T·P⁻; None where a hinge's
-# jump leaves none.
+# Potentials: the losses l(s⁺, s⁻) of those T × P that have one, with ∂l/∂s⁺ = −T·P⁺ and ∂l/∂s⁻ = T·P⁻; None where the
+# jump of a hinge leaves no loss.
 
 
 def _triplet(s_pos: Tensor, s_neg: Tensor, *, margin: float | None) -> Tensor:

@@ -12,10 +12,10 @@ from goal.terms.term import Term
 
 
 def probe(term: Term) -> None:
-    """Run a term on [−1, 1]², relative similarities at 0 and ½, and refuse what is no weight.
+    """Run a term on [−1, 1]², with relative similarities 0 and ½, and refuse it if it is no valid weight.
 
     Raises:
-        ValueError: it fails there, is not elementwise, not finite, or a negative T.
+        ValueError: the term fails there, is not elementwise, is not finite, or is a negative T.
     """
     at = torch.arange(-20, 21, dtype=torch.float64, device="cpu") / 20
     tile, few = (at[:, None].expand(41, 41), at.expand(41, 41)), (at[:30], at[:30])
@@ -38,7 +38,7 @@ def probe(term: Term) -> None:
 
 
 def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tensor, Tensor]) -> None:
-    """One of a term's weights, on a (41, 41) tile of similarities and on the first 30 of its diagonal."""
+    """Check a weight of a term, given on a (41, 41) tile of similarities and on the first 30 of its diagonal."""
 
     def where(bad: Tensor) -> str:
         i, j = (int(k) for k in bad.nonzero()[0])

@@ -20,10 +20,10 @@ class Weights(NamedTuple):
     P_neg: Any
 
     def coefficients(self, share: Any) -> tuple[Any, Any]:
-        """What the triplets pull at s⁺ and push at s⁻: m·T·P⁺ and m·T·P⁻, the equation of every objective.
+        """The pull of the triplets at s⁺ and their push at s⁻: m·T·P⁺ and m·T·P⁻, the equation of every objective.
 
         Args:
-            share: m, what each triplet weighs.
+            share: m, the weight of each triplet.
         """
         selected = share * self.T
         return selected * self.P_pos, selected * self.P_neg
@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """T × P: what the gradient is made of."""
+    """T × P: the triplet weight and the pair weight that define the gradient."""
 
     T: Term
     P: Term
@@ -49,15 +49,15 @@ class Product:
     def weights(self, s_pos: Tensor, s_neg: Tensor, relative: Mapping[str, Tensor]) -> Weights:
         """T, P⁺, P⁻ at these similarities.
 
-        P is kept below √finfo.max, the largest similarity whose square is representable: far-off similarities would
-        carry its exponentials and products out of the dtype's range.
+        P is clamped to √finfo.max, the largest similarity whose square is representable. Otherwise extreme similarities
+        would carry its exponentials and products out of the dtype's range.
         """
         t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
         p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
         return Weights(t, _saturate(p_pos), _saturate(p_neg))
 
     def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
-        """l(s⁺, s⁻): the loss whose gradient T × P is where the terms carry it, else the violation s⁻ − s⁺."""
+        """l(s⁺, s⁻): the loss whose gradient is T × P if the terms register it, else the violation s⁻ − s⁺."""
         potential = self.P.definition.potentials.get(self.T.name) or self.T.definition.potentials.get(self.P.name)
         if potential is not None:
             function, names = potential

@@ -73,7 +73,7 @@ class Registry:
         potential: Mapping[str, Potential] | None = None,
         check: Callable[[Term], None] = lambda term: None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """The decorator behind `goal.triplet_weight` and `goal.pair_weight`, which `check` the term by its defaults."""
+        """The decorator of `goal.triplet_weight` and `goal.pair_weight`; `check` gets the term with its defaults."""
         if not isinstance(name, str) or not spell(name).replace("-", "").isalnum():
             raise ValueError(f"name={name!r} must consist of letters, digits, '-' and '_'.")
         for statistic in statistics:

@@ -12,19 +12,19 @@ from goal.validation import check_bool, check_number
 
 Parameter = float | bool | None
 Potential = Callable[..., Tensor | None]
-# The relative similarities a term may declare, with the parameter each one reads from its term.
-# All are means over a batch-dependent set, 0 where the set is empty, constants for the gradient; shape of the anchors.
+# The relative similarities that a term may declare, with the parameter that they read from the term.
+# All are means over a batch-dependent set, 0 for an empty set, constants for the gradient; shape of the anchors.
 STATISTICS: Mapping[str, str | None] = {
-    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)  over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, zeros left out
-    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)  over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, zeros out
-    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))  over the same k, self left out
+    "r_pos_lin": None,  # R⁺ = mean (s⁺ᵢ − s⁺ₖ)  over k ≠ i with s⁺ₖ ≤ s⁻ᵢ + 0.1, without zeros
+    "r_neg_lin": None,  # R⁻ = mean (s⁻ᵢ − sᵢⱼ)  over non-hardest negatives with sᵢⱼ ≥ min s⁺ − 0.1, without zeros
+    "r_pos_exp": "alpha",  # R⁺ = mean exp(α(s⁺ᵢ − s⁺ₖ))  over the same k, without k = i
     "r_neg_exp": "beta",  # R⁻ = mean exp(−β(s⁻ᵢ − sᵢⱼ))  over the same j
 }
 
 
 @dataclass(frozen=True)
 class Term:
-    """A registered weight with its parameters bound: what `goal.T.cir(tau=5.0)` returns.
+    """A registered weight with its parameters bound, as `goal.T.cir(tau=5.0)` returns it.
 
     Call it with the similarities (any broadcastable shapes) and the statistics that it declares.
     """
@@ -61,7 +61,7 @@ class Definition:
     function: Callable[..., Any]
     defaults: Mapping[str, Parameter]
     statistics: tuple[str, ...] = ()
-    potentials: Mapping[str, tuple[Potential, tuple[str, ...]]] = field(default_factory=dict)  # and what it asks for
+    potentials: Mapping[str, tuple[Potential, tuple[str, ...]]] = field(default_factory=dict)  # and their parameters
 
     def __call__(self, **params: object) -> Term:
         owner = f"goal.{self.registry}.{self.name.replace('-', '_')}"
@@ -70,7 +70,7 @@ class Definition:
         return Term(self, tuple((n, self._checked(owner, n, params.get(n, d), d)) for n, d in self.defaults.items()))
 
     def __reduce__(self) -> tuple[Callable[..., Definition], tuple[object, ...]]:
-        """What is registered is stored by its name, so that a copy is the same term; what is not, by its parts."""
+        """Pickle a registered term by its name, so that a copy is the same term; any other term by its parts."""
         if self.name in (registry := REGISTRIES[self.registry]) and registry[self.name] is self:
             return _registered, (self.registry, self.name)
         parts = self.function, dict(self.defaults), self.statistics, dict(self.potentials)
@@ -85,11 +85,11 @@ class Definition:
         return check_number(owner, name, value)
 
 
-REGISTRIES: dict[str, Any] = {}  # `Registry` by kind, which registry.py puts here
+REGISTRIES: dict[str, Any] = {}  # kind → `Registry`; filled by registry.py
 
 
 def _registered(registry: str, name: str) -> Definition:
-    """The term that was stored under this name."""
+    """The registered term of this name, for unpickling."""
     if name not in REGISTRIES[registry]:
         raise ValueError(
             f"goal.{registry} has no {name!r} in this process, and what is loaded uses it: import the module that "

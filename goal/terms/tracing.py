@@ -18,29 +18,29 @@ import torch
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-_INSIDE = (torch.__name__, __name__)  # modules whose frames are not the author's
+_INSIDE = (torch.__name__, __name__)  # modules whose frames do not belong to the term's author
 
 
 class CannotTrace(ValueError):
-    """A term holds something that cannot be translated; the message names the term, the operation and the way out."""
+    """A term has a part that cannot be translated; the message names the term, the operation and the way out."""
 
 
 class Language(NamedTuple):
-    """What operations are translated into."""
+    """A target language for operations."""
 
     table: Mapping[str, Callable[..., Any]]  # by names: "mul multiply"; "Tensor.where": a method unlike the function
-    constant: Callable[[float], Any]  # a number that stands in the function
+    constant: Callable[[float], Any]  # translates a number in the term's function
     where: str  # "a kernel"
     error: type[CannotTrace]
-    otherwise: str  # what to do instead of rewriting
+    otherwise: str  # advice: the alternative to rewriting the term
 
     @property
     def known(self) -> str:
-        """The operations, for a message."""
+        """The names of the operations, for a message."""
         return ", ".join(names.split()[0] for names in self.table if "." not in names) + ", dtype"
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """What an operation of that name becomes."""
+        """The translation of an operation of that name, or None."""
         return next((code for names, code in self.table.items() if name in names.split()), None)
 
 
@@ -62,7 +62,7 @@ class _Tracer(GraphAppendingTracer):
 
 
 def _line() -> str:
-    """Where in the author's code an operation stands, as part of a sentence; nothing where there is no source."""
+    """The place of an operation in the author's code, as part of a sentence; empty if there is no source."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "torch":
         frame = frame.f_back
@@ -75,10 +75,10 @@ def _line() -> str:
 
 
 def trace(owner: str, names: tuple[str, ...], function: Callable[[Mapping[str, Proxy]], Any], to: Language) -> Graph:
-    """The graph of a function of named tensors and numbers; its output is what the function returns.
+    """The graph of a function of named tensors and numbers; the graph's output is the function's result.
 
     Raises:
-        CannotTrace: as `to.error`, where the function branches on a value or asks a tensor what only a real one knows.
+        CannotTrace: as `to.error`, if the function branches on a value or needs a property that only a real tensor has.
     """
     tracer = _Tracer(owner, to)
     given = {name: tracer.proxy(tracer.graph.placeholder(name)) for name in names}
@@ -96,9 +96,9 @@ def trace(owner: str, names: tuple[str, ...], function: Callable[[Mapping[str, P
 def translate(
     owner: str, graph: Graph, given: Mapping[str, Any], to: Language, keep: Callable[[Any, list[Any]], Any]
 ) -> tuple[Any, ...]:
-    """What the graph returns, in a language.
+    """The results of a graph, in a language.
 
-    given: what its arguments are there. keep: makes a value of what the table gives for an operation and its operands.
+    given: its arguments in that language. keep: makes a value from an operation's translation and its operands.
 
     Raises:
         CannotTrace: as `to.error`, naming an operation that the language does not have, and its line.
@@ -129,7 +129,7 @@ def translate(
 
 
 def _applied(owner: str, node: Any, operand: Callable[[Any], Any], to: Language) -> tuple[Any, list[Any]]:
-    """What one operation makes of its operands, and those."""
+    """The translation of an operation applied to its operands, and the operands."""
     if node.target is getattr and node.args[1] == "dtype":  # a dtype read from a tensor stands for the tensor
         return operand(node.args[0]), []
     if node.op == "call_method":
@@ -153,7 +153,7 @@ def _applied(owner: str, node: Any, operand: Callable[[Any], Any], to: Language)
 
 
 def _shown(node: Any) -> str:
-    """An operation as its user knows it."""
+    """The name of an operation as its user knows it."""
     if node.op == "call_method" or node.target is getattr:
         return f"Tensor.{node.target if node.op == 'call_method' else node.args[1]}"
     return torch.overrides.resolve_name(node.target) or f"{node.target.__module__.lstrip('_')}.{node.target.__name__}"

@@ -23,16 +23,16 @@ def triplet_weight(
     be > 0, ``margin`` and ``eps`` >= 0.
 
     Args:
-        name: how it is asked for; hyphens and underscores are the same.
-        statistics: relative similarities it needs, from `goal.terms.STATISTICS`; they arrive as keyword tensors.
-        potential: for the pair weights with which it has one, name → ``f(s_pos, s_neg, *, ...)``: the loss whose
-            gradient (−T·P⁺, T·P⁻) is, used as the returned value. It asks for parameters of either term by name,
-            and returns None where its parameters leave no potential.
+        name: the name of the weight; hyphens and underscores are equivalent.
+        statistics: relative similarities that it needs, from `goal.terms.STATISTICS`; passed as keyword tensors.
+        potential: pair weight's name → ``f(s_pos, s_neg, *, ...)``, for the pair weights with which the weight has a
+            loss: the loss whose gradient is (−T·P⁺, T·P⁻), used as the returned value. It reads parameters of either
+            term by name, and returns None for parameters that leave no potential.
 
     Raises:
         ValueError: the name is taken or malformed, or a statistic is unknown; or, with its default parameters on
-            [−1, 1]², the term fails, is not elementwise, is not finite, or is a negative T, where the message says
-            at which point. A negative P is a warning: it pulls where others push.
+            [−1, 1]², the term fails, is not elementwise, is not finite, or is a negative T; the message says at which
+            point. A negative P gives a warning: it pulls instead of pushing.
         TypeError: the signature is not that of a term.
 
     Example:

@@ -135,6 +135,20 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         pairs = launch.pair(x, y, n, apart=True)
         launch.statistics(Block(x, y, Masks(n, n, (n, n), ids=each, y_ids=each)), pairs, request, precision)
 
+    def block_of_ranks(dtype: torch.dtype, request: Any, product: Any) -> None:
+        """A block beside the diagonal: mined, and with all its negatives; then the mined entries in it."""
+        x, y = _inputs(dtype)
+        block = Block(x, y, Masks(N, N, (2 * N, 2 * N), col_offset=N))
+        bounds, of_pairs = launch.pair(x, y, N).bounds, x.new_empty(2, 2 * N, dtype=torch.float32)
+        launch.mine(block, types.Pairs(of_pairs[0], bounds), request, "fast")
+        relative = dict.fromkeys(product.statistics, of_pairs)
+        met = types.Dense(product, of_pairs[0], bounds, of_pairs, relative, True)
+        launch.dense_value(block, met, "fast")
+        launch.dense_block(block, met, (True, True), "fast")
+        index = torch.empty(2, 2 * N, dtype=torch.int64, device="meta")
+        incoming = x.new_empty((), dtype=torch.float32)
+        launch.mined_emit(block, types.Mined(index, of_pairs, of_pairs), incoming, (True, True))
+
     def dense(dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D) -> None:
         x, y = _inputs(dtype, d=d)
         pairs, block = launch.pair(x, y, N), Block(x, y, Masks(N, N, (N, N)))
@@ -177,6 +191,7 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield label, functools.partial(dense, dtype, products[-1], "exact", True, d=ODD_D)
     for dtype in (torch.bfloat16, torch.float32):
         yield "", functools.partial(mined, dtype, N, products[0], False)
+    yield label, functools.partial(block_of_ranks, torch.bfloat16, Request(beta=10.0), products[-1])
 
 
 _TYPES = {
@@ -259,6 +274,7 @@ def _variant(fn: Any, args: Sequence[Any], options: dict[str, Any], label: str) 
     words = [fn.__name__, *_flags(fn.__name__, given)]
     words += [arithmetic if arithmetic and loaded == "fp32" else loaded] if fn.__name__ != "merge" else []
     words += ["parts"] if given.get("PARTS", 1) > 1 else []
+    words += ["block"] if getattr(given.get("block"), "ahead", None) is not None else []
     words += ["transposed"] if constexprs.get("w.row") == 1 else []
     words += [label] if any(hasattr(value, "arg_names") for value in given.values()) else []
     words += ["odd"] if ("i32", False) in (arguments.get(key) for key in ("D", "block.D", "size.D")) else []

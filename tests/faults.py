@@ -805,7 +805,7 @@ FAULTS = (
     Fault(
         "a kernel's pairs lie on the diagonal of its block",
         "kernels/tile.py",
-        "return (row + (block.ahead - first_col)).to(tl.int32)",
+        "return (row + (or_zero(block.ahead) - first_col)).to(tl.int32)",
         "return (row - first_col).to(tl.int32)",
         "over ranks strangers are taken for pairs, and pairs for negatives",
         f"{BLOCKS_OF_KERNELS} -k 'statistics and hardest'",

@@ -21,7 +21,7 @@ from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
 
-TINY: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 4, "warmup": 4, "max_steps": 8}
+TINY: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 2, "warmup": 2, "max_steps": 4}
 
 
 class Killed(BaseException):

@@ -187,7 +187,7 @@ def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path, here: Callabl
 def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], here: Callable[..., str]
 ) -> None:
-    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "400", "--patience", "90", "--name", "mine"]
+    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "200", "--patience", "90", "--name", "mine"]
     process = start(tmp_path, *arguments, "--save-every", "0")
     log = tmp_path / "runs" / "mine" / "metrics.jsonl"
     wait_until("two evaluations", lambda: log.exists() and log.read_text().count("\n") > 1)

@@ -61,7 +61,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """`run` in this process, which does the work of the workers too."""
     monkeypatch.setattr(sweep, "work", inline())
     monkeypatch.setenv("COLUMNS", "40")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -98,7 +98,8 @@ def together() -> Iterator[Together]:
 
     yield call
     for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
+        with suppress(BrokenPipeError):  # it has died: see its exit code
+            pipe.send(None)
         process.join(30)
         process.kill()
         process.join()

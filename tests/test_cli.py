@@ -139,8 +139,9 @@ def test_a_sweep_that_is_killed_ends_with_the_same_table(
     workers = descendants(process.pid)
     assert len(workers) >= 2
     process.kill()
-    process.communicate()
+    process.wait()
     wait_until("workers follow their parent", lambda: not any(map(alive, workers)))
+    process.communicate()  # would wait for workers, who have the pipe too
     assert len(list(runs.glob("*/record.json"))) < 4
     for path in runs.glob("*/checkpoint.safetensors"):
         (path.parent / ".checkpoint.safetensors.abc").write_bytes(path.read_bytes()[:100])  # a write cut short

@@ -1,4 +1,7 @@
-"""The command `goal` as a user runs it: in processes of their own, killed and interrupted, with output to a pipe."""
+"""The command `goal` as a user runs it: in processes of their own, killed and interrupted, with output to a pipe.
+
+What can be seen as well without a process, which would first import PyTorch, is made in this one.
+"""
 
 import csv
 import io
@@ -14,16 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_lab_search import inline
 
 import goal
 from goal import cli
+from goal.training import sweep
 
 SLICE = ["--limit", "120", "--batch", "40", "--hidden", "16", "--dim", "8", "--eval-every", "5"]
 SWEEP = [
     "sweep",
     "--quick",
     "--workers",
-    "2",
+    "1",
     *SLICE,
     "--max-steps",
     "60",
@@ -32,7 +37,7 @@ SWEEP = [
     "--seeds",
     "2",
 ]
-CHECKPOINTS = ["--save-every", "0"]
+TWO_AT_ONCE = ["--workers", "2", "--save-every", "0"]
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -53,6 +58,22 @@ def run(folder: Path, *arguments: str) -> str:
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     return out
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`run` in this process, which does the work of the workers too."""
+    monkeypatch.setattr(sweep, "work", inline())
+    monkeypatch.setenv("COLUMNS", "40")
+
+    def run(folder: Path, *arguments: str) -> str:
+        monkeypatch.chdir(folder)
+        assert cli.main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return run
 
 
 def descendants(pid: int) -> list[int]:
@@ -108,21 +129,25 @@ def test_quick_says_so_and_a_pipe_gets_whole_lines(swept: tuple[Path, str]) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at processes")
-def test_a_sweep_that_is_killed_ends_with_the_same_table(swept: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_sweep_that_is_killed_ends_with_the_same_table(
+    swept: tuple[Path, str], tmp_path: Path, here: Callable[..., str]
+) -> None:
+    """With other workers, too."""
     runs = tmp_path / "runs" / "emoji-quick" / "runs"
-    process = start(tmp_path, *SWEEP, *CHECKPOINTS)
+    process = start(tmp_path, *SWEEP, *TWO_AT_ONCE)
     wait_until("two checkpoints", lambda: len(list(runs.glob("*/checkpoint.safetensors"))) == 2)
     workers = descendants(process.pid)
     assert len(workers) >= 2
     process.kill()
-    process.communicate()
+    process.wait()
     wait_until("workers follow their parent", lambda: not any(map(alive, workers)))
+    process.communicate()  # would wait for workers, who have the pipe too
     assert len(list(runs.glob("*/record.json"))) < 4
     for path in runs.glob("*/checkpoint.safetensors"):
         (path.parent / ".checkpoint.safetensors.abc").write_bytes(path.read_bytes()[:100])  # a write cut short
         with (path.parent / "metrics.jsonl").open("a") as file:
             file.write('{"step": 5, "lo')
-    printed = run(tmp_path, *SWEEP)
+    printed = here(tmp_path, *SWEEP)
     whole, _ = swept
     assert tables(tmp_path / "runs" / "emoji-quick") == tables(whole)
     assert "infonce" in printed
@@ -132,19 +157,19 @@ def test_a_sweep_that_is_killed_ends_with_the_same_table(swept: tuple[Path, str]
     assert len(records) == 4
 
 
-def test_a_sweep_that_has_ended_is_only_reported_again(swept: tuple[Path, str]) -> None:
+def test_a_sweep_that_has_ended_is_only_reported_again(swept: tuple[Path, str], here: Callable[..., str]) -> None:
     folder, printed = swept
     before = tables(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")}
-    again = run(folder.parents[1], *SWEEP)
+    again = here(folder.parents[1], *SWEEP)
     assert tables(folder) == before
     assert {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/record.json")} == times
     assert again[again.index("\nRSUM") :] == printed[printed.index("\nRSUM") :]
 
 
-def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path) -> None:
+def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path, here: Callable[..., str]) -> None:
     arguments = ["sweep", *SLICE, "--max-steps", "10", "--objectives", "con:con,siglip", "--seeds", "1", "--tune", "2"]
-    printed = run(tmp_path, *arguments)
+    printed = here(tmp_path, *arguments)
     folder = tmp_path / "runs" / "emoji-tune2"
     searches = [json.loads(path.read_text()) for path in folder.glob("trials/*/tuning.json")]
     assert {search["objective"]: len(search["trials"]) for search in searches} == {
@@ -161,10 +186,10 @@ def test_sweep_tunes_with_the_same_budget_for_each(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], here: Callable[..., str]
 ) -> None:
-    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "400", "--patience", "90", "--name", "mine"]
-    process = start(tmp_path, *arguments, *CHECKPOINTS)
+    arguments = ["train", "--recipe", "vse++", *SLICE, "--max-steps", "200", "--patience", "90", "--name", "mine"]
+    process = start(tmp_path, *arguments, "--save-every", "0")
     log = tmp_path / "runs" / "mine" / "metrics.jsonl"
     wait_until("two evaluations", lambda: log.exists() and log.read_text().count("\n") > 1)
     process.send_signal(signal.SIGINT)
@@ -172,7 +197,7 @@ def test_train_stops_at_ctrl_c_goes_on_and_is_scored_by_eval(
     assert process.returncode == 130
     assert f"goal train --recipe vse++ {SLICE[0]} 120" in err
     assert "Traceback" not in err
-    printed = run(tmp_path, *arguments)
+    printed = here(tmp_path, *arguments)
     assert "vse++, seed 0: best validation RSUM" in printed
     assert not printed.startswith("step 5 ")  # it went on
     mine = tmp_path / "runs" / "mine"
@@ -269,7 +294,9 @@ def test_train_tunes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 OWN = """
+import contextlib
 import sys
+
 import goal
 from goal.cli import main
 
@@ -280,6 +307,8 @@ def my_gain(s_pos, s_neg, *, gain=2.0):
 
 
 if __name__ == "__main__":
+    with contextlib.suppress(SystemExit):
+        main(["train", "--help"])
     sys.exit(main())
 """
 
@@ -289,15 +318,11 @@ def test_a_script_that_registers_a_term_sweeps_it(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN)
     objectives = "my-gain(gain=3):con, my-gain × con | all(average=false)"
     command = [*SWEEP[:4], *SLICE, "--max-steps", "5", "--seeds", "1", "--objectives", objectives, "--tune", "1"]
-
-    def own(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        path = {**os.environ, "PYTHONPATH": str(Path(goal.__file__).parents[1])}
-        call = [sys.executable, "own.py", *arguments]
-        return subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240, env=path)
-
-    assert re.search(r"--gain X +of my-gain", own("train", "--help").stdout)
-    process = own(*command)
+    path = {**os.environ, "PYTHONPATH": str(Path(goal.__file__).parents[1])}
+    call = [sys.executable, "own.py", *command]
+    process = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240, env=path)
     assert (process.returncode, process.stderr) == (0, "")
+    assert re.search(r"--gain X +of my-gain", process.stdout)
     table = (tmp_path / "runs" / "emoji-quick-tune1" / "table.md").read_text()
     assert r"| my-gain × con \| all(average=false) |" in table
     assert "| my-gain(gain=3) × con |" in table

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_lab_search import inline
 
 import goal
 from benchmarks import full_size
 from benchmarks.experiments import clipping, cold_start, collect, curriculum, hinges, runs, systems
-from goal.training import TrainConfig, TrainingError
+from goal.training import TrainConfig, TrainingError, sweep
 from goal.training.features import Split, split
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,6 +23,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def parts() -> tuple[Split, Split]:
     training, validation = (split(goal.data.load("emoji", name)) for name in ("train", "val"))
     return training, validation
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are made in this process: a worker would first import PyTorch."""
+    for module in (runs, sweep):
+        monkeypatch.setattr(module, "work", inline())
 
 
 def test_deeper_networks_begin_nearer_to_one_point(parts: tuple[Split, Split]) -> None:
@@ -100,6 +108,7 @@ TINY = TrainConfig(recipe="infonce", hidden=4, dim=4, batch=16, limit=40, eval_e
 
 
 def test_runs_come_in_order_and_are_not_trained_twice(tmp_path: Path) -> None:
+    """By worker processes; in this file only here."""
     configs = [TINY, dataclasses.replace(TINY, lr=1e-3)]
     first = runs.trained(configs, 2, tmp_path, workers=1)
     assert [[run["params"]["lr"] for run in group] for group in first] == [[5e-4] * 2, [1e-3] * 2]
@@ -110,6 +119,7 @@ def test_runs_come_in_order_and_are_not_trained_twice(tmp_path: Path) -> None:
     assert len(begun) == 4
 
 
+@pytest.mark.usefixtures("here")
 def test_a_run_that_fails_is_told_when_the_others_have_ended(tmp_path: Path) -> None:
     bad = dataclasses.replace(TINY, lr=1e38, warmup=0, clip=1e30)
     with pytest.raises(TrainingError, match="infonce, seed 0: the"):
@@ -136,6 +146,7 @@ def test_a_random_order_has_about_the_share_of_a_class() -> None:
     assert np.mean(curriculum.random_order(labels, 3)) == pytest.approx(25, abs=1.5)
 
 
+@pytest.mark.usefixtures("here")
 def test_the_curriculum_runs_on_labelled_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     for name in ("train", "val", "test"):
@@ -150,6 +161,8 @@ def test_the_curriculum_runs_on_labelled_clips(tmp_path: Path, capsys: pytest.Ca
     assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 7
 
 
+@pytest.mark.filterwarnings("ignore:.*most words are unknown")
+@pytest.mark.usefixtures("here")
 def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--seeds", "1", "--epochs", "1", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]
     assert hinges.main(small) == 0
@@ -168,6 +181,7 @@ def test_the_four_hinges_are_what_they_are_called(tmp_path: Path, capsys: pytest
     ]
 
 
+@pytest.mark.usefixtures("here")
 def test_systems_print_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     data = tmp_path / "grid"
@@ -198,6 +212,8 @@ def test_full_size_measures_a_small_one(capsys: pytest.CaptureFixture[str]) -> N
     assert float(found["step s"]) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*most words are unknown")
+@pytest.mark.usefixtures("here")
 def test_a_clip_of_the_mean_is_a_clip_of_the_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A sum with clip c and the mean with clip c / batch take the same steps, but for what Adam adds to its root."""
     small = ["--seeds", "1", "--epochs", "2", "--limit", "64", "--workers", "1", "--folder", str(tmp_path)]
@@ -212,6 +228,7 @@ def test_a_clip_of_the_mean_is_a_clip_of_the_sum(tmp_path: Path, capsys: pytest.
     assert found[0]["end"] == found[2]["end"]
 
 
+@pytest.mark.usefixtures("here")
 def test_runs_are_collected_with_configuration_and_curve(tmp_path: Path) -> None:
     records = runs.trained([TINY], 2, tmp_path / "a" / "runs", workers=1)[0]
     assert collect.main([str(tmp_path), str(tmp_path / "all.jsonl"), "--commit", "abc"]) == 0

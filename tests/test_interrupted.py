@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import pytest
 import torch
+from test_lab_search import inline
 from test_training import SMALL, Killed, killed_after, small
 
 import goal
@@ -59,6 +61,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.alone.__wrapped__, "__defaults__", (0.0,))
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a sweep are made in this process: a worker would first import PyTorch."""
+    monkeypatch.setattr("goal.training.sweep.work", inline())
+
+
 # ── a process at a time ─────────────────────────────────────────────────────────────────────────────────
 
 WORKS: dict[str, Callable[[Path], Any]] = {
@@ -70,28 +78,32 @@ WORKS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("work", WORKS)
-@pytest.mark.usefixtures("impatient")
-def test_a_second_process_is_refused_and_told_of_the_first(work: str, tmp_path: Path) -> None:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    code = "import sys; from pathlib import Path; from goal.data.files import alone\n"
-    code += "with alone(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+@pytest.mark.usefixtures("impatient", "here")
+def test_a_second_process_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    folders = {work: tmp_path / work for work in WORKS}
+    for folder in folders.values():
+        folder.mkdir()
+    code = "import sys; from contextlib import ExitStack; from pathlib import Path; from goal.data.files import alone\n"
+    code += "with ExitStack() as stack:\n"
+    code += "    for name in sys.argv[1:]: stack.enter_context(alone(Path(name)))\n"
+    code += "    print(flush=True); sys.stdin.read()"
     first = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
+        [sys.executable, "-c", code, *map(str, folders.values())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(goal.__file__).parents[1],
     )
     assert first.stdout is not None
     first.stdout.readline()
-    with pytest.raises(Busy, match=rf"{folder}: is in use by process {first.pid} on .* since .*Wait for it"):
-        WORKS[work](folder)
-    assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+    for work, folder in folders.items():
+        with pytest.raises(Busy, match=rf"{folder}: is in use by process {first.pid} on .* since .*Wait for it"):
+            WORKS[work](folder)
+        assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
     first.kill()  # a lock ends with its process
     first.communicate()
-    WORKS[work](folder)
-    assert not list(folder.rglob(".*"))
+    for work, folder in folders.items():
+        WORKS[work](folder)
+        assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.usefixtures("impatient")
@@ -148,6 +160,11 @@ def test_a_lock_is_let_go_whatever_happens_to_its_files(tmp_path: Path, monkeypa
 
 
 # ── what tells a run from another ───────────────────────────────────────────────────────────────────────
+
+
+def copied(run: Path, to: Path) -> Path:
+    """A run's folder, copied."""
+    return Path(shutil.copytree(run, to, dirs_exist_ok=True))
 
 
 def begun(config: TrainConfig, folder: Path, evaluations: int, save_every: float = 0) -> None:
@@ -266,6 +283,7 @@ def test_regions_that_change_while_they_are_read_end_the_run(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "record.json").exists()
 
 
+@pytest.mark.usefixtures("here")
 def test_features_that_change_during_a_sweep_fail_what_comes_after(tmp_path: Path) -> None:
     data = written(tmp_path / "data", 0)
     sweep = Sweep(data=data, objectives=["infonce"], seeds=1, root=tmp_path / "runs", workers=1, **TINY)
@@ -313,6 +331,22 @@ def another_state(path: Path) -> None:
     save_file(tensors, path, {"state": json.dumps(json.loads(told["state"]) | {"drops": 1})})
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has ended, to copy and to compare with."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(small(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, killed on its way, to copy."""
+    folder = tmp_path_factory.mktemp("half")
+    begun(small(), folder, evaluations=2)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -331,24 +365,32 @@ def another_state(path: Path) -> None:
         ("record.json", lambda path: path.write_text(path.read_text().replace('"t2i_r5"', '"t2i_r6"'))),
     ],
 )
-def test_a_damaged_result_is_made_again_by_name(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    train(small(), whole)
-    if name == "record.json":
-        train(small(), run)
-    else:
-        begun(small(), run, evaluations=2)
+def test_a_damaged_result_is_made_again_by_name(
+    name: str, damage: Callable[[Path], Any], whole: Path, half: Path, tmp_path: Path
+) -> None:
+    run = copied(whole if name == "record.json" else half, tmp_path)
     damage(run / name)
     with pytest.warns(UserWarning, match=f"{name}: is damaged, so the run is begun again"):
         train(small(), run)
     assert content(run) == content(whole)
 
 
-def test_notes_of_a_half_done_run_are_written_again(tmp_path: Path) -> None:
-    begun(small(), tmp_path, evaluations=2)
-    cut(tmp_path / "versions.json")
-    record = train(small(), tmp_path)
-    assert train(small(), tmp_path) == record
+@pytest.mark.parametrize(("copy", "left"), [("whole", []), ("half", [12, 16, 20])])
+def test_copies_of_these_runs_go_on_while_nothing_is_damaged(
+    copy: str, left: list[int], whole: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    steps: list[float] = []
+    run = copied(request.getfixturevalue(copy), tmp_path)
+    train(small(), run, on_evaluation=lambda row: steps.append(row["step"]))
+    assert steps == left
+    assert content(run) == content(whole)
+
+
+def test_notes_of_a_half_done_run_are_written_again(half: Path, tmp_path: Path) -> None:
+    run = copied(half, tmp_path)
+    cut(run / "versions.json")
+    record = train(small(), run)
+    assert train(small(), run) == record
 
 
 def a_pipe(path: Path) -> None:
@@ -371,8 +413,10 @@ def deep(path: Path) -> None:
         ("config.json", a_pipe),
     ],
 )
-def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callable[[Path], Any], tmp_path: Path) -> None:
-    train(small(), tmp_path)
+def test_what_tells_whose_a_folder_is_has_to_be_whole(
+    name: str, damage: Callable[[Path], Any], whole: Path, tmp_path: Path
+) -> None:
+    copied(whole, tmp_path)
     record = (tmp_path / "record.json").read_bytes()
     damage(tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name}: is damaged|other features"):
@@ -380,6 +424,7 @@ def test_what_tells_whose_a_folder_is_has_to_be_whole(name: str, damage: Callabl
     assert (tmp_path / "record.json").read_bytes() == record
 
 
+@pytest.mark.usefixtures("here")
 def test_a_damaged_run_of_a_sweep_fails_alone_or_is_made_again(tmp_path: Path) -> None:
     def sweep() -> Sweep:
         return Sweep(objectives=["infonce", "cir:lin", "vse0"], seeds=1, root=tmp_path, workers=1, **SMALL, max_steps=8)
@@ -390,7 +435,10 @@ def test_a_damaged_run_of_a_sweep_fails_alone_or_is_made_again(tmp_path: Path) -
     cut(runs[0] / "checkpoint.safetensors")
     train(first.entries[1].config, runs[1])
     cut(runs[1] / "config.json")
-    with pytest.raises(Incomplete, match=r"1 of the runs failed.*\n.*cir-lin.*config\.json: is damaged"):
+    with (
+        pytest.warns(UserWarning, match=r"infonce.*checkpoint\.safetensors: is damaged, so the run is begun again"),
+        pytest.raises(Incomplete, match=r"1 of the runs failed.*\n.*cir-lin.*config\.json: is damaged"),
+    ):
         first.run()
     assert [record["label"] for record in first.records()] == ["infonce", "vse0"]
     (runs[1] / "record.json").unlink()
@@ -450,8 +498,7 @@ def with_metadata(path: Path, change: Callable[[dict[str, Any]], Any], entry: st
 def test_a_damaged_model_is_refused_by_name(
     name: str, damage: Callable[[Path], Any], message: str, trained: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    for path in trained.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copied(trained, tmp_path)
     load_trained(tmp_path)
     damage(tmp_path / name)
     with pytest.raises(Damaged if name == "model.safetensors" else ValueError, match=message):
@@ -694,6 +741,16 @@ STREAMS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """The collector leaves alone what is there already, so that it is quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.skipif(not Path("/dev/full").exists() or not Path("/proc/self/fd").is_dir(), reason="looks at open files")
 @pytest.mark.parametrize("kind", STREAMS)
 def test_streams_of_any_kind_are_printed_to_and_given_back_as_they_were(

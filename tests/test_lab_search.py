@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_training_ranks import forking
 
 import goal
 from goal.lab import search as searching
@@ -20,7 +21,7 @@ from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
 
-TINY: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 4, "warmup": 4, "max_steps": 8}
+TINY: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 2, "warmup": 2, "max_steps": 4}
 
 
 class Killed(BaseException):
@@ -41,7 +42,7 @@ def inline(kill_at: int | None = None) -> Callable[[Sequence[Job], int], Iterato
         for job in jobs:
             try:
                 yield Done(job.key, job.function(*job.arguments, on_evaluation=on_evaluation))
-            except (ValueError, OSError) as error:
+            except Exception as error:  # as a worker has it
                 yield Failed(job.key, str(error))
 
     return work
@@ -69,7 +70,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Discovery:
     """A search that two worker processes made."""
-    return tiny(tmp_path_factory.mktemp("whole"), workers=2, name="one", command="goal discover")
+    context = forking()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("goal.training.workers.multiprocessing.get_context", lambda method: context)
+        return tiny(tmp_path_factory.mktemp("whole"), workers=2, name="one", command="goal discover")
 
 
 def test_it_reports_what_it_found(whole: Discovery) -> None:

@@ -1,11 +1,22 @@
-"""`goal train --distributed`: two ranks end where one process ends."""
+"""`goal train --distributed`: two ranks end where one process ends, under torchrun itself and in two lasting processes.
 
+A start of torchrun is three processes that import PyTorch. So what is said of ranks, and not of torchrun, is shown by
+two that begin once and make one training after another, each in a group of its own.
+"""
+
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -17,6 +28,7 @@ from test_training import Killed, killed_after
 import goal
 from goal.cli import main
 from goal.data.files import Busy
+from goal.distributed import joined
 from goal.training import TrainConfig, loop, train
 from goal.training.trained import load_trained
 
@@ -28,13 +40,70 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def under_torchrun(*arguments: str, folder: Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *arguments: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    command += ["-m", "goal", "train", "--distributed", *options, *arguments]
-    command += ["--root", str(folder.parent), "--name", folder.name]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    return ["train", "--distributed", *options, *arguments, "--root", str(folder.parent), "--name", folder.name]
+
+
+def forking() -> Any:
+    """Processes that begin with everything imported, where the system can fork; they are real ones in all else."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["goal.cli", "torch._dynamo", "matplotlib.pyplot"])
+    return context
+
+
+class Outcome(NamedTuple):
+    """What a rank has made of a call."""
+
+    result: Any
+    stdout: str
+    stderr: str
+
+
+def life(rank: int, pipe: Connection) -> None:
+    """Of a rank: it makes calls until nobody asks for more. Its environment is what torchrun's agent would set."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    for port, function, arguments in iter(pipe.recv, None):
+        os.environ["MASTER_PORT"] = str(port)
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            result = function(*arguments)
+        pipe.send(Outcome(result, out.getvalue(), err.getvalue()))
+
+
+Together = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def together() -> Iterator[Together]:
+    """A call of a function on two ranks, which begin once; each call has a store of its own, where a group meets."""
+    context = forking()
+    pipes, processes = [], []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=life, args=(rank, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+
+    def call(function: Callable[..., Any], *arguments: Any) -> list[Outcome]:
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        for pipe in pipes:
+            pipe.send((store.port, function, arguments))
+        assert all(pipe.poll(60) for pipe in pipes), "a rank does not answer"
+        return [pipe.recv() for pipe in pipes]
+
+    yield call
+    for pipe, process in zip(pipes, processes, strict=True):
+        with suppress(BrokenPipeError):  # it has died: see its exit code
+            pipe.send(None)
+        process.join(30)
+        process.kill()
+        process.join()
+        assert process.exitcode == 0
 
 
 def assert_alike(record: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -47,56 +116,63 @@ def assert_alike(record: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_two_ranks_end_where_one_process_ends(tmp_path: Path) -> None:
+    """Under torchrun; and they end well after the pictures of a diagnosis, which leave circles that hold the group."""
     expected = train(TrainConfig(**SMALL), tmp_path / "one")
-    told = under_torchrun(folder=tmp_path / "two")
-    assert told.returncode == 0, told.stderr
-    assert told.stdout.count("best validation RSUM") == 1  # one rank speaks
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "goal"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    asked = [*torchrun, *command(tmp_path / "two", "--diagnose=5")]
+    ran = subprocess.run(asked, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("best validation RSUM") == 1  # one rank speaks
     assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)
     weights = [load_trained(tmp_path / name).model.state_dict() for name in ("one", "two")]
     for name, weight in weights[0].items():
         assert torch.allclose(weights[1][name], weight, atol=1e-4), name
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
+    assert (tmp_path / "two" / "diagnosis.png").exists()
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path, together: Together) -> None:
     expected = train(TrainConfig(**SMALL), tmp_path / "one")
 
     with pytest.raises(Killed):
         train(TrainConfig(**SMALL), tmp_path / "two", save_every=0, on_evaluation=killed_after(1))
     assert (tmp_path / "two" / "checkpoint.safetensors").exists()
-    told = under_torchrun(folder=tmp_path / "two")
-    assert told.returncode == 0, told.stderr
-    assert "step 5 " not in told.stdout  # it did not begin again
+    ranks = together(main, command(tmp_path / "two"))
+    assert [rank.result for rank in ranks] == [0, 0], ranks
+    assert "best validation" in ranks[0].stdout
+    assert "step 5 " not in ranks[0].stdout  # it did not begin again
+    assert ranks[1].stdout == ""
     assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)
-    again = under_torchrun(folder=tmp_path / "two")  # it has ended: this is its record
-    assert again.returncode == 0, again.stderr
-    assert "step" not in again.stdout.split("best validation")[0]
+    again = together(main, command(tmp_path / "two"))  # it has ended: this is its record
+    assert [rank.result for rank in again] == [0, 0], again
+    assert "step" not in again[0].stdout.split("best validation")[0]
+    assert again[1].stdout == ""
 
 
-def test_the_group_is_gone_at_the_end() -> None:
-    """Gloo's threads, which a group has until it is freed, abort a process that ends beside them."""
-    script = """
-import gc, torch, weakref
-from goal.distributed import joined
+def circle() -> None:
+    def trains() -> Any:
+        try:
+            raise ValueError
+        except ValueError as error:
+            kept = error  # noqa: F841 — and its traceback holds this frame: such are left by matplotlib, for one
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))  # noqa: F841
+        return weakref.ref(dist.group.WORLD)
 
-def trains():
+    gc.disable()  # the circle is there until it is looked for
     try:
-        raise ValueError
-    except ValueError as error:
-        kept = error  # and its traceback holds this frame: such circles are left by matplotlib, for one
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
-    return weakref.ref(torch.distributed.group.WORLD)
+        with joined():
+            group = trains()
+            assert group() is not None
+        assert group() is None
+    finally:
+        gc.enable()
 
-gc.disable()  # the circle is there until it is looked for
-with joined():
-    group = trains()
-    assert group() is not None
-assert group() is None
-"""
-    told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | told)
-    assert run.returncode == 0, run.stderr
+
+def test_the_group_is_gone_at_the_end(together: Together) -> None:
+    """Gloo's threads, which a group has until it is freed, abort a process that ends beside them."""
+    together(circle)
 
 
 def test_without_torchrun_it_is_said_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +206,11 @@ def test_one_rank_tells_how_to_go_on(
     "changes",
     [{"recipe": "siglip"}, {"curriculum": "plain", "switch": "few-semi-hard"}, {"curriculum": "mixup", "switch": "1"}],
 )
-def test_losses_of_the_whole_batch(changes: dict[str, str], tmp_path: Path) -> None:
+def test_losses_of_the_whole_batch(changes: dict[str, str], tmp_path: Path, together: Together) -> None:
     """Yardsticks and made rows, which every rank computes whole; a curriculum that counts anchors of all ranks."""
-    told = under_torchrun(*(f"--{name}={of}" for name, of in changes.items()), "--diagnose=5", folder=tmp_path / "two")
-    assert told.returncode == 0, told.stderr
+    changed = (f"--{name}={of}" for name, of in changes.items())
+    ranks = together(main, command(tmp_path / "two", *changed, "--diagnose=5"))
+    assert [rank.result for rank in ranks] == [0, 0], ranks
     if changes.get("curriculum") != "mixup":  # that draws other mixtures
         expected = train(TrainConfig(**SMALL, **changes), tmp_path / "one")
         assert_alike(json.loads((tmp_path / "two" / "record.json").read_text()), expected)

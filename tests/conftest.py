@@ -20,7 +20,7 @@ settings.register_profile("deterministic", derandomize=True, database=None, dead
 settings.load_profile("deterministic")
 
 # Files of few tests that take long, the longest first: begun last they would be waited for while other cores idle.
-LONG = ("distributed", "cli", "training_ranks", "compile_report", "lab_search", "interrupted", "compile")
+LONG = ("kernels", "distributed", "blocks", "cli", "training_ranks", "lab_search", "compile_report", "compile")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_lab_search import inline
+from processes import inline
 
 import goal
 from goal import cli

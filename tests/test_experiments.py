@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_lab_search import inline
+from processes import inline
 
 import goal
 from benchmarks import full_size

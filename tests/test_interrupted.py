@@ -18,8 +18,8 @@ from typing import Any, TextIO
 import numpy as np
 import pytest
 import torch
-from test_lab_search import inline
-from test_training import SMALL, Killed, killed_after, small
+from processes import Killed, inline, killed_after
+from test_training import SMALL, small
 
 import goal
 from goal import cli

@@ -1,14 +1,13 @@
 """The search for new objectives, with tiny budgets: what it judges by, that it resumes, what it refuses and reports."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_training_ranks import forking
+from processes import Killed, forking, inline
 
 import goal
 from goal.lab import search as searching
@@ -17,35 +16,10 @@ from goal.lab.search import CHECKS, FINALISTS, Discovery, discover
 from goal.training import Diverged, Incomplete, TrainConfig, loop
 from goal.training.report import Difference
 from goal.training.trained import load_trained
-from goal.training.workers import Done, Event, Failed, Job
 
 pytestmark = pytest.mark.usefixtures("registries")
 
 TINY: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eval_every": 2, "warmup": 2, "max_steps": 4}
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing may catch it."""
-
-
-def inline(kill_at: int | None = None) -> Callable[[Sequence[Job], int], Iterator[Event]]:
-    """`work` in this process, killed at an evaluation."""
-    evaluations = 0
-
-    def on_evaluation(row: loop.Row) -> None:
-        nonlocal evaluations
-        evaluations += 1
-        if evaluations == kill_at:
-            raise Killed
-
-    def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
-        for job in jobs:
-            try:
-                yield Done(job.key, job.function(*job.arguments, on_evaluation=on_evaluation))
-            except Exception as error:  # as a worker has it
-                yield Failed(job.key, str(error))
-
-    return work
 
 
 def tiny(root: Path, **changes: Any) -> Discovery:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training_ranks import forking
+from processes import forking
 
 from benchmarks import cached, offline, picture, process, ranks, report, scale
 

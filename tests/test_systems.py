@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import Killed, killed_after
+from processes import Killed, killed_after
 from torch import nn
 from torch.nn.functional import normalize
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from processes import Killed, killed_after
 
 import goal
 from goal.training import Diverged, Incomplete, Sweep, TrainConfig, entries, loop, search, train
@@ -28,20 +29,6 @@ SMALL: dict[str, Any] = {"limit": 120, "hidden": 16, "dim": 8, "batch": 40, "eva
 
 def small(**changes: Any) -> TrainConfig:
     return TrainConfig(**SMALL | {"max_steps": 20} | changes)
-
-
-class Killed(BaseException):
-    """Stands in for a signal: nothing may catch it."""
-
-
-def killed_after(evaluations: int) -> Callable[[loop.Row], None]:
-    left = iter(range(evaluations))
-
-    def on_evaluation(row: loop.Row) -> None:
-        if next(left, None) is None:
-            raise Killed
-
-    return on_evaluation
 
 
 # ---- configuration ---------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ two that begin once and make one training after another, each in a group of its 
 
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from test_training import Killed, killed_after
+from processes import Killed, forking, killed_after
 
 import goal
 from goal.cli import main
@@ -43,15 +42,6 @@ SMALL: dict[str, Any] = {
 def command(folder: Path, *arguments: str) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     return ["train", "--distributed", *options, *arguments, "--root", str(folder.parent), "--name", folder.name]
-
-
-def forking() -> Any:
-    """Processes that begin with everything imported, where the system can fork; they are real ones in all else."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["goal.cli", "torch._dynamo", "matplotlib.pyplot"])
-    return context
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,50 @@
+"""Trainings without processes of their own, processes that begin quickly, and an end that nothing may catch.
+
+Most of a process's time in a test is the import of PyTorch. So a test that is not about processes makes its runs in
+its own (`inline`), and a test that is about processes forks them with everything imported (`forking`).
+"""
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from goal.training import loop
+from goal.training.workers import Done, Event, Failed, Job
+
+
+class Killed(BaseException):
+    """Stands in for a signal: nothing may catch it."""
+
+
+def killed_after(evaluations: int) -> Callable[[loop.Row], None]:
+    """What a training calls after each evaluation; it raises at the one after so many."""
+    left = iter(range(evaluations))
+
+    def on_evaluation(row: loop.Row) -> None:
+        if next(left, None) is None:
+            raise Killed
+
+    return on_evaluation
+
+
+def inline(kill_at: int | None = None) -> Callable[[Sequence[Job], int], Iterator[Event]]:
+    """`goal.training.workers.work` in this process; it is killed at an evaluation, counted over all jobs."""
+    on_evaluation = (lambda row: None) if kill_at is None else killed_after(kill_at - 1)
+
+    def work(jobs: Sequence[Job], workers: int) -> Iterator[Event]:
+        for job in jobs:
+            try:
+                yield Done(job.key, job.function(*job.arguments, on_evaluation=on_evaluation))
+            except Exception as error:  # as a worker does
+                yield Failed(job.key, str(error))
+
+    return work
+
+
+def forking() -> Any:
+    """A context of multiprocessing whose processes begin with everything imported, where the system can fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["goal.cli", "torch._dynamo", "matplotlib.pyplot"])
+    return context

@@ -15,7 +15,8 @@ from goal.validation import check_bool, check_number
 class Mining:
     """A selection mᵢⱼ ≥ 0 over each anchor's negatives, in the form that the engine needs.
 
-    `margin` is set for semi-hard mining alone, `eps` for selective alone, `average` for all negatives alone.
+    `margin` is set for semi-hard mining alone, `eps` for selective alone; `average` is False for all negatives alone,
+    where the user asks for it.
     """
 
     name: str

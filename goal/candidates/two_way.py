@@ -44,7 +44,7 @@ class TwoWay(nn.Module):
     def _emit(self, call: Call, beside_x: Candidates, beside_y: Candidates) -> Tensor:
         """The scalar of a checked call, with candidates beside both sides; the first K = min(N, M) rows are anchors.
 
-        The candidates are treated as rows of x or y if the objective checks for NaN and inf.
+        The caller has made sure that the candidates are finite, if the objective checks for NaN and inf.
         """
         assert call.ids is not None
         assert call.y_ids is not None

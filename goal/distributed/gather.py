@@ -38,7 +38,7 @@ class Gathered:
     def x(self) -> Tensor:
         """(N, D) all rows of x; raises if they were not exchanged because no gradient needs them."""
         if self._x is None:
-            raise RuntimeError("no rank needs a gradient of y, so the rows of x were not exchanged.")
+            raise RuntimeError("no gradient of y needs the rows of x, so they were not exchanged.")
         return self.spread.embed(self._x.wait(), self.spread.rows[0])
 
     @property

@@ -68,8 +68,8 @@ def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Lim
 def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Statistics:
     """The mining stage over a whole batch: `mine`, then `finish`.
 
-    A square batch that fits one tile is reduced in both directions at once, with S beside its transpose. This halves
-    the number of calls, which dominates the time of a small batch.
+    A square batch of at most SMALL entries of S is reduced in both directions at once, with S beside its transpose.
+    This halves the number of calls, which dominates the time of a small batch.
     """
     x, y, masks = block
     n, m = masks.n, masks.m

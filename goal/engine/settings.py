@@ -98,7 +98,7 @@ Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | No
 
 
 def numbers(objective: Settings) -> Numbers:
-    """All numbers of an objective."""
+    """The parameters of T, of P and of the mining rule."""
     mining = objective.mining
     return objective.product.T.params, objective.product.P.params, {"margin": mining.margin, "eps": mining.eps}
 

@@ -216,7 +216,8 @@ def test_a_variant_is_what_a_launch_would_compile(found: dict[str, Any]) -> None
     assert signature["s_pos"] == ["*fp32", "*fp32"]
     assert signature["numbers"] == ["fp32"] * 4
     assert (constexprs["TMA"], constexprs["INNER"], constexprs["ids"]) == (True, False, None)
-    assert {"block.N", "block.D", "s_pos.rows", "block.row_offset"} <= set(divisible)
+    assert {"block.N", "block.D", "s_pos.rows"} <= set(divisible)
+    assert constexprs["block.row_offset"] is None  # all of S
     assert not {"numbers.margin", "ids"} & set(divisible)
     signature, constexprs, divisible, *_ = found["pointers"]
     assert signature["x"] == ["*bf16", "i32", "constexpr"]  # a pointer, a row's stride, and a column's, which is 1

@@ -58,7 +58,9 @@ class Range(NamedTuple):
 @triton.jit
 def _similarities(x, y, row, col, here, inside, D, bounds, CUT: tl.constexpr, ARITHMETIC: tl.constexpr):
     """(height, width) float32 of S at these rows and columns; 0 where not `here` or not `inside`."""
-    acc = tl.zeros([CUT.height, CUT.width], tl.float32)
+    HEIGHT: tl.constexpr = CUT.height  # a field of what is compiled in cannot stand in a list, before Triton 3.9
+    WIDTH: tl.constexpr = CUT.width
+    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
     depth = tl.arange(0, CUT.depth)
     p_x = x.at + row[:, None] * x.row + depth[None, :] * x.col
     p_y = y.at + col[None, :] * y.row + depth[:, None] * y.col
@@ -121,12 +123,12 @@ def out_of_range(x, y, ids, bounds, shares, block, tiles, limit, ARITHMETIC: tl.
     pair = pairs_in(row, first_col, block)[:, None] == c[None, :]
     met = negatives(row, first_col, ids, block, CUT.width) | pair
     bad = tl.where(met & ~(tl.abs(s) <= limit), 1, 0)
-    nan, on = tl.full([CUT.height], float("nan"), tl.float32), row < block.row_anchors
+    on = row < block.row_anchors
     share = tl.load(shares.rows + row, mask=on, other=0)
-    tl.store(shares.rows + row, nan, mask=(tl.max(bad, 1) > 0) & on & (share != 0))
-    nan, on = tl.full([CUT.width], float("nan"), tl.float32), col < block.col_anchors
+    tl.store(shares.rows + row, float("nan"), mask=(tl.max(bad, 1) > 0) & on & (share != 0))
+    on = col < block.col_anchors
     share = tl.load(shares.cols + col, mask=on, other=0)
-    tl.store(shares.cols + col, nan, mask=(tl.max(bad, 0) > 0) & on & (share != 0))
+    tl.store(shares.cols + col, float("nan"), mask=(tl.max(bad, 0) > 0) & on & (share != 0))
 
 
 # ── the value ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -148,6 +149,13 @@ def test_only_the_backend_knows_both() -> None:
         if "goal.engine.eager" in known(path) and any(each.startswith("goal.kernels") for each in known(path))
     }
     assert both == {"goal.engine.backend"}
+
+
+def test_no_field_of_a_compiled_tuple_stands_in_a_list_of_a_kernel() -> None:
+    """Triton before 3.9, which a GPU's PyTorch brings, does not compile `tl.zeros([CUT.height])`."""
+    lists = (node for path in KERNELS.values() for node in ast.walk(ast.parse(path.read_text())))
+    parts = [part for node in lists if isinstance(node, ast.List) for part in node.elts]
+    assert [ast.unparse(part) for part in parts if re.match(r"[A-Z]+\.", ast.unparse(part))] == []
 
 
 def test_kernels_are_imported_where_they_are_used() -> None:

@@ -8,6 +8,8 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch.multiprocessing
+
 from goal.training import loop
 from goal.training.workers import Done, Event, Failed, Job
 
@@ -46,5 +48,12 @@ def forking() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["goal.cli", "torch._dynamo", "matplotlib.pyplot"])
+    goal = ["interpreter", "goal.cli", "goal.kernels.launch"]  # the first is how kernels run
+    context.set_forkserver_preload([*goal, "torch._dynamo", "matplotlib.pyplot"])
     return context
+
+
+def run_ranks(function: Callable[..., None], size: int, *arguments: Any) -> None:
+    """Processes that call ``function(rank, *arguments)``; waits for all of them, and raises what one raised."""
+    method = forking().get_start_method()
+    torch.multiprocessing.start_processes(function, arguments, nprocs=size, start_method=method)

@@ -4,12 +4,11 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import interpreter  # noqa: F401  # of ranks too
 import pytest
 import torch
-import torch.multiprocessing as mp
 import triton
 import triton.language as tl
+from processes import run_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -258,7 +257,7 @@ def _global() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_ranks_on_kernels_are_one_process_on_kernels(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=len(COUNTS))
+    run_ranks(_rank, len(COUNTS), str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(len(COUNTS))]
     x, y, ids = _global()
     for mining, P in OBJECTIVES:

@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
@@ -446,7 +447,7 @@ def compared(rank: int) -> None:
 
 
 def test_replicas_reduce_once(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(replica, (str(tmp_path),), nprocs=2)
+    run_ranks(replica, 2, str(tmp_path))
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 

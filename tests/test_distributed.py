@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import ranks
 import torch
@@ -235,7 +236,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     jobs = [job for make in dict.fromkeys(JOBS.get(item.originalname, other_jobs) for item in asked) for job in make()]
     jobs.sort(key=lambda job: (1, 3, 2, 4).index(job.size))  # 1 beside 3, which it is not a member of
     torch.save(jobs, folder / "jobs.pt")
-    torch.multiprocessing.spawn(ranks.work, (str(folder),), nprocs=WORLD)
+    processes.run_ranks(ranks.work, WORLD, str(folder))
     each = [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(WORLD)]
     return {
         job.name: [f"rank {rank}: {what}" for rank in MEMBERS[job.size] for what in each[rank][job.name]]
@@ -315,7 +316,7 @@ def test_twenty_steps_under_frameworks(found: dict[str, list[str]], name: str) -
 def test_twenty_steps_of_lightnings_trainer(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(ranks.trainer, (2, store.port, str(tmp_path), TRAININGS), nprocs=2)
+    processes.run_ranks(ranks.trainer, 2, 2, store.port, str(tmp_path), TRAININGS)
     assert [torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2)] == [[], []]
 
 
@@ -324,7 +325,7 @@ def test_twenty_steps_of_lightnings_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("how", "at", "exchange"), [("dies", 1, "ring"), ("dies", 3, "gather"), ("hangs", 4, "ring")])
 def test_a_rank_that_fails_is_an_error_on_the_others(how: str, at: int, exchange: str, tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
+    context = processes.forking()
     both = [context.Process(target=ranks.fail, args=(rank, str(tmp_path), how, at, exchange)) for rank in range(2)]
     for process in both:
         process.start()

@@ -5,11 +5,11 @@ emits ∂l/∂x and ∂l/∂y directly from these two weights.
 """
 
 import importlib
+import typing
 
-from goal import data, mining, offline
+from goal import mining
 from goal.caching import Cache, cached_step
 from goal.candidates import Bank, Banked
-from goal.diagnosis import Diagnosis, diagnose
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
 from goal.explain import Explanation, explain
 from goal.functional import apply, apply_similarity, gradients
@@ -19,6 +19,10 @@ from goal.recipes import InfoNCE, SigLIP, recipe, recipes
 from goal.spec import objective
 from goal.stats import Stats
 from goal.terms import P, T, pair_weight, triplet_weight
+
+if typing.TYPE_CHECKING:
+    from goal import data, offline
+    from goal.diagnosis import Diagnosis, diagnose
 
 __version__ = "0.1.0"
 
@@ -55,8 +59,20 @@ __all__ = [
 ]
 
 
+# what a training step does not need comes when it is first asked for: its name, and the module that has it
+_LATER = {
+    **{module: module for module in ("data", "lab", "models", "offline")},
+    "Diagnosis": "diagnosis",
+    "diagnose": "diagnosis",
+}
+
+
 def __getattr__(name: str) -> object:
-    """`goal.lab`, which brings SymPy, and `goal.models` when they are first asked for."""
-    if name in ("lab", "models"):
-        return importlib.import_module(f"goal.{name}")
-    raise AttributeError(f"module 'goal' has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module 'goal' has no attribute {name!r}")
+    module = importlib.import_module(f"goal.{_LATER[name]}")
+    return module if name == _LATER[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

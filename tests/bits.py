@@ -219,7 +219,7 @@ def main(command: str, file: str, *parts: str) -> int:
         return 0
     before, now = torch.load(file, weights_only=False), _recorded(parts)
     before = {name: one for name, one in before.items() if not parts or name.split(":")[0] in parts}
-    worst: dict[tuple[str, str], tuple[int, float, str]] = {}
+    worst: dict[tuple[str, str], tuple[int, float | None, str]] = {}
     for name in sorted(before.keys() | now.keys()):
         if name not in before or name not in now:
             print(f"only {'before' if name in before else 'now'}: {name}")
@@ -229,14 +229,17 @@ def main(command: str, file: str, *parts: str) -> int:
             (old, a), (new, b) = before[name][key], now[name][key]
             if old == new:
                 continue
-            gap = float("nan")
+            gap = None  # of tensors that were not kept
             if a is not None and b is not None and a.shape == b.shape:
                 gap = (a.double() - b.double()).abs().max().item()
             part = name.split(":")[0], key
-            count, largest, where = worst.get(part, (0, 0.0, name))
-            worst[part] = count + 1, max(largest, gap), where if largest >= gap else name
+            count, largest, where = worst.get(part, (0, None, name))
+            if gap is not None and (largest is None or not gap <= largest):
+                largest, where = gap, name
+            worst[part] = count + 1, largest, where
     for (part, key), (count, largest, where) in worst.items():
-        print(f"{part} {key}: {count} differ, by up to {largest:.3g} ({where})")
+        much = "too large to have been kept" if largest is None else f"by up to {largest:.3g}"
+        print(f"{part} {key}: {count} differ, {much} ({where})")
     print(f"{len(now)} calls, {'equal to the bit' if not worst else 'NOT equal'}")
     return bool(worst)
 

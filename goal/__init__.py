@@ -22,6 +22,8 @@ from goal.terms import P, T, pair_weight, triplet_weight
 
 if typing.TYPE_CHECKING:
     from goal import data, offline
+    from goal import lab as lab
+    from goal import models as models
     from goal.diagnosis import Diagnosis, diagnose
 
 __version__ = "0.1.0"
@@ -61,18 +63,20 @@ __all__ = [
 
 # what a training step does not need comes when it is first asked for: its name, and the module that has it
 _LATER = {
-    **{module: module for module in ("data", "lab", "models", "offline")},
+    **{module: module for module in ("data", "diagnosis", "lab", "models", "offline")},
     "Diagnosis": "diagnosis",
     "diagnose": "diagnosis",
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _LATER:
-        raise AttributeError(f"module 'goal' has no attribute {name!r}")
-    module = importlib.import_module(f"goal.{_LATER[name]}")
-    return module if name == _LATER[name] else getattr(module, name)
+if not typing.TYPE_CHECKING:  # which would take any name
+
+    def __getattr__(name: str) -> object:
+        if name not in _LATER:
+            raise AttributeError(f"module 'goal' has no attribute {name!r}")
+        module = importlib.import_module(f"goal.{_LATER[name]}")
+        return module if name == _LATER[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_LATER})

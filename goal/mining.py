@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +33,16 @@ class Mining:
         given = {"margin": self.margin, "eps": self.eps, "average": self.average if self.name == "all" else None}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def known(self) -> bool:
+        """Whether the rule of its name makes it, from its parameters."""
+        rule, given = RULES.get(self.name), self.params
+        return rule is not None and given.keys() == defaults(self.name).keys() and rule(**given) == self
+
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name}={value}" for name, value in self.params.items())
-        return f"mining.{RULES[self.name].__name__}({shown})"
+        given = self.params if self.known else dataclasses.asdict(self)
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"mining.{RULES[self.name].__name__}({shown})" if self.known else f"Mining({shown})"
 
 
 def hardest() -> Mining:

@@ -114,14 +114,25 @@ class Objective(nn.Module):
             return stats(*self._seen)
 
     def extra_repr(self) -> str:
-        """The objective as `goal.objective` reads it, without defaults."""
-        s = self.settings
-        T, P = (Named.of(term.name, term.params, term.definition.defaults) for term in (s.product.T, s.product.P))
-        rule = Named.of(s.mining.name, s.mining.params, mining.defaults(s.mining.name))
+        """The objective as text for `goal.objective`, without what is at its default.
+
+        A term or a mining rule that is another than that of its name prints as Python; ranks are said at the end.
+        """
+        s, rule = self.settings, self.settings.mining
+        T, P = _text(terms.T, s.product.T), _text(terms.P, s.product.P)
         axes = (
-            (rule != Named("hardest"), str(rule)),
+            (rule != mining.hardest(), _rule(rule)),
             (s.similarity.name != "dot", f"similarity={s.similarity.name}"),
             (s.reduction != "mean", f"reduction={s.reduction}"),
         )
         spec = " | ".join([f"{T} × {P}", *(text for changed, text in axes if changed)])
         return spec if self.ranks is None else f"{spec}, over ranks by {self.ranks.exchange}"
+
+
+def _text(registry: terms.Registry, term: terms.Term) -> str:
+    replaced = term.name in registry and registry[term.name] is not term.definition
+    return repr(term) if replaced else str(Named.of(term.name, term.params, term.definition.defaults))
+
+
+def _rule(rule: mining.Mining) -> str:
+    return str(Named.of(rule.name, rule.params, mining.defaults(rule.name))) if rule.known else repr(rule)

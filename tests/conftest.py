@@ -7,14 +7,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import settings
 
-with suppress(ModuleNotFoundError):  # Triton is for Linux
+try:
     import interpreter  # noqa: F401
+except ModuleNotFoundError:  # Triton is for Linux
+    collect_ignore = ["test_blocks.py", "test_kernels.py", "test_lab_grammar.py", "test_lower.py"]
 
 import goal
 

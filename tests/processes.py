@@ -5,9 +5,13 @@ its own (`inline`), and a test that is about processes forks them with everythin
 """
 
 import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Any
 
+import pytest
 import torch.multiprocessing
 
 from goal.training import loop
@@ -50,6 +54,9 @@ def forking() -> Any:
     context = multiprocessing.get_context("forkserver")
     goal = ["interpreter", "goal.cli", "goal.kernels.launch"]  # the first is how kernels run
     context.set_forkserver_preload([*goal, "torch._dynamo", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:  # the server imports what is tested here, not what is installed
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     return context
 
 

@@ -285,7 +285,7 @@ seen = {{"heavy": [name for name in {HEAVY} if name in new]}}
 for package in {LATER}:
     name = f"goal.{{package}}"
     seen[package] = [name in sys.modules]
-    getattr(goal, "diagnose" if package == "diagnosis" else package)
+    getattr(goal, package)
     seen[package] += [name in sys.modules]
 print(json.dumps(seen))
 """

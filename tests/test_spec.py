@@ -13,8 +13,10 @@ from table import covering
 
 import goal
 from goal import spec
+from goal.mining import Mining
 from goal.names import Named
 from goal.spec import AXES, Spec, parse, split
+from goal.terms.term import Definition
 
 # ── what is read ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,21 @@ def test_an_objective_prints_as_its_text() -> None:
         )
         again: Any = goal.objective(objective.extra_repr())
         assert again.settings == objective.settings, objective
+
+
+def test_what_is_another_than_its_name_says_prints_as_python() -> None:
+    """So that no text reads back as another objective."""
+    by_hand = (
+        Mining("mine", "hardest", "never"),
+        Mining("hardest", "hardest", "fallback"),
+        Mining("semi-hard", "semi-hard", "never"),
+        Mining("hardest", "hardest", "never", average=False),
+    )
+    for rule in by_hand:
+        shown = repr(goal.Objective(mining=rule))
+        assert f"Mining(name='{rule.name}'" in shown
+    other = Definition("T", "cir", lambda s_pos, s_neg, tau: tau + 0 * s_neg, {"tau": 3.0})
+    assert repr(goal.Objective(T=other())) == "Objective(T.cir(tau=3.0) × sig-ms)"
 
 
 def test_yardsticks_have_parameters() -> None:

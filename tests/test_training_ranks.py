@@ -141,6 +141,14 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(tmp_path: Path, toget
     assert again[1].stdout == ""
 
 
+def imported() -> tuple[str, bool]:
+    return goal.__file__, "interpreter" in sys.modules
+
+
+def test_ranks_import_what_is_tested(together: Together) -> None:
+    assert [rank.result for rank in together(imported)] == [imported()] * 2
+
+
 def circle() -> None:
     def trains() -> Any:
         try:

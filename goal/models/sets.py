@@ -15,7 +15,9 @@ def features(name: str, value: object, shape: str, width: int) -> Tensor:
     dims = shape.count(",") + 1
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
-    value = validation.floating(name, validation.dense(name, value, meta=True))
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call {name}.to_dense().")
+    value = validation.floating(name, value)  # a DTensor may come too
     if value.dim() != dims or value.shape[-1] != width or value.numel() == 0:
         raise ValueError(f"{name} must have shape {shape}, not empty, D = {width}, got {tuple(value.shape)}.")
     return value

@@ -189,3 +189,22 @@ def test_weights_of_their_own_for_both_directions(mining: str, reduction: str) -
     one, other = (emitted(S, **call, weight=half) for half in off)
     torch.testing.assert_close(value, one[0] + other[0])
     torch.testing.assert_close(found, one[1] + other[1])
+
+
+# ── limits of weighing ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_gap_of_exactly_eps_is_outside_the_vanishing_zone() -> None:
+    S = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]], dtype=torch.float64)
+    objective = goal.Objective("con", "con", mining=goal.mining.selective(eps=0.25))
+    objective.apply_similarity(S)
+    assert objective.stats.fallback == 0
+    objective.apply_similarity(S + torch.tensor([[0.0, 2.0**-40, 0.0]] + [[0.0] * 3] * 2, dtype=torch.float64))
+    assert objective.stats.fallback > 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_value_has_the_precision_of_the_embeddings_not_of_the_weights(reduction: str) -> None:
+    x = torch.eye(4)
+    weight = torch.ones(4, dtype=torch.float64)
+    assert goal.apply(x, x.flip(0), "nca", "con", reduction=reduction, weight=weight).dtype == torch.float32

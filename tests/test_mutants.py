@@ -9,6 +9,9 @@ from oracle import oracle, oracle_similarity
 from torch import Tensor
 
 import goal
+from goal.engine.path import at_pairs
+from goal.engine.types import Block, Masks
+from goal.similarity import Dot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,3 +211,53 @@ def test_the_value_has_the_precision_of_the_embeddings_not_of_the_weights(reduct
     x = torch.eye(4)
     weight = torch.ones(4, dtype=torch.float64)
     assert goal.apply(x, x.flip(0), "nca", "con", reduction=reduction, weight=weight).dtype == torch.float32
+
+
+def test_an_anchor_beyond_the_range_costs_the_others_no_digit() -> None:
+    """S is 1e320 at (0, 0) alone; where the anchors of pair 0 have no part, the gradient is what it is without that."""
+    x, y = (torch.eye(6, dtype=torch.float64)[:5] for _ in range(2))
+    expected = emitted(x, y, T="nca", P="con")[1:]
+    x[0, 5] = y[0, 5] = 1e160
+    value, *found = emitted(x, y, T="nca", P="con")
+    assert not value.isfinite()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[2:, :5], other[2:, :5], rtol=1e-13, atol=0)
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("mining", ["hardest", "semi-hard", "all"])
+def test_a_term_never_meets_the_minus_infinity_of_no_negative(mining: str) -> None:
+    met: list[bool] = []
+
+    @goal.triplet_weight("meets")
+    def meets(s_pos: Tensor, s_neg: Tensor) -> Tensor:
+        met.append(bool((s_neg == -torch.inf).any()))
+        return torch.sigmoid(s_neg - s_pos)
+
+    met.clear()  # what registering tried it on
+    rng = np.random.default_rng(3)
+    x, y = (torch.from_numpy(rng.normal(size=(5, 3))) for _ in range(2))
+    stats = goal.gradients(x, y, T="meets", P="con", mining=mining, ids=torch.zeros(5, dtype=torch.int64))[2]
+    assert not stats.T.any()
+    assert met
+    assert not any(met)
+
+
+@pytest.mark.parametrize("P", ["lin-ms", "sig-ms"])
+@pytest.mark.parametrize("size", [torch.nan, torch.inf, -torch.inf])
+def test_relative_similarities_show_a_pair_that_is_not_finite(size: float, P: str) -> None:
+    """They depend on all pairs, so every anchor has NaN at its own pair."""
+    S = torch.from_numpy(np.random.default_rng(5).normal(size=(5, 5)) / 16).float()
+    S[0, 0] = size
+    _, found = emitted(S, T="con", P=P, check_finite=False)
+    assert found.diagonal().isnan().all()
+
+
+def test_pairs_of_a_rank_that_is_not_the_first() -> None:
+    """The rank has rows 2 to 4 of six pairs, and takes their entries out of all six."""
+    rng = np.random.default_rng(6)
+    x, y, value = (torch.from_numpy(rng.normal(size=size)) for size in ((3, 4), (3, 4), 6))
+    own = Block(x, y, Masks(6, 6, (6, 6)).block(slice(2, 5), slice(2, 5)))
+    gx, gy = at_pairs(Dot(), own, value, (True, True))
+    torch.testing.assert_close(gx, value[2:5, None] * y)
+    torch.testing.assert_close(gy, value[2:5, None] * x)

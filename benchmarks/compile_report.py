@@ -135,38 +135,33 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         pairs = launch.pair(x, y, n, apart=True)
         launch.statistics(Block(x, y, Masks(n, n, (n, n), ids=each, y_ids=each)), pairs, request, precision)
 
-    def block_of_ranks(dtype: torch.dtype, request: Any, product: Any) -> None:
-        """A block beside the diagonal: mined, and with all its negatives; then the mined entries in it."""
+    def mine_part(dtype: torch.dtype, request: Any, masks: Any) -> None:
         x, y = _inputs(dtype)
-        block = Block(x, y, Masks(N, N, (2 * N, 2 * N), col_offset=N))
-        bounds, of_pairs = launch.pair(x, y, N).bounds, x.new_empty(2, 2 * N, dtype=torch.float32)
-        launch.mine(block, types.Pairs(of_pairs[0], bounds), request, "fast")
-        relative = dict.fromkeys(product.statistics, of_pairs)
-        met = types.Dense(product, of_pairs[0], bounds, of_pairs, relative, True)
-        launch.dense_value(block, met, "fast")
-        launch.dense_block(block, met, (True, True), "fast")
-        index = torch.empty(2, 2 * N, dtype=torch.int64, device="meta")
-        incoming = x.new_empty((), dtype=torch.float32)
-        launch.mined_emit(block, types.Mined(index, of_pairs, of_pairs), incoming, (True, True))
+        s_pos = x.new_empty(masks.pairs, dtype=torch.float32)
+        pairs = types.Pairs(s_pos, launch.pair(x, y, N, apart=True).bounds)
+        launch.mine(Block(x, y, masks), pairs, request, "fast")
 
-    def dense(dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D) -> None:
+    def dense(
+        dtype: torch.dtype, product: Any, precision: str, every: bool, d: int = D, masks: Any = None
+    ) -> None:  # fmt: skip
         x, y = _inputs(dtype, d=d)
-        pairs, block = launch.pair(x, y, N), Block(x, y, Masks(N, N, (N, N)))
-        share = x.new_empty(2, N, dtype=torch.float32)
+        masks = masks or Masks(N, N, (N, N))
+        block, share = Block(x, y, masks), x.new_empty(2, masks.pairs, dtype=torch.float32)
         relative = {name: torch.empty_like(share) for name in product.statistics}
-        met = types.Dense(product, *pairs, share, relative, every)
+        met = types.Dense(product, share[0], launch.pair(x, y, N).bounds, share, relative, every)
         launch.dense_value(block, met, precision)
         launch.dense_block(block, met, (True, True), precision)
 
-    def mined(dtype: torch.dtype, n: int, product: Any, weighed: bool) -> None:
+    def mined(dtype: torch.dtype, n: int, product: Any, weighed: bool, masks: Any = None) -> None:
         x, y = _inputs(dtype, n)
-        of_pairs, index = x.new_empty(2, n, dtype=torch.float32), torch.empty(2, n, dtype=torch.int64, device="meta")
+        masks = masks or Masks(n, n, (n, n))
+        of_pairs = x.new_empty(2, masks.pairs, dtype=torch.float32)
+        index = torch.empty(2, masks.pairs, dtype=torch.int64, device="meta")
         if weighed:
             found = statistics.Statistics(of_pairs[0], of_pairs, index, None, None, of_pairs, of_pairs)
             launch.weighed(found, product, 1 / n)
         given = types.Mined(index, of_pairs, of_pairs)
-        block = Block(x, y, Masks(n, n, (n, n)))
-        launch.mined_emit(block, given, x.new_empty((), dtype=torch.float32), (True, True))
+        launch.mined_emit(Block(x, y, masks), given, x.new_empty((), dtype=torch.float32), (True, True))
 
     for dtype in half:
         for request in requests:
@@ -191,7 +186,10 @@ def _runs(bulk: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield label, functools.partial(dense, dtype, products[-1], "exact", True, d=ODD_D)
     for dtype in (torch.bfloat16, torch.float32):
         yield "", functools.partial(mined, dtype, N, products[0], False)
-    yield label, functools.partial(block_of_ranks, torch.bfloat16, Request(beta=10.0), products[-1])
+    beside = Masks(N, N, (2 * N, 2 * N), col_offset=N)  # a block beside the diagonal, as ranks have them
+    yield "", functools.partial(mine_part, torch.bfloat16, Request(beta=10.0), beside)
+    yield label, functools.partial(dense, torch.bfloat16, products[-1], "fast", True, masks=beside)
+    yield "", functools.partial(mined, torch.bfloat16, N, products[0], False, masks=beside)
 
 
 _TYPES = {

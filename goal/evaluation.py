@@ -412,7 +412,7 @@ def floating(name: str, value: Any, first: int = 0) -> Tensor:
     torch.Size([2, 3])
     """
     tensor = validation.dense(name, value if isinstance(value, Tensor) else _from_array(name, value, first))
-    return validation.floating(name, tensor).detach()
+    return validation.check_floating(name, tensor).detach()
 
 
 def _from_array(name: str, value: Any, first: int) -> Tensor:

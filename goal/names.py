@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Value = float | bool | None
+Parameter = float | bool | None
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Named:
     """
 
     name: str
-    parameters: tuple[tuple[str, Value], ...] = ()
+    parameters: tuple[tuple[str, Parameter], ...] = ()
 
     @classmethod
-    def of(cls, name: str, values: Mapping[str, Value], defaults: Mapping[str, Value]) -> Named:
+    def of(cls, name: str, values: Mapping[str, Parameter], defaults: Mapping[str, Parameter]) -> Named:
         """The name with `values`, without the values that are defaults."""
         off = ((key, values[key]) for key, default in defaults.items() if key in values and values[key] != default)
         return cls(name, tuple(off))
@@ -31,7 +31,17 @@ class Named:
         return f"{self.name}({inside})" if inside else self.name
 
 
-def _literal(value: Value) -> str:
+def line(products: Iterable[str], axes: Mapping[str, str]) -> str:
+    """An objective's text: its terms or its recipe, then each axis by its keyword; the mining rule needs none.
+
+    >>> line(["cir", "sig"], {"mining": "semi-hard", "reduction": "sum"})
+    'cir × sig | semi-hard | reduction=sum'
+    """
+    tail = (text if axis == "mining" else f"{axis}={text}" for axis, text in axes.items())
+    return " | ".join([" × ".join(products), *tail])
+
+
+def _literal(value: Parameter) -> str:
     """A value as text that reads back to the same value."""
     if value is None or isinstance(value, bool):
         return str(value).lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from goal.engine.call import Arguments
 from goal.engine.path import Seen
 from goal.engine.settings import Settings
 from goal.functional import run
-from goal.names import Named
+from goal.names import Named, line
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -118,15 +119,14 @@ class Objective(nn.Module):
 
         A term or a mining rule that is another than that of its name prints as Python; ranks are said at the end.
         """
-        s, rule = self.settings, self.settings.mining
-        T, P = _text(terms.T, s.product.T), _text(terms.P, s.product.P)
-        axes = (
-            (rule != mining.hardest(), _rule(rule)),
-            (s.similarity.name != "dot", f"similarity={s.similarity.name}"),
-            (s.reduction != "mean", f"reduction={s.reduction}"),
-        )
-        spec = " | ".join([f"{T} × {P}", *(text for changed, text in axes if changed)])
+        s = self.settings
+        axes = {"mining": _rule(s.mining), "similarity": s.similarity.name, "reduction": s.reduction}
+        changed = {axis: text for axis, text in axes.items() if text != _DEFAULTS[axis]}
+        spec = line((_text(terms.T, s.product.T), _text(terms.P, s.product.P)), changed)
         return spec if self.ranks is None else f"{spec}, over ranks by {self.ranks.exchange}"
+
+
+_DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
 
 
 def _text(registry: terms.Registry, term: terms.Term) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 
 from goal import mining, similarity, terms
 from goal.engine.settings import REDUCTIONS
-from goal.names import Named, Value, nearest, spell, unknown
+from goal.names import Named, Parameter, line, nearest, spell, unknown
 from goal.objective import Objective
 from goal.recipes import recipe as published
 from goal.recipes import recipes
@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 _NAME = re.compile(r"[\w+-]+")
 _VALUE = re.compile(r"[^\s,()|=×*:]+")
-_WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
+_WORDS: dict[str, Parameter] = {"true": True, "false": False, "none": None}
 _CONTEXT = 40  # characters of a long text that an error shows on either side of the error's place
 _FOUND = "found-"  # prefix of terms that `goal.lab.discover` found; their names spell their formulas
 
@@ -69,9 +69,7 @@ class Spec:
         return short._text(lambda call: call.name)
 
     def _text(self, show: Callable[[Named], str]) -> str:
-        head = " × ".join(show(call) for _, call in self._calls())
-        tail = [show(call) if axis == "mining" else f"{axis}={show(call)}" for axis, call in self.axes]
-        return " | ".join([head, *tail])
+        return line((show(call) for _, call in self._calls()), {axis: show(call) for axis, call in self.axes})
 
     def _calls(self) -> list[tuple[str, Named]]:
         """The names before the first `|`, with their kinds."""
@@ -245,7 +243,7 @@ class Member(NamedTuple):
 
     name: str
     owner: str  # its name in errors
-    defaults: Mapping[str, Value]
+    defaults: Mapping[str, Parameter]
     make: Callable[..., Any]  # makes the object from its parameters; raises if one is not allowed
 
 
@@ -325,7 +323,7 @@ def member(kind: str, name: str) -> Member:
     return _KINDS[kind].find(name)
 
 
-def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
+def _recipe(name: str, given: Mapping[str, Parameter], rest: Mapping[str, Any]) -> nn.Module:
     """A recipe with these parameters; for an objective they are those of its terms, in T, P or both."""
     base = published(name)
     if not isinstance(base, Objective):
@@ -347,7 +345,7 @@ def _check_axes(recipe: str, axis: str) -> None:
 def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
     """A checked name with its parameters."""
     its = member(kind, name)
-    checked: dict[str, Value] = {}
+    checked: dict[str, Parameter] = {}
     for key, value in given.items():
         if key not in its.defaults:
             raise _no_parameter(its.name, key, list(its.defaults))
@@ -396,7 +394,7 @@ class _Raw(NamedTuple):
 
     name: str
     at: int
-    arguments: tuple[tuple[str, int, Value], ...]  # name, position, value
+    arguments: tuple[tuple[str, int, Parameter], ...]  # name, position, value
 
 
 class _Reader:
@@ -448,7 +446,7 @@ class _Reader:
     def raw(self, wanted: str) -> _Raw:
         """Read a name, and its parameters in brackets."""
         name, at = self._match(_NAME, wanted)
-        arguments: list[tuple[str, int, Value]] = []
+        arguments: list[tuple[str, int, Parameter]] = []
         if self.took("("):
             while not self.took(")"):
                 if arguments and not self.took(","):
@@ -469,7 +467,7 @@ class _Reader:
             self.located(at, functools.partial(_call, kind, raw.name, {key: value}))
         return self.located(raw.at, lambda: _call(kind, raw.name, {key: value for key, _, value in raw.arguments}))
 
-    def _literal(self) -> Value:
+    def _literal(self) -> Parameter:
         word, at = self._match(_VALUE, "a value")
         if word.lower() in _WORDS:
             return _WORDS[word.lower()]

@@ -49,7 +49,7 @@ def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
     if not isinstance(value, Tensor):
         hint = f": torch.as_tensor({name}) makes one" if type(value) in (np.ndarray, list, tuple) else ""
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}{hint}.")
-    value = floating(name, dense(name, value, meta))
+    value = check_floating(name, dense(name, value, meta))
     if value.dim() != 2:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
     if 0 in value.shape:
@@ -57,7 +57,7 @@ def matrix(name: str, value: object, shape: str, meta: bool = False) -> Tensor:
     return value
 
 
-def floating(name: str, tensor: Tensor) -> Tensor:
+def check_floating(name: str, tensor: Tensor) -> Tensor:
     """The tensor, after checking that its dtype is a floating-point dtype that PyTorch computes in."""
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from goal.kernels.bits import beyond, halving, poison, power, unhalving, wide
-from goal.kernels.tile import dot, negatives, pairs_in, tile_of
+from goal.kernels.tile import dot, negatives, pairs_in, tile_of, zeros
 from goal.kernels.weigh import Relative, equation
 
 
@@ -58,9 +58,7 @@ class Range(NamedTuple):
 @triton.jit
 def _similarities(x, y, row, col, here, inside, D, bounds, CUT: tl.constexpr, ARITHMETIC: tl.constexpr):
     """(height, width) float32 of S at these rows and columns; 0 where not `here` or not `inside`."""
-    HEIGHT: tl.constexpr = CUT.height  # a field of what is compiled in cannot stand in a list, before Triton 3.9
-    WIDTH: tl.constexpr = CUT.width
-    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    acc = zeros(CUT)
     depth = tl.arange(0, CUT.depth)
     p_x = x.at + row[:, None] * x.row + depth[None, :] * x.col
     p_y = y.at + col[None, :] * y.row + depth[:, None] * y.col

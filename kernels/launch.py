@@ -470,9 +470,11 @@ def dense_block(
     new: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     out = [torch.zeros(side.shape[0], d, **new) if needed else None for side, needed in zip((x, y), needs, strict=True)]
     pull = torch.zeros(2, block.masks.pairs, **new)
+    pulled = _of_anchors(pull[0], pull[1], block.masks)  # views
     run = run._replace(block=run.block._replace(D=d))
     for walk in run.walks(met.every):
-        _walk_through(run, walk, met.product, Sides(*(out if walk.side == 0 else out[::-1])), pull)
+        turn = -1 if walk.side else 1
+        _walk_through(run, walk, met.product, Sides(*out[::turn]), Sides(*pulled[::turn]))
     gx, gy = (None if gradient is None else gradient[:, : x.shape[1]].contiguous() for gradient in out)
     return gx, gy, pull
 
@@ -485,8 +487,8 @@ class _Held(NamedTuple):
     scaled: bool
 
 
-def _walk_through(run: _Dense, walk: _Walk, product: Product, out: Sides, pull: Tensor) -> None:
-    """Add the gradients of a walk to `out`, for its rows and columns, and its pulls to pull (2, K)."""
+def _walk_through(run: _Dense, walk: _Walk, product: Product, out: Sides, pulled: Sides) -> None:
+    """Add the gradients of a walk to `out` and its pulls to `pulled`, for its rows and its columns."""
     block, cut = walk.block, run.cut
     height, width = run.tiles(walk)
     line = width * cut.width
@@ -503,17 +505,13 @@ def _walk_through(run: _Dense, walk: _Walk, product: Product, out: Sides, pull: 
         rows = min(tiles.height * cut.height, (block.N if walk.listed is None else block.row_anchors) - begin)
         cols = torch.zeros(tiles.height if walk.listed is None else 0, block.col_anchors, **new)
         _coefficients(run, walk, product, held, dense.Pulls(taken, cols), tiles)
-        pull[1 - walk.side, _anchors_at(block.col_offset, block.col_anchors)] += cols.sum(0)
+        pulled.cols.add_(cols.sum(0))
         if out.rows is not None:
             _into_rows(run, walk, held, out.rows, dense.Range(rows, block.M, begin, 0, block.D))
         if out.cols is not None:
             _into_cols(run, walk, held, out.cols, dense.Range(block.M, rows, 0, begin, block.D))
-    own = pull[walk.side, _anchors_at(block.row_offset, block.row_anchors)]
-    own += taken.sum(0) if walk.listed is None else torch.zeros_like(own).scatter(0, walk.listed.anchors, taken.sum(0))
-
-
-def _anchors_at(offset: int | None, anchors: int) -> slice:
-    return slice(offset or 0, (offset or 0) + anchors)
+    own = taken.sum(0)
+    pulled.rows.add_(own if walk.listed is None else torch.zeros_like(own).scatter(0, walk.listed.anchors, own))
 
 
 def _coefficients(

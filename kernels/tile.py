@@ -83,11 +83,17 @@ def dot(a, b, acc, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
-def tile(x, y, first_row, first_col, block, CUT: tl.constexpr, ARITHMETIC: tl.constexpr, TMA: tl.constexpr):
-    """(height, width) float32 of S; 0 beyond its edges. With TMA, x and y are tensor descriptors."""
+def zeros(CUT: tl.constexpr):
+    """A tile of zeros, float32."""
     HEIGHT: tl.constexpr = CUT.height  # a field of what is compiled in cannot stand in a list, before Triton 3.9
     WIDTH: tl.constexpr = CUT.width
-    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    return tl.zeros([HEIGHT, WIDTH], tl.float32)
+
+
+@triton.jit
+def tile(x, y, first_row, first_col, block, CUT: tl.constexpr, ARITHMETIC: tl.constexpr, TMA: tl.constexpr):
+    """(height, width) float32 of S; 0 beyond its edges. With TMA, x and y are tensor descriptors."""
+    acc = zeros(CUT)
     if TMA:
         for start in range(0, block.D, CUT.depth):
             a = x.load([first_row, start])

@@ -17,7 +17,7 @@ def features(name: str, value: object, shape: str, width: int) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(value).__name__}.")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}: call {name}.to_dense().")
-    value = validation.floating(name, value)  # a DTensor may come too
+    value = validation.check_floating(name, value)  # a DTensor may come too
     if value.dim() != dims or value.shape[-1] != width or value.numel() == 0:
         raise ValueError(f"{name} must have shape {shape}, not empty, D = {width}, got {tuple(value.shape)}.")
     return value

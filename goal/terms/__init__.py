@@ -10,10 +10,11 @@ It is evaluated elementwise, so the same function serves per-anchor vectors (min
 similarities (dense objectives). `goal.T.mine(tau=5.0)` is the term with its parameters bound.
 """
 
+from goal.names import Parameter
 from goal.terms.pair import pair_weight
 from goal.terms.product import Product
 from goal.terms.registry import P, Registry, T
-from goal.terms.term import STATISTICS, Definition, Parameter, Potential, Term
+from goal.terms.term import STATISTICS, Definition, Potential, Term
 from goal.terms.triplet import triplet_weight
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from goal.names import spell, unknown
-from goal.terms.term import REGISTRIES, STATISTICS, Definition, Parameter, Potential, Term
+from goal.names import Parameter, spell, unknown
+from goal.terms.term import REGISTRIES, STATISTICS, Definition, Potential, Term
 
 
 class Registry:

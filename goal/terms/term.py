@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from goal.names import Parameter
 from goal.validation import check_bool, check_number
 
-Parameter = float | bool | None
 Potential = Callable[..., Tensor | None]
 # The relative similarities that a term may declare, with the parameter that they read from the term.
 # All are means over a batch-dependent set, 0 for an empty set, constants for the gradient; shape of the anchors.

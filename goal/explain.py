@@ -46,6 +46,7 @@ def explain(
     P: str | Term = "sig-ms",
     *,
     mining: str | Mining = "hardest",
+    directions: str = "both",
     similarity: str = "dot",
     impl: str = "auto",
     precision: str = "fast",
@@ -77,7 +78,7 @@ def explain(
         >>> shared.gather, shared.ring
         (59122112, 42365376)
     """
-    objective = settings(T, P, mining, similarity, "mean", impl, precision)
+    objective = settings(T, P, mining, similarity, "mean", impl, precision, 1.0, directions)
     x, y = validation.embeddings(x, y, meta=True)
     size = size_of(group, ranks, exchange)
     if size is None:
@@ -85,15 +86,26 @@ def explain(
     return _explanation_spread(objective, x, y, size, exchange)
 
 
-def _explanation(objective: Settings, x: Tensor, y: Tensor) -> Explanation:
+def _explanation(objective: Settings, x: Tensor, y: Tensor, alone: bool = True) -> Explanation:
+    """`alone`: in one process, which keeps the exponentials of a small batch."""
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     does, why = backend(objective, x, y)
     request, dtype, dense = objective.request, computing_dtype(x, y), objective.mining.dense
-    names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp")
-    asked = (objective.mines, request.semi_hard is not None, request.lin, request.beta is not None)
+    soft = objective.mining.softmax is not None
+    names = ("hardest", "semi-hard", "r_neg_lin", "r_neg_exp", "log-sum")
+    asked = (
+        objective.mines and request.hardest,
+        request.semi_hard is not None,
+        request.lin,
+        request.beta is not None,
+        soft,
+    )
+    plan = does.plan(x, y, request, dense != "never")
     products = {"never": 1, "always": 4 + objective.mines, "fallback": 5}[dense]
     passes = products if dense == "never" else products - 2
-    plan = does.plan(x, y, request, dense != "never")
+    if soft:
+        passes = 1 if plan.kept and alone else 2  # S again, for the gradient, unless its exponentials are kept
+        products = passes + 2
     return Explanation(
         impl=does.impl,
         why=why,
@@ -114,9 +126,10 @@ def _explanation_spread(objective: Settings, x: Tensor, y: Tensor, size: int, ex
     if len(y) != n:
         raise ValueError(f"x and y must have the same number of rows on each rank, got {n} and {len(y)}.")
     gathers, dense, width = exchange == "gather", objective.mining.dense != "never", y.element_size()
-    here = _explanation(objective, x, y.new_empty(n * size, d, device="meta") if gathers else y)
+    here = _explanation(objective, x, y.new_empty(n * size, d, device="meta") if gathers else y, alone=False)
     strips = 2 * n * n * size * d  # the products of one pass
-    again = int(gathers and dense)  # a tile is in the rows of one rank and in the columns of another
+    soft = objective.mining.softmax is not None
+    again = int(gathers and (dense or soft))  # a tile is in the rows of one rank and in the columns of another
     sent = traffic(objective, n, d, x.element_size(), width, computing_dtype(x, y).itemsize, size)
     return here._replace(
         passes=here.passes + again,

@@ -13,7 +13,7 @@ from goal.engine import path
 from goal.engine.call import Arguments, Call
 from goal.engine.functorch import batched, inside, no_autocast, outside, plain
 from goal.engine.path import Emits, Outcome, Seen
-from goal.engine.settings import Settings, settings
+from goal.engine.settings import Scale, Settings, settings
 from goal.engine.types import Gradients
 from goal.mining import Mining
 from goal.similarity import GIVEN
@@ -32,6 +32,8 @@ def apply(
     *,
     mining: str | Mining = "hardest",
     reduction: str = "mean",
+    scale: Scale = 1.0,
+    directions: str = "both",
     ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     weight: Tensor | None = None,
@@ -60,8 +62,12 @@ def apply(
             the other side's anchors that are no anchors themselves (a memory bank).
         T: triplet weight, a name (`con`, `nca`, `cir`, or a registered one) or an object, `goal.T.cir(tau=5.0)`.
         P: pair weight, a name (`con`, `lin`, `sig`, `lin-ms`, `sig-ms`) or an object.
-        mining: `hardest`, `semi-hard`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
-        reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. Both directions always add.
+        mining: `hardest`, `semi-hard`, `soft`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
+        reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. The two directions add.
+        scale: factor of the value and of the gradient, > 0; or a function of numbers of the objective, which it asks
+            for by name: ``lambda tau: tau / 2``. A name that several have means T's, then P's, then the mining rule's.
+        directions: `both`; `x→y`, where the anchors are rows of x, and candidates rows of y; or `y→x`. Also written
+            `x->y` and `x2y`.
         ids: (N,) integers; rows with equal ids are never negatives of each other.
         y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow.
         weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates). Or (2, K), for
@@ -103,7 +109,7 @@ def apply(
 
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
-    objective = settings(T, P, mining, similarity, reduction, impl, precision)
+    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions)
     return run(Arguments(x, y, ids, y_ids, weight, check_finite), objective, ranks(group, averaged, exchange)).loss
 
 
@@ -114,6 +120,8 @@ def apply_similarity(
     *,
     mining: str | Mining = "hardest",
     reduction: str = "mean",
+    scale: Scale = 1.0,
+    directions: str = "both",
     ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     weight: Tensor | None = None,
@@ -133,7 +141,7 @@ def apply_similarity(
         tensor([[-2.,  2.],
                 [ 2., -2.]])
     """
-    objective = settings(T, P, mining, GIVEN, reduction, impl)
+    objective = settings(T, P, mining, GIVEN, reduction, impl, "fast", scale, directions)
     return run(Arguments(S, None, ids, y_ids, weight, check_finite), objective).loss
 
 
@@ -145,6 +153,8 @@ def gradients(
     *,
     mining: str | Mining = "hardest",
     reduction: str = "mean",
+    scale: Scale = 1.0,
+    directions: str = "both",
     ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     weight: Tensor | None = None,
@@ -164,7 +174,7 @@ def gradients(
         >>> stats.recall_at_1
         tensor([1., 1.])
     """
-    objective = settings(T, P, mining, similarity, reduction, impl, precision)
+    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions)
     arguments = Arguments(x, y, ids, y_ids, weight, check_finite, needs=(True, True))
     with torch.no_grad():
         outcome = _outcome(arguments, objective, ranks(group, averaged, exchange), shown=True)

@@ -1,48 +1,141 @@
-"""Mining rules, which select the negatives of an anchor: hardest, semi-hard, all, selective."""
+"""Mining rules, by which an anchor's negatives share its push: hardest, semi-hard, soft, all, selective."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from goal.names import spell, unknown
-from goal.validation import check_bool, check_number
+import torch
+from torch import Tensor
+
+from goal.names import Value, spell, unknown
+from goal.validation import check_bool, check_number, real_number
+
+MANY = 1e6  # negatives of an anchor, up to which terms have to be finite with soft mining
+
+
+class Curve(NamedTuple):
+    """A hardness h(s) or a level(z), with the numbers of the rule that it asks for by name."""
+
+    name: str
+    function: Callable[..., Tensor]
+    asks: tuple[str, ...]
+
+    def __call__(self, at: Tensor, numbers: Mapping[str, float]) -> Tensor:
+        return self.function(at, **{name: numbers[name] for name in self.asks})
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over an anchor's negatives: Z = Σ e^{h(s)}, shares q = e^{h(s)} / Z, and s̃⁻ = level(log Z)."""
+
+    hardness: Curve
+    level: Curve
+    tau: float
+    alpha: float
+    margin: float
+    at: str  # where P⁻ is taken: "aggregate", at s̃⁻, or "each", at every sᵢⱼ
+    over: str  # "negatives", or "candidates": the positive has a share too
+    normalise: str  # "sum", or "mean": log Z − log n
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"tau": self.tau, "alpha": self.alpha, "margin": self.margin}
+
+    @property
+    def slope(self) -> float | None:
+        """The factor of s in a linear hardness; None for another hardness."""
+        return self.tau + self.alpha if self.hardness is HARDNESS["linear"] else None
+
+    def h(self, s: Tensor) -> Tensor:
+        """The hardness of similarities, as a new tensor."""
+        return self.hardness(s, self.numbers)
+
+    def stands(self, log_sum: Tensor, count: Tensor) -> Tensor:
+        """s̃⁻, the similarity that stands for the negatives, from log Z and their number; −inf where there is none."""
+        z = log_sum - count.log() if self.normalise == "mean" else log_sum
+        return torch.where(log_sum == -math.inf, log_sum, self.level(z, self.numbers))
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The lowest and the highest s̃⁻ for similarities in [−1, 1] and up to `MANY` negatives."""
+        s = torch.linspace(-1, 1, 41, dtype=torch.float64, device="cpu")
+        h = self.h(s)
+        more = math.log(MANY) if self.normalise == "sum" else 0.0
+        low, high = self.level(torch.stack((h.min(), h.max() + more)), self.numbers).tolist()
+        return low, high
 
 
 @dataclass(frozen=True)
 class Mining:
     """A selection mᵢⱼ ≥ 0 over each anchor's negatives, in the form that the engine needs.
 
-    `margin` is set for semi-hard mining alone, `eps` for selective alone; `average` is False for all negatives alone,
-    where the user asks for it.
+    `margin` is set for semi-hard mining alone, `eps` for selective, `softmax` for soft; `average` and `pull` are
+    another than by default for all negatives alone, where the user asks for it.
     """
 
     name: str
-    mined: Literal["hardest", "semi-hard", "none"]  # the negative that the miner finds for each anchor
-    dense: Literal["never", "always", "fallback"]  # which anchors use all their negatives
+    mined: Literal["hardest", "semi-hard", "soft", "none"]  # what stands for the negatives in the weights
+    dense: Literal["never", "always", "fallback"]  # which anchors use all their negatives, by weights of their own
     average: bool = True  # dense anchors: a negative weighs 1 / number of negatives, not 1
     margin: float | None = None
     eps: float | None = None
+    pull: Literal["each", "once"] = "each"  # dense anchors: the sum, or the mean, of the pulls of their triplets
+    softmax: Softmax | None = None
 
     @property
-    def params(self) -> dict[str, float | bool]:
+    def params(self) -> dict[str, Value]:
         """The parameters of the rule."""
-        given = {"margin": self.margin, "eps": self.eps, "average": self.average if self.name == "all" else None}
+        if (softmax := self.softmax) is not None:
+            rest = {"at": softmax.at, "over": softmax.over, "normalise": softmax.normalise}
+            return {**softmax.numbers, "hardness": softmax.hardness.name, "level": softmax.level.name, **rest}
+        of_all = {"average": self.average, "pull": self.pull} if self.name == "all" else {}
+        given = {"margin": self.margin, "eps": self.eps, **of_all}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def picks(self) -> bool:
+        """Whether the mined push goes to a single negative."""
+        return self.mined in ("hardest", "semi-hard")
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """The numbers of the rule, which may change from step to step."""
+        return {"margin": self.margin, "eps": self.eps} if self.softmax is None else dict(self.softmax.numbers)
+
+    def renumbered(self, numbers: Mapping[str, float | None]) -> Mining:
+        """The rule with other numbers, unchecked."""
+        changed: dict[str, Any] = dict(numbers)
+        if self.softmax is None:
+            return dataclasses.replace(self, **changed)
+        return dataclasses.replace(self, softmax=dataclasses.replace(self.softmax, **changed))
 
     @property
     def known(self) -> bool:
         """Whether the rule of its name makes it, from its parameters."""
         rule, given = RULES.get(self.name), self.params
-        return rule is not None and given.keys() == defaults(self.name).keys() and rule(**given) == self
+        return rule is not None and given.keys() == defaults(self.name).keys() and _made(rule, given) == self
 
     def __repr__(self) -> str:
-        given = self.params if self.known else dataclasses.asdict(self)
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        return f"mining.{RULES[self.name].__name__}({shown})" if self.known else f"Mining({shown})"
+        if self.known:
+            usual, given = defaults(self.name), self.params
+            shown = {name: value for at, (name, value) in enumerate(given.items()) if not at or value != usual[name]}
+        else:
+            shown = dataclasses.asdict(self)
+        text = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        return f"mining.{RULES[self.name].__name__}({text})" if self.known else f"Mining({text})"
+
+
+def _made(rule: Callable[..., Mining], params: Mapping[str, Value]) -> Mining | None:
+    """The rule with these parameters; None if it refuses them."""
+    try:
+        return rule(**params)
+    except (TypeError, ValueError):
+        return None
 
 
 def hardest() -> Mining:
@@ -75,15 +168,75 @@ def semi_hard(margin: float = 0.2) -> Mining:
     return Mining("semi-hard", "semi-hard", "never", margin=margin)
 
 
-def all_negatives(average: bool = True) -> Mining:
+def all_negatives(average: bool = True, pull: str = "each") -> Mining:
     """Every negative; with `average` each weighs 1 / (number of the anchor's negatives), without it 1.
+
+    Args:
+        average: whether to average over the negatives.
+        pull: `each` pulls the positive in every triplet; `once` pulls it by the mean of its triplets' pulls, however
+            many negatives there are: sums such as SigLIP's, with one positive and many negatives. With `once`, and T
+            that does not depend on the similarities, an anchor without negatives keeps its pull.
 
     Example:
         >>> import goal
         >>> goal.mining.all_negatives(average=False)
         mining.all_negatives(average=False)
     """
-    return Mining("all", "none", "always", average=check_bool("goal.mining.all_negatives: average", average))
+    average = check_bool("goal.mining.all_negatives: average", average)
+    if pull not in ("each", "once"):
+        raise unknown("goal.mining.all_negatives: pull", pull, ("each", "once"))
+    return Mining("all", "none", "always", average=average, pull="once" if pull == "once" else "each")
+
+
+def soft(
+    tau: float = 20.0,
+    *,
+    alpha: float = 0.0,
+    margin: float = 0.4,
+    hardness: str | Callable[..., Tensor] = "linear",
+    level: str | Callable[..., Tensor] = "linear",
+    at: str = "aggregate",
+    over: str = "negatives",
+    normalise: str = "sum",
+) -> Mining:
+    """All negatives, shared among by a softmax: between `hardest` (τ → ∞) and `all` (τ → 0).
+
+        Zᵢ = Σⱼ e^{h(sᵢⱼ)}    qᵢⱼ = e^{h(sᵢⱼ)} / Zᵢ    s̃⁻ᵢ = level(log Zᵢ)
+
+    s̃⁻ takes the place of s⁻ in T and P⁻, and the push is shared by q. T × P is then the gradient of a loss if it is
+    one with a single negative. With P = con this is the family of InfoNCE: `goal.recipe("infonce")`.
+
+    Args:
+        tau: inverse temperature, > 0.
+        alpha: what `linear` adds to τ, >= 0: a sharper share than s̃⁻ has. With α > 0 the field has no loss.
+        margin: of the hardness `circle`.
+        hardness: h(s): `linear`, (τ + α)s; `square`, τs²; `circle`, τ(s + m)₊(s − m); or a function ``h(s, *, tau)``,
+            with any of the keywords tau, alpha and margin, of torch operators, elementwise.
+        level: s̃⁻ from z = log Z: `linear`, z/τ; `root`, √(z₊/τ); or a function ``level(z, *, tau)``.
+        at: P⁻ at the `aggregate` s̃⁻, or at `each` sᵢⱼ.
+        over: `negatives`; or `candidates`: the positive stands in the sum too, and gets its share of the push.
+        normalise: `sum`; or `mean`, which subtracts log n, so that s̃⁻ does not grow with the number n of negatives.
+
+    An anchor without negatives emits nothing; where T does not depend on the similarities, its pull stays.
+
+    Example:
+        >>> import goal
+        >>> goal.mining.soft(tau=50.0, normalise="mean")
+        mining.soft(tau=50.0, normalise='mean')
+    """
+    owner = "goal.mining.soft"
+    tau, margin = check_number(owner, "tau", tau), check_number(owner, "margin", margin)
+    alpha = real_number(f"{owner}: parameter 'alpha'", alpha, 0.0)
+    numbers = {"tau": tau, "alpha": alpha, "margin": margin}
+    curves = _curve("hardness", hardness, HARDNESS, numbers), _curve("level", level, LEVELS, numbers)
+    for name, value, allowed in (
+        ("at", at, ("aggregate", "each")),
+        ("over", over, ("negatives", "candidates")),
+        ("normalise", normalise, ("sum", "mean")),
+    ):
+        if value not in allowed:
+            raise unknown(f"{owner}: {name}", value, allowed)
+    return Mining("soft", "soft", "never", softmax=Softmax(*curves, tau, alpha, margin, at, over, normalise))
 
 
 def selective(eps: float = 0.01) -> Mining:
@@ -103,15 +256,67 @@ def selective(eps: float = 0.01) -> Mining:
     return Mining("selective", "hardest", "fallback", eps=eps)
 
 
+# ── hardness and level of soft mining ───────────────────────────────────────────────────────────────────────────────
+
+
+def _linear(s: Tensor, *, tau: float, alpha: float) -> Tensor:
+    return (tau + alpha) * s
+
+
+def _square(s: Tensor, *, tau: float) -> Tensor:
+    return tau * s.square()
+
+
+def _circle(s: Tensor, *, tau: float, margin: float) -> Tensor:
+    return tau * (s + margin).clamp(min=0) * (s - margin)
+
+
+def _quotient(z: Tensor, *, tau: float) -> Tensor:
+    return z / tau
+
+
+def _root(z: Tensor, *, tau: float) -> Tensor:
+    return (z.clamp(min=0) / tau).sqrt()
+
+
+HARDNESS = {
+    "linear": Curve("linear", _linear, ("tau", "alpha")),
+    "square": Curve("square", _square, ("tau",)),
+    "circle": Curve("circle", _circle, ("tau", "margin")),
+}
+LEVELS = {"linear": Curve("linear", _quotient, ("tau",)), "root": Curve("root", _root, ("tau",))}
+
+
+def _curve(argument: str, given: object, known: Mapping[str, Curve], numbers: Mapping[str, float]) -> Curve:
+    """The curve of a name, or of a user's function, after a trial on [−1, 1]."""
+    owner = f"goal.mining.soft: {argument}"
+    if isinstance(given, str):
+        if given not in known:
+            raise unknown(owner, given, list(known))
+        return known[given]
+    if not callable(given):
+        raise TypeError(f"{owner} must be one of {', '.join(known)}, or a function, got {given!r}.")
+    first, *rest = inspect.signature(given).parameters.values()
+    if strange := [one.name for one in rest if one.name not in numbers]:
+        raise TypeError(f"{owner} may ask for the keywords {', '.join(numbers)}, got {strange[0]!r}.")
+    curve = Curve(getattr(given, "__name__", first.name), given, tuple(one.name for one in rest))
+    trial = torch.linspace(-1, 1, 41, dtype=torch.float64, device="cpu")
+    value = curve(trial, numbers)
+    if not isinstance(value, Tensor) or value.shape != trial.shape or not bool(value.isfinite().all()):
+        raise ValueError(f"{owner} must be elementwise and finite on [−1, 1], got {value!r}.")
+    return curve
+
+
 RULES: dict[str, Callable[..., Mining]] = {
     "hardest": hardest,
     "semi-hard": semi_hard,
+    "soft": soft,
     "all": all_negatives,
     "selective": selective,
 }
 
 
-def defaults(name: str) -> dict[str, float | bool]:
+def defaults(name: str) -> dict[str, Value]:
     """The default parameters of a rule."""
     return {key: parameter.default for key, parameter in inspect.signature(RULES[name]).parameters.items()}
 

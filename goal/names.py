@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-Parameter = float | bool | None
+Parameter = float | bool | None  # of a term
+Value = Parameter | str  # of a mining rule, too
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,16 @@ class Named:
     """
 
     name: str
-    parameters: tuple[tuple[str, Parameter], ...] = ()
+    parameters: tuple[tuple[str, Value], ...] = ()
 
     @classmethod
-    def of(cls, name: str, values: Mapping[str, Parameter], defaults: Mapping[str, Parameter]) -> Named:
+    def of(cls, name: str, values: Mapping[str, Value], defaults: Mapping[str, Value]) -> Named:
         """The name with `values`, without the values that are defaults."""
         off = ((key, values[key]) for key, default in defaults.items() if key in values and values[key] != default)
         return cls(name, tuple(off))
 
     def __str__(self) -> str:
-        inside = ", ".join(f"{name}={_literal(value)}" for name, value in self.parameters)
+        inside = ", ".join(f"{name}={literal(value)}" for name, value in self.parameters)
         return f"{self.name}({inside})" if inside else self.name
 
 
@@ -41,8 +42,10 @@ def line(products: Iterable[str], axes: Mapping[str, str]) -> str:
     return " | ".join([" × ".join(products), *tail])
 
 
-def _literal(value: Parameter) -> str:
+def literal(value: Value) -> str:
     """A value as text that reads back to the same value."""
+    if isinstance(value, str):
+        return value
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(float(value)).removesuffix(".0")

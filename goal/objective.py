@@ -16,7 +16,7 @@ from goal.engine.call import Arguments
 from goal.engine.path import Seen
 from goal.engine.settings import Settings
 from goal.functional import run
-from goal.names import Named, line
+from goal.names import Named, line, literal
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -49,6 +49,8 @@ class Objective(nn.Module):
         *,
         mining: str | mining.Mining = "hardest",
         reduction: str = "mean",
+        scale: engine.Scale = 1.0,
+        directions: str = "both",
         similarity: str = "dot",
         impl: str = "auto",
         precision: str = "fast",
@@ -58,7 +60,7 @@ class Objective(nn.Module):
         exchange: str = "gather",
     ) -> None:
         super().__init__()
-        self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision))
+        self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision, scale, directions))
         self.check_finite = check_finite
         self.ranks = ranks(group, averaged, exchange)
         self._seen: tuple[Settings, Seen] | None = None
@@ -121,7 +123,9 @@ class Objective(nn.Module):
         """
         s = self.settings
         axes = {"mining": _rule(s.mining), "similarity": s.similarity.name, "reduction": s.reduction}
-        changed = {axis: text for axis, text in axes.items() if text != _DEFAULTS[axis]}
+        scale = s.scale.__name__ if callable(s.scale) else literal(s.scale)
+        axes |= {"scale": scale, "directions": s.directions}
+        changed = {axis: text for axis, text in axes.items() if text != literal(_DEFAULTS[axis])}
         spec = line((_text(terms.T, s.product.T), _text(terms.P, s.product.P)), changed)
         return spec if self.ranks is None else f"{spec}, over ranks by {self.ranks.exchange}"
 

@@ -5,6 +5,7 @@
     cir(tau=5) × sig-ms                              T × P; also cir(tau=5) * sig-ms, or cir(tau=5):sig-ms
     cir × sig-ms | semi-hard(margin=0.1)             its mining rule
     vse++ | reduction=mean | similarity=cosine       every other axis by its keyword
+    nca(tau=20) × con | soft(tau=20) | scale=10      a factor of the value and of the gradient
 
 `parse` reads a line, checks all of it and returns a `Spec`. The `Spec` builds the objective and prints as the line,
 without parameters at their defaults. Members that a user has registered work like built-in ones.
@@ -23,18 +24,19 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from goal import mining, similarity, terms
-from goal.engine.settings import REDUCTIONS
-from goal.names import Named, Parameter, line, nearest, spell, unknown
+from goal.engine.settings import DIRECTIONS, REDUCTIONS, directions_of
+from goal.names import Named, Value, line, literal, nearest, spell, unknown
 from goal.objective import Objective
 from goal.recipes import recipe as published
 from goal.recipes import recipes
-from goal.validation import check_bool, check_number
+from goal.validation import check_bool, check_number, real_number
 
 R = TypeVar("R")
 
 _NAME = re.compile(r"[\w+-]+")
+_AXIS = re.compile(r"[\w+.→>-]+")
 _VALUE = re.compile(r"[^\s,()|=×*:]+")
-_WORDS: dict[str, Parameter] = {"true": True, "false": False, "none": None}
+_WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 _CONTEXT = 40  # characters of a long text that an error shows on either side of the error's place
 _FOUND = "found-"  # prefix of terms that `goal.lab.discover` found; their names spell their formulas
 
@@ -105,18 +107,20 @@ class Spec:
     def parameters(self) -> dict[str, float | bool]:
         """Parameters for a search: the numbers of the terms or the recipe, and all of a mining rule that is named.
 
-        A name that T and P both have is `T.tau` and `P.tau`; those of the mining rule are `mining.margin`, ….
+        A name that T and P both have is `T.tau` and `P.tau`; those of the mining rule are `mining.margin`, …. Options
+        that are names, or that the text leaves at their defaults, are not searched.
 
         >>> parse("con(margin=0.3) × sig | semi-hard").parameters
         {'margin': 0.3, 'alpha': 2.0, 'beta': 10.0, 'lam': 0.5, 'mining.margin': 0.2}
         """
         found: dict[str, float | bool] = {}
         for kind, call in (*self._calls(), *self.axes):
-            values = {**member(kind, call.name).defaults, **dict(call.parameters)}
-            for name, value in values.items():
-                if value is None or (kind not in AXES and isinstance(value, bool)):
+            its, given = member(kind, call.name), dict(call.parameters)
+            for name, value in {**its.defaults, **given}.items():
+                if value is None or isinstance(value, str) or (kind not in AXES and isinstance(value, bool)):
                     continue
-                found[self._named(kind, name)] = value if isinstance(value, bool) else float(value)
+                if name not in its.options or name in given:
+                    found[self._named(kind, name)] = value if isinstance(value, bool) else float(value)
         return found
 
     def _named(self, kind: str, name: str) -> str:
@@ -180,7 +184,7 @@ def objective(spec: str, **rest: Any) -> nn.Module:
     """An objective from one line of text, the same text as for `goal train --objective` and configuration files.
 
         objective  =  recipe  |  T × P                    × may be * or :
-                      [| mining] [| similarity=…] [| reduction=…]
+                      [| mining] [| similarity=…] [| reduction=…] [| scale=…] [| directions=…]
         each name  =  name  or  name(parameter=value, …)   values: numbers, true, false, none
 
     Args:
@@ -243,8 +247,9 @@ class Member(NamedTuple):
 
     name: str
     owner: str  # its name in errors
-    defaults: Mapping[str, Parameter]
+    defaults: Mapping[str, Value]
     make: Callable[..., Any]  # makes the object from its parameters; raises if one is not allowed
+    options: tuple[str, ...] = ()  # parameters that are given by keyword alone
 
 
 def _term(kind: str) -> Callable[[str], Member]:
@@ -267,7 +272,9 @@ def _rule(name: str) -> Member:
     if spell(name) not in mining.RULES:
         raise unknown("mining", name, list(mining.RULES))
     make = mining.RULES[spell(name)]
-    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make)
+    own = inspect.signature(make).parameters.values()
+    options = tuple(parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY)
+    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make, options)
 
 
 def _similarity(name: str) -> Member:
@@ -279,6 +286,23 @@ def _reduction(name: str) -> Member:
     if name not in REDUCTIONS:
         raise unknown("reduction", name, REDUCTIONS)
     return Member(name, f"reduction {name}", {}, lambda: name)
+
+
+def _scale(text: str) -> Member:
+    number = real_number("scale", _number(text), 0.0, above=True)
+    return Member(literal(number), "scale", {}, lambda: number)
+
+
+def _number(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _directions(name: str) -> Member:
+    directions = directions_of(name)
+    return Member(directions, "directions", {}, lambda: directions)
 
 
 def _published(name: str) -> Member:
@@ -305,6 +329,8 @@ AXES = {  # the axes after |: arguments of `goal.Objective`, by keyword
     "mining": Kind(_rule, "semi-hard(margin=0.1)"),
     "similarity": Kind(_similarity, "cosine"),
     "reduction": Kind(_reduction, "sum"),
+    "scale": Kind(_scale, "0.5"),
+    "directions": Kind(_directions, DIRECTIONS[1]),
 }
 _KINDS = {
     "recipe": Kind(_published, "vse++"),
@@ -323,7 +349,7 @@ def member(kind: str, name: str) -> Member:
     return _KINDS[kind].find(name)
 
 
-def _recipe(name: str, given: Mapping[str, Parameter], rest: Mapping[str, Any]) -> nn.Module:
+def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
     """A recipe with these parameters; for an objective they are those of its terms, in T, P or both."""
     base = published(name)
     if not isinstance(base, Objective):
@@ -345,7 +371,7 @@ def _check_axes(recipe: str, axis: str) -> None:
 def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
     """A checked name with its parameters."""
     its = member(kind, name)
-    checked: dict[str, Parameter] = {}
+    checked: dict[str, Value] = {}
     for key, value in given.items():
         if key not in its.defaults:
             raise _no_parameter(its.name, key, list(its.defaults))
@@ -354,6 +380,10 @@ def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
             checked[key] = check_bool(f"{its.owner}: parameter {key!r}", value)
         elif value is None and default is None:
             checked[key] = None
+        elif isinstance(default, str):
+            checked[key] = value  # a name, which `make` checks
+        elif default == 0:
+            checked[key] = real_number(f"{its.owner}: parameter {key!r}", value, 0.0)
         else:
             checked[key] = check_number(its.owner, key, value)
     its.make(**checked)
@@ -384,7 +414,8 @@ def named(kind: str, text: str) -> Named:
     if not isinstance(text, str):
         raise TypeError(f"{kind} must be text such as {_KINDS[kind].example!r}, got {type(text).__name__} ({text!r}).")
     reader = _Reader(text, kind)
-    found = reader.call(kind, reader.raw(f"a name such as {_KINDS[kind].example}"))
+    pattern = _AXIS if kind in AXES else _NAME
+    found = reader.call(kind, reader.raw(f"a name such as {_KINDS[kind].example}", pattern))
     reader.end()
     return found
 
@@ -394,7 +425,7 @@ class _Raw(NamedTuple):
 
     name: str
     at: int
-    arguments: tuple[tuple[str, int, Parameter], ...]  # name, position, value
+    arguments: tuple[tuple[str, int, Value, int], ...]  # name, position, value, position
 
 
 class _Reader:
@@ -441,12 +472,12 @@ class _Reader:
             raise self.wrong(
                 raw.at, f"has no axis {raw.name!r}.{nearest(raw.name, list(AXES))} Known: {', '.join(AXES)}."
             )
-        return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_KINDS[raw.name].example}")), raw.at
+        return raw.name, self.call(raw.name, self.raw(f"{raw.name}, such as {_KINDS[raw.name].example}", _AXIS)), raw.at
 
-    def raw(self, wanted: str) -> _Raw:
+    def raw(self, wanted: str, pattern: re.Pattern[str] = _NAME) -> _Raw:
         """Read a name, and its parameters in brackets."""
-        name, at = self._match(_NAME, wanted)
-        arguments: list[tuple[str, int, Parameter]] = []
+        name, at = self._match(pattern, wanted)
+        arguments: list[tuple[str, int, Value, int]] = []
         if self.took("("):
             while not self.took(")"):
                 if arguments and not self.took(","):
@@ -457,24 +488,26 @@ class _Reader:
                     raise self.expected(f"= and a value after {key}")
                 if key in (other for other, *_ in arguments):
                     raise self.wrong(place, f"gives {key} twice.")
-                arguments.append((key, place, self._literal()))
+                arguments.append((key, place, *self._literal()))
         return _Raw(name, at, tuple(arguments))
 
     def call(self, kind: str, raw: _Raw) -> Named:
         """The checked name of a kind, from the name as written."""
         self.located(raw.at, lambda: member(kind, raw.name))
-        for key, at, value in raw.arguments:
+        for key, at, value, place in raw.arguments:
+            if isinstance(value, str) and not isinstance(member(kind, raw.name).defaults.get(key), str):
+                raise self.wrong(place, f"must have a number, true, false or none here, got {value!r}.")
             self.located(at, functools.partial(_call, kind, raw.name, {key: value}))
-        return self.located(raw.at, lambda: _call(kind, raw.name, {key: value for key, _, value in raw.arguments}))
+        return self.located(raw.at, lambda: _call(kind, raw.name, {key: value for key, _, value, _ in raw.arguments}))
 
-    def _literal(self) -> Parameter:
+    def _literal(self) -> tuple[Value, int]:
         word, at = self._match(_VALUE, "a value")
         if word.lower() in _WORDS:
-            return _WORDS[word.lower()]
+            return _WORDS[word.lower()], at
         try:
-            return float(word)
+            return float(word), at
         except ValueError:
-            raise self.wrong(at, f"must have a number, true, false or none here, got {word!r}.") from None
+            return word, at
 
     def _match(self, pattern: re.Pattern[str], wanted: str) -> tuple[str, int]:
         self._skip()
@@ -523,6 +556,6 @@ class _Reader:
 def _known(find: Callable[[str], Member], name: str) -> bool:
     try:
         find(name)
-    except ValueError:
+    except (ValueError, TypeError):
         return False
     return True

@@ -15,7 +15,8 @@ from goal.engine.weigh import weights_of
 class Stats(NamedTuple):
     """Statistics of a batch: detached tensors in the computing dtype; row 0 is x→y, row 1 is y→x.
 
-    The negative is the one that mining selects; with all negatives, the hardest. With `group=` the K anchors, and all
+    The negative is the one that mining selects; with all negatives, the hardest. Soft mining has s̃⁻, which stands for
+    all of them, and the index of the hardest. With `group=` the K anchors, and all
     shares, are those of this rank; an index is a row of the global batch.
     """
 
@@ -28,6 +29,7 @@ class Stats(NamedTuple):
     active: Tensor  # 0-d, share of the 2K anchors whose triplet has T ≠ 0
     fallback: Tensor  # 0-d, share of the 2K anchors on selective mining's mean over all negatives
     recall_at_1: Tensor  # (2,) share of anchors with s⁺ > every negative in the batch (ties count against)
+    effective: Tensor | None = None  # (2, K) effective number of negatives, 1 / Σ q², of soft mining
 
     def __str__(self) -> str:
         """Means, in one line."""
@@ -36,15 +38,18 @@ class Stats(NamedTuple):
         return (
             f"{len(self.s_pos)} pairs: s⁺ {self.s_pos.mean().item():.3f}, s⁻ {negative}, recall@1 {forth:.3f} (x→y) "
             f"{back:.3f} (y→x), active {self.active.item():.3f}"
+            + ("" if self.effective is None else f", {self.effective.mean().item():.1f} effective negatives")
         )
 
 
 def stats(settings: Settings, seen: Seen) -> Stats:
     """`Stats` of a call; mines only if forward did not."""
     statistics = seen.statistics
-    if statistics is None:
-        statistics = seen.miner.mine(settings)
+    if statistics is None or (seen.stands is not None and statistics.effective is None):
+        statistics = seen.miner.mine(settings.shown)
     s_pos, (s_neg, index) = statistics.s_pos, statistics.selected
+    index = torch.where(s_neg == -torch.inf, -1, index)
+    s_neg = s_neg if seen.stands is None else seen.stands
     has = s_neg != -torch.inf
     weights = weights_of(settings, statistics) if seen.weights is None else seen.weights
     t, p_pos, p_neg = (torch.where(has, _full(weight, s_neg), 0) for weight in weights)
@@ -52,13 +57,14 @@ def stats(settings: Settings, seen: Seen) -> Stats:
     return Stats(
         s_pos=s_pos,
         s_neg=s_neg,
-        index=torch.where(has, index, -1),
+        index=index,
         T=t,
         P_pos=p_pos,
         P_neg=p_neg,
         active=(t != 0).to(t.dtype).mean(),
         fallback=on_fallback.to(t.dtype).mean(),
-        recall_at_1=(s_pos > statistics.s_neg).to(t.dtype).mean(1),
+        recall_at_1=(s_pos > statistics.hardest[0]).to(t.dtype).mean(1),
+        effective=statistics.effective,
     )
 
 

@@ -217,8 +217,8 @@ def statistics(
     """The mining stage over a whole batch."""
     out = _empty(block, request, sums=False)
     _reduce(block, pairs, request, precision, out, cut)
-    of_both = (None if one is None else one.view(2, -1) for one in (*out[:4], out.lin_sum, out.exp_sum))
-    return Statistics(pairs.s_pos, *of_both)  # type: ignore[arg-type]
+    of_both: list[Any] = [None if one is None else one.view(2, -1) for one in (*out[:4], out.lin_sum, out.exp_sum)]
+    return Statistics(pairs.s_pos, *of_both)
 
 
 def mine(
@@ -331,10 +331,9 @@ def _scanned(a: Tensor, b: Tensor, pairs: Pairs, masks: Masks) -> Tensor:
 
 def weighed(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined, Tensor]:
     """The entries of G and the value (0-d) of a mined objective; `scale`: the weight of anchors, (K,) or a number."""
-    s_pos, hardest, negative, semi, semi_negative, r_lin, r_exp = statistics
-    k, declared = s_pos.shape[0], product.statistics
-    selected, index = (hardest, negative) if semi is None or semi_negative is None else (semi, semi_negative)
-    found = Mined(index, torch.empty_like(hardest), torch.empty_like(hardest))
+    s_pos, r_lin, r_exp = statistics.s_pos, statistics.r_neg_lin, statistics.r_neg_exp
+    k, declared, (selected, index) = s_pos.shape[0], product.statistics, statistics.selected
+    found = Mined(index, torch.empty_like(selected), torch.empty_like(selected))
     value, lowered, weights = torch.empty_like(s_pos[0]), lower(product), isinstance(scale, Tensor)
     read = statistics._replace(
         r_neg_lin=r_lin if "r_neg_lin" in declared else None, r_neg_exp=r_exp if "r_neg_exp" in declared else None

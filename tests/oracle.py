@@ -6,12 +6,18 @@ and columns against rows) adds to G = ∂l/∂S
     Gᵢⱼ     += mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁻(sᵢⱼ)
     Gᵢ,p(i) −= mᵢⱼ · T(s⁺ᵢ, sᵢⱼ) · P⁺(s⁺ᵢ)
 
+or, where mining is soft, with the shares qᵢⱼ of the candidates in the level s̃ᵢ of all of them,
+
+    Gᵢⱼ     += mᵢ · T(s⁺ᵢ, s̃ᵢ) · P⁻(s̃ᵢ) · qᵢⱼ
+    Gᵢ,p(i) −= mᵢ · T(s⁺ᵢ, s̃ᵢ) · P⁺(s⁺ᵢ)
+
 and ∂l/∂x, ∂l/∂y follow by the chain rule. Sums of products are exactly rounded, so equal rows give equal
 similarities and a tie is a tie.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +39,7 @@ class Result(NamedTuple):
     index: NDArray[np.int64]  # type: ignore[assignment]  # (2, K) its lowest index among ties, −1 where there is none
     r_pos: Array | None  # (2, K) relative similarities, 0 where the set is empty; None where P has none
     r_neg: Array | None  # (2, K)
+    soft: Array | None  # (2, K) s̃, −inf where the set is empty; None where mining is not soft
 
 
 # ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,19 +141,26 @@ def relative_similarities(
     return 0.0, 0.0
 
 
+def parts_of_con(P: str, params: Params, s_pos: float, s_neg: float) -> tuple[float, float]:
+    """f(s⁺) and g(s⁻) whose sum is the potential of con × P without a margin."""
+    if P == "lin":
+        return (1 - s_pos) ** 2 / 2, s_neg**2 / 2
+    if P == "sig":
+        alpha: float = params.get("alpha", 2.0)
+        beta: float = params.get("beta", 10.0)
+        lam: float = params.get("lam", 0.5)
+        return softplus(-alpha * (s_pos - lam)) / alpha, softplus(beta * (s_neg - lam)) / beta
+    return -s_pos, s_neg
+
+
 def potential(T: str, T_params: Params, P: str, P_params: Params, s_pos: float, s_neg: float) -> float:
     """The loss of one triplet whose gradient T × P is; the violation s⁻ − s⁺ where the table has none."""
     margin: float | None = T_params.get("margin")
     tau: float = T_params.get("tau", 10.0)
+    if T == "con" and margin is None:
+        return math.fsum(parts_of_con(P, P_params, s_pos, s_neg))
     if (T, P) == ("con", "con") and margin is not None:
         return max(0.0, s_neg - s_pos + margin)
-    if (T, P) == ("con", "lin") and margin is None:
-        return ((1 - s_pos) ** 2 + s_neg**2) / 2
-    if (T, P) == ("con", "sig") and margin is None:
-        alpha: float = P_params.get("alpha", 2.0)
-        beta: float = P_params.get("beta", 10.0)
-        lam: float = P_params.get("lam", 0.5)
-        return softplus(-alpha * (s_pos - lam)) / alpha + softplus(beta * (s_neg - lam)) / beta
     if (T, P) == ("nca", "con"):
         return softplus(tau * (s_neg - s_pos)) / tau
     if (T, P) == ("cir", "lin"):
@@ -174,7 +188,7 @@ def selection(mining: str, params: Params, s_pos: float, row: list[float], negat
         inside = [j for j in negatives if s_pos - margin < row[j] < s_pos]
         return {hardest_of(row, inside): 1.0} if inside else {}
 
-    def take_all(average: bool = True) -> dict[int, float]:
+    def take_all(average: bool = True, pull: str = "each") -> dict[int, float]:
         return {j: 1 / len(negatives) if average else 1.0 for j in negatives}
 
     def take_selective(eps: float = 0.01) -> dict[int, float]:
@@ -188,6 +202,121 @@ def selection(mining: str, params: Params, s_pos: float, row: list[float], negat
         "selective": take_selective,
     }
     return take[mining](**params)
+
+
+def soft_negative(
+    row: list[float],
+    k: int,
+    negatives: list[int],
+    *,
+    tau: float = 20.0,
+    alpha: float = 0.0,
+    margin: float = 0.4,
+    hardness: str = "linear",
+    level: str = "linear",
+    at: str = "aggregate",
+    over: str = "negatives",
+    normalise: str = "sum",
+) -> tuple[float, dict[int, float]]:
+    """s̃ of anchor k and the share qₖⱼ of each candidate; −inf and none where there is no candidate.
+
+    Hardnesses and their differences are exact, so that exponents of a million leave the shares all their digits.
+    """
+    candidates = {"negatives": negatives, "candidates": sorted([*negatives, k])}[over]
+    if not candidates:
+        return -math.inf, {}
+    by, more, beyond = Fraction(tau), Fraction(alpha), Fraction(margin)
+
+    def linear(s: Fraction) -> Fraction:
+        return (by + more) * s
+
+    def square(s: Fraction) -> Fraction:
+        return by * s * s
+
+    def circle(s: Fraction) -> Fraction:
+        return by * max(s + beyond, Fraction(0)) * (s - beyond)
+
+    h = {"linear": linear, "square": square, "circle": circle}[hardness]
+    exponents = {j: h(Fraction(row[j])) for j in candidates}
+    largest = max(exponents.values())
+    terms = {j: exp(float(exponent - largest)) for j, exponent in exponents.items()}
+    total = math.fsum(terms.values())
+    z = float(largest) + math.log(total / {"sum": 1, "mean": len(candidates)}[normalise])
+    s_soft = {"linear": z / tau, "root": math.sqrt(max(z, 0.0) / tau)}[level]
+    return s_soft, {j: term / total for j, term in terms.items()}
+
+
+# ── what an anchor adds ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Share(NamedTuple):
+    """What an anchor of weight 1 adds."""
+
+    pushes: Mapping[int, float]  # to the gradient at each of these candidates
+    pull: float  # from the gradient at its pair
+    value: float
+
+
+class Anchor(NamedTuple):
+    """An anchor, its positive and the terms it is weighed by, and what it adds for each way of mining."""
+
+    T: str
+    T_params: Params
+    P: str
+    P_params: Params
+    s_pos: float
+    relative: tuple[float, float]  # R⁺ and R⁻, 0 where it has no negative
+
+    def triplet(self, s_neg: float) -> float:
+        return triplet_weight(self.T, self.T_params, self.s_pos, s_neg)
+
+    def pair(self, s_neg: float) -> tuple[float, float]:
+        return pair_weight(self.P, self.P_params, self.s_pos, s_neg, *self.relative)
+
+    @property
+    def separate(self) -> bool:
+        """Whether T sees neither similarity: con without a margin."""
+        return self.T == "con" and self.T_params.get("margin") is None
+
+    def parts(self, s_neg: float) -> tuple[float, float]:
+        return parts_of_con(self.P, self.P_params, self.s_pos, s_neg)
+
+    def potential(self, s_neg: float) -> float:
+        return potential(self.T, self.T_params, self.P, self.P_params, self.s_pos, s_neg)
+
+    def without_negatives(self) -> Share:
+        """Its positive alone, which only con without a margin weighs without a negative."""
+        if not self.separate:
+            return Share({}, 0.0, 0.0)
+        return Share({}, self.pair(0.0)[0], self.parts(0.0)[0])
+
+    def mined(self, row: list[float], selected: Mapping[int, float]) -> Share:
+        """A triplet for each selected negative j, of weight mᵢⱼ."""
+        weights = {j: m * self.triplet(row[j]) for j, m in selected.items()}
+        return Share(
+            pushes={j: weight * self.pair(row[j])[1] for j, weight in weights.items()},
+            pull=math.fsum(weight * self.pair(row[j])[0] for j, weight in weights.items()),
+            value=math.fsum(m * self.potential(row[j]) for j, m in selected.items()),
+        )
+
+    def pulled_once(self, row: list[float], selected: Mapping[int, float]) -> Share:
+        """The same pushes, the mean of the pulls, and in the value of con without a margin the part of s⁺ once."""
+        pulls = [self.triplet(row[j]) * self.pair(row[j])[0] for j in selected]
+        mined = self.mined(row, selected)
+        if not self.separate:
+            return Share(mined.pushes, mean(pulls), mined.value)
+        values = [m * self.parts(row[j])[1] for j, m in selected.items()]
+        return Share(mined.pushes, mean(pulls), math.fsum([*values, self.parts(0.0)[0]]))
+
+    def softly(self, row: list[float], s_soft: float, shares: Mapping[int, float], at: str = "aggregate") -> Share:
+        """One triplet of the level s̃ of all candidates, pushed away by their shares of it."""
+        t = self.triplet(s_soft)
+        seen = {"aggregate": dict.fromkeys(shares, s_soft), "each": {j: row[j] for j in shares}}[at]
+        return Share(
+            pushes={j: t * self.pair(seen[j])[1] * q for j, q in shares.items()},
+            pull=t * self.pair(s_soft)[0],
+            value=self.potential(s_soft),
+        )
 
 
 # ── the objective on a matrix of similarities ───────────────────────────────────────────────────────────
@@ -206,8 +335,13 @@ def oracle_similarity(
     ids: ArrayLike | None = None,
     y_ids: ArrayLike | None = None,
     weight: ArrayLike | None = None,
+    scale: float = 1.0,
+    directions: str = "both",
 ) -> Result:
-    """G = ∂l/∂S and everything on the way to it, for a given S (N, M); gx and gy are None."""
+    """G = ∂l/∂S and everything on the way to it, for a given S (N, M); gx and gy are None.
+
+    The statistics are those of both directions, whichever emits.
+    """
     S = np.asarray(S, dtype=np.float64)
     if not np.isfinite(S).all():
         raise ValueError("the oracle wants finite similarities")
@@ -222,11 +356,14 @@ def oracle_similarity(
         same = np.array([[bool(a == b) for b in col_ids] for a in row_ids])
     weights = [1.0] * K if weight is None else np.asarray(weight, dtype=np.float64).tolist()
     divisor = {"mean": math.fsum(weights), "sum": 1.0}[reduction]
+    emits = {"both": (True, True), "x→y": (True, False), "y→x": (False, True)}[directions]
+    once = {"each": False, "once": True}[mining_params.get("pull", "each")]
 
     s_pos: list[float] = [float(S[k, k]) for k in range(K)]
     s_neg = np.full((2, K), -math.inf)
     index = np.full((2, K), -1, dtype=np.int64)
     r_pos, r_neg = np.zeros((2, K)), np.zeros((2, K))
+    soft = np.full((2, K), -math.inf)
     G = np.zeros((N, M))
     value = 0.0
     views = ((S, G, same), (S.T, G.T, same.T))  # what is added to G.T stands in G
@@ -234,21 +371,34 @@ def oracle_similarity(
         for k in range(K):
             row = similarities[k].tolist()
             negatives = [j for j in range(len(row)) if j != k and not excluded[k, j]]
-            if not negatives:
+            relative = 0.0, 0.0
+            if negatives:
+                hardest = hardest_of(row, negatives)
+                index[direction, k], s_neg[direction, k] = hardest, row[hardest]
+                relative = relative_similarities(P, P_params, k, s_pos, row, negatives, hardest)
+                r_pos[direction, k], r_neg[direction, k] = relative
+            s_soft, shares = -math.inf, dict[int, float]()
+            if mining == "soft":
+                s_soft, shares = soft_negative(row, k, negatives, **mining_params)
+                soft[direction, k] = s_soft
+            if weights[k] == 0 or not emits[direction]:
                 continue
-            hardest = hardest_of(row, negatives)
-            index[direction, k], s_neg[direction, k] = hardest, row[hardest]
-            relative = relative_similarities(P, P_params, k, s_pos, row, negatives, hardest)
-            r_pos[direction, k], r_neg[direction, k] = relative
-            if weights[k] == 0:
+
+            anchor = Anchor(T, T_params, P, P_params, s_pos[k], relative)
+            if shares:
+                share = anchor.softly(row, s_soft, shares, mining_params.get("at", "aggregate"))
+            elif mining == "soft" or (once and not negatives):
+                share = anchor.without_negatives()
+            elif not negatives:
                 continue
-            for j, m in selection(mining, mining_params, s_pos[k], row, negatives).items():
-                scale = weights[k] * m / divisor
-                t = triplet_weight(T, T_params, s_pos[k], row[j])
-                p_pos, p_neg = pair_weight(P, P_params, s_pos[k], row[j], *relative)
-                gradient[k, j] += scale * t * p_neg
-                gradient[k, k] -= scale * t * p_pos
-                value += scale * potential(T, T_params, P, P_params, s_pos[k], row[j])
+            else:
+                selected = selection(mining, mining_params, s_pos[k], row, negatives)
+                share = (anchor.pulled_once if once else anchor.mined)(row, selected)
+            m = weights[k] * scale / divisor
+            for j, push in share.pushes.items():
+                gradient[k, j] += m * push
+            gradient[k, k] -= m * share.pull
+            value += m * share.value
 
     has_relative = P in ("lin-ms", "sig-ms")
     return Result(
@@ -261,6 +411,7 @@ def oracle_similarity(
         index=index,
         r_pos=r_pos if has_relative else None,
         r_neg=r_neg if has_relative else None,
+        soft=soft if mining == "soft" else None,
     )
 
 
@@ -319,6 +470,8 @@ def oracle(
     ids: ArrayLike | None = None,
     y_ids: ArrayLike | None = None,
     weight: ArrayLike | None = None,
+    scale: float = 1.0,
+    directions: str = "both",
 ) -> Result:
     """The gradient, the value and the statistics for embeddings x (N, D) and y (M, D)."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
@@ -335,6 +488,8 @@ def oracle(
         ids=ids,
         y_ids=y_ids,
         weight=weight,
+        scale=scale,
+        directions=directions,
     )
     gx, gy = np.zeros_like(x), np.zeros_like(y)
     for i in range(len(x)):

@@ -1,8 +1,8 @@
 """The one table that drives the contract tests: every term, miner, similarity, reduction, ids and shape.
 
-`cases()` is every combination of T × P × mining × similarity × reduction × ids once, with parameters and shapes
-spread over them. `covering()` is the small part of it that the suite runs unless it is asked for the full product
-(`pytest -m full`): what goes wrong where any three of the six meet goes wrong in one of its cases.
+`cases()` is every combination of T × P × mining × similarity × reduction × ids once, with parameters, shapes, scales
+and directions spread over them. `covering()` is the small part of it that the suite runs unless it is asked for the
+full product (`pytest -m full`): what goes wrong where any three of the six meet goes wrong in one of its cases.
 
 The inputs lie on a binary grid coarse enough that every dot product, squared norm and difference is exact in float64,
 in whatever order it is summed: a tie is a tie and no threshold is decided by rounding, so float64 results may be
@@ -48,8 +48,17 @@ MINING: tuple[tuple[str, Params], ...] = (
     ("semi-hard", {"margin": 0.6}),
     ("all", {}),
     ("all", {"average": False}),
+    ("all", {"average": False, "pull": "once"}),
+    ("all", {"pull": "once"}),
     ("selective", {}),
     ("selective", {"eps": 0.3}),
+    ("soft", {}),
+    ("soft", {"tau": 4.0}),
+    ("soft", {"tau": 6.0, "alpha": 2.5, "normalise": "mean"}),
+    ("soft", {"tau": 5.0, "at": "each"}),
+    ("soft", {"tau": 8.0, "over": "candidates"}),
+    ("soft", {"tau": 6.0, "hardness": "square", "level": "root", "at": "each"}),
+    ("soft", {"tau": 6.0, "hardness": "circle", "normalise": "mean", "over": "candidates"}),
 )
 SIMILARITIES = ("dot", "cosine", "order")
 REDUCTIONS = ("mean", "sum")
@@ -76,6 +85,9 @@ IDS = (
     "unrelated",  # ids and y_ids drawn apart: a pair stays a pair whatever its ids
 )
 
+SCALES = (1.0, 1.0, 1.0, 1.0, 0.25, 3.0)  # drawn from: two thirds have the default
+DIRECTIONS = ("both", "both", "both", "both", "x→y", "y→x")
+
 # (T, T_params, P, P_params) that are the gradient of the value they return
 INTEGRABLE: tuple[tuple[str, Params, str, Params], ...] = (
     *(("con", T_params, "con", {}) for T, T_params in TERMS_T if T == "con"),
@@ -83,6 +95,22 @@ INTEGRABLE: tuple[tuple[str, Params, str, Params], ...] = (
     *(("nca", T_params, "con", {}) for T, T_params in TERMS_T if T == "nca"),
     *(("cir", T_params, "lin", {}) for T, T_params in TERMS_T if T == "cir"),
 )
+
+
+def stays_integrable(term: tuple[str, Params, str, Params], mining: str, params: Params) -> bool:
+    """Whether an entry of INTEGRABLE is the gradient of its value when it is mined so.
+
+    A single pull beside the sum of all pushes needs a T that does not see the negatives. The level s̃ has the shares q
+    as its derivative where hardness and level are the linear ones and alpha is 0, and P⁻(s̃) is P⁻(s) where it is
+    constant. Left out is P = lin at each candidate with the square and its root, whose derivative is q · s / s̃.
+    """
+    T, T_params, P, _ = term
+    if mining == "all" and params == {"average": False, "pull": "once"}:
+        return T == "con" and "margin" not in T_params
+    if mining == "soft":
+        linear = {params.get("hardness", "linear"), params.get("level", "linear")} == {"linear"}
+        return linear and params.get("alpha", 0.0) == 0 and (P == "con" or params.get("at") != "each")
+    return True
 
 
 class Case(NamedTuple):
@@ -96,6 +124,8 @@ class Case(NamedTuple):
     reduction: str
     ids_case: str
     shape: tuple[int, int, int]
+    scale: float = 1.0
+    directions: str = "both"
 
     @property
     def id(self) -> str:
@@ -103,7 +133,9 @@ class Case(NamedTuple):
         terms = [(self.T, self.T_params), (self.P, self.P_params), (self.mining, self.mining_params)]
         calls = [f"{name}({','.join(f'{k}={v}' for k, v in params.items())})" for name, params in terms]
         sizes = "x".join(map(str, self.shape))
-        return "-".join([*calls, self.similarity, self.reduction, f"ids={self.ids_case}", sizes])
+        scale = [] if self.scale == 1 else [f"scale={self.scale}"]
+        directions = [] if self.directions == "both" else [self.directions]
+        return "-".join([*calls, self.similarity, self.reduction, f"ids={self.ids_case}", sizes, *scale, *directions])
 
 
 def _families(terms: tuple[tuple[str, Params], ...]) -> list[list[tuple[str, Params]]]:
@@ -121,14 +153,15 @@ def _fits(shape: tuple[int, int, int], ids_case: str) -> bool:
 
 
 def cases() -> Iterator[Case]:
-    """Every T × P × mining × similarity × reduction × ids, each with one choice of parameters and shape."""
+    """Every T × P × mining × similarity × reduction × ids, each with one choice of all else."""
     every = product(_families(TERMS_T), _families(TERMS_P), _families(MINING), SIMILARITIES, REDUCTIONS, IDS)
     for number, (Ts, Ps, minings, similarity, reduction, ids_case) in enumerate(every):
-        choose = random.Random(f"case {number}").choice
+        choose = random.Random(f"draw {number}").choice
         shapes = [shape for shape in SHAPES if _fits(shape, ids_case)]
         (T, T_params), (P, P_params), (mining, mining_params) = choose(Ts), choose(Ps), choose(minings)
-        shape = choose(shapes)
-        yield Case(T, T_params, P, P_params, mining, mining_params, similarity, reduction, ids_case, shape)
+        terms = T, T_params, P, P_params, mining, mining_params
+        further = choose(shapes), choose(SCALES), choose(DIRECTIONS)
+        yield Case(*terms, similarity, reduction, ids_case, *further)
 
 
 FACTORS = ("T", "P", "mining", "similarity", "reduction", "ids_case")
@@ -139,7 +172,8 @@ def covers(case: Case) -> Covered:
     """What a case is an example of: values that meet in it.
 
     Every three of the six factors, T × P × mining × similarity with and without ids, P × mining × similarity with each
-    layout of them; and each variant of a term with each shape, and with each layout of ids.
+    layout of them; each variant of a term with each shape, and with each layout of ids; and each variant of mining
+    with a scale, each mining with each choice of directions.
     """
     T = "con with a margin" if "margin" in case.T_params else case.T
     factors = [("T", T), *((name, getattr(case, name)) for name in FACTORS[1:])]
@@ -151,13 +185,15 @@ def covers(case: Case) -> Covered:
         (P, mining, similarity, ids_case),
     }
     variants = [(name, f"{getattr(case, name)}{getattr(case, f'{name}_params')}") for name in ("T", "P", "mining")]
-    return met | {(variant, other) for variant in variants for other in (("shape", case.shape), ids_case)}
+    met |= {(variant, other) for variant in variants for other in (("shape", case.shape), ids_case)}
+    return met | {(variants[-1], ("with a scale", case.scale != 1)), (mining, ("directions", case.directions))}
 
 
 def covering() -> list[Case]:
     """Few cases that cover what all do, in the order of `cases()`.
 
-    For each T × P × mining × similarity first the case that adds most, then whatever still adds something.
+    For each T × P × mining × similarity, with ids and without, first the case that adds most: as many are needed. Then
+    whatever still adds something.
     """
     every = list(cases())
     met = [covers(case) for case in every]
@@ -165,7 +201,9 @@ def covering() -> list[Case]:
     taken: set[int] = set()
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, case in enumerate(every):
-        groups.setdefault((case.T, "margin" in case.T_params, case.P, case.mining, case.similarity), []).append(number)
+        T = case.T, "margin" in case.T_params
+        of = T, case.P, case.mining, case.similarity, case.ids_case != "none"
+        groups.setdefault(of, []).append(number)
     for numbers in groups.values():
         best = max(numbers, key=lambda number: len(met[number] & missing))
         taken.add(best)

@@ -95,8 +95,8 @@ def test_what_terms_rules_and_similarities_know() -> None:
             assert all(each in ("names", "validation") or each.startswith("terms.") for each in of(name[5:])), name
     assert of("mining") == {"names", "validation"}
     assert of("similarity") == {"engine.types", "names"}
-    assert of("engine.statistics") == set()
-    assert of("engine.types") == {"terms.product"}
+    assert of("engine.statistics") == {"mining"}
+    assert of("engine.types") == {"engine.statistics", "mining", "terms.product"}
     assert of("engine.partials") == {"engine.statistics", "engine.types"}
 
 
@@ -333,13 +333,13 @@ def test_all_is_what_dir_says() -> None:
 PUBLIC = {"apply", "apply_similarity", "gradients", "explain", "Objective", "recipe", "recipes", "pairs"}
 PUBLIC |= {"T", "P", "mining", "triplet_weight", "pair_weight", "Stats", "InfoNCE", "SigLIP"}
 PUBLIC |= {"cached_step", "Cache", "Bank", "Banked", "offline"}
-SELECTIONS = ("hardest", "semi_hard", "all_negatives", "selective")
+SELECTIONS = ("hardest", "semi_hard", "soft", "all_negatives", "selective")
 
 
 def test_what_the_project_promises_is_public() -> None:
     assert set(goal.__all__) >= PUBLIC
     assert all(name in vars(goal.mining) for name in SELECTIONS)
-    expected = ["T", "P", "mining", "reduction", "ids", "y_ids", "weight", "similarity"]
+    expected = ["T", "P", "mining", "reduction", "scale", "directions", "ids", "y_ids", "weight", "similarity"]
     expected += ["impl", "precision", "check_finite"]
     over_ranks = ["group", "averaged", "exchange"]
     assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected, *over_ranks]

@@ -306,6 +306,16 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "mining": lambda: list(goal.mining.RULES),
     "similarity": lambda: ["dot", "cosine", "order"],
     "reduction": lambda: ["mean", "sum"],
+    "scale": lambda: ["0.25", "10"],
+    "directions": lambda: ["both", "x→y", "y→x"],
+}
+CHOICES = {  # of options that are names
+    "hardness": ["linear", "square", "circle"],
+    "level": ["linear", "root"],
+    "at": ["aggregate", "each"],
+    "over": ["negatives", "candidates"],
+    "normalise": ["sum", "mean"],
+    "pull": ["each", "once"],
 }
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -319,6 +329,7 @@ def calls(draw: st.DrawFn, kind: str) -> str:
     for key in filter(None, some):
         default = spec.member(kind, name).defaults[key]
         values = st.sampled_from(["true", "false"]) if isinstance(default, bool) else POSITIVE.map(repr)
+        values = st.sampled_from(CHOICES[key]) if isinstance(default, str) else values
         inside.append(f"{key}={draw(st.just('none') | values if default is None else values)}")
     return f"{name}({', '.join(inside)})" if inside or draw(st.booleans()) else name
 

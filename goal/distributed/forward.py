@@ -40,6 +40,7 @@ from goal.engine.weigh import Weighed, share_of, weights_of
 def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) -> Outcome:
     """The objective of the global batch; `shown`: mine statistics in any case. All ranks call it together."""
     wire, mines = Wire(over.group), settings.mines or (shown and over.exchange == "ring")
+    settings = settings.shown if shown and over.exchange == "ring" else settings
     ready: Ready | None = None
     try:
         call = arguments.checked(even=True)
@@ -61,7 +62,7 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
     own = blocks.statistics() if mines else None
     statistics = None if own is None else _shared(spread, own)
     weighed = weighed_by(spread.backend, settings, spread.masks, spread.pairs, statistics, spread.share)
-    part, emit = blocks.finish(weighed.mined, weighed.dense)
+    part, emit = blocks.finish(weighed.coefficients)
     value = weighed.value
     if part is not None:
         value = value + wire.gather(part.view(1, 1).view(torch.uint8), [1] * wire.size).wait().view(part.dtype).sum()
@@ -88,7 +89,7 @@ def _share(wire: Wire, settings: Settings, ready: Ready, agreed: Agreed) -> Spre
     masks, here = Masks(k, k, (k, k), ids=ids, y_ids=y_ids), slice(start, start + len(block.x))
     own = block._replace(masks=masks.block(here, here))
     pairs = Pairs(s_pos, agreed.bounds.to(pairs.bounds.dtype))
-    share = share_of(pairs, weight, settings.reduction)
+    share = share_of(pairs, weight, settings)
     return Spread(wire, agreed.counts, settings, does, (call.x, call.y), own, masks, pairs, share, agreed.needs)
 
 
@@ -100,6 +101,8 @@ def _described(settings: Settings, does: Backend) -> dict[str, object]:
         "mining": settings.mining,
         "similarity": settings.similarity.name,
         "reduction": settings.reduction,
+        "scale": settings.factor,
+        "directions": settings.directions,
         "impl": does.impl,
         "precision": does.precision,
     }
@@ -113,16 +116,17 @@ def _seen(spread: Spread, weighed: Weighed, own: Statistics | None, statistics: 
     if weights is not None:
         own_ones = (one[..., here] if isinstance(one, Tensor) and one.dim() else one for one in weights)
         weights = type(weights)(*own_ones)
-    fallback = None if weighed.fallback is None else weighed.fallback[:, here]
-    return Seen(spread.pairs.s_pos[here], own, weights, fallback, blocks)  # `blocks` keeps all rows alive
+    fallback, stands = (None if one is None else one[:, here] for one in (weighed.fallback, weighed.stands))
+    return Seen(spread.pairs.s_pos[here], own, weights, fallback, stands, blocks)  # `blocks` keeps all rows alive
 
 
 def _shared(spread: Spread, own: Statistics) -> Statistics:
     """The statistics of all ranks' anchors, from those of the own anchors."""
-    columns = [one.T for one in own[1:] if one is not None]
+    fields = own._replace(effective=None)[1:-1]  # nothing is weighed by the effective number
+    columns = [one.T for one in fields if one is not None]
     rows = spread.wire.gather(pack(*columns), spread.counts).wait()
     every = iter(unpack(rows, columns))
-    shared: list[Any] = [None if one is None else next(every).T.contiguous() for one in own[1:]]
+    shared: list[Any] = [None if one is None else next(every).T.contiguous() for one in fields]
     return Statistics(spread.pairs.s_pos, *shared)
 
 

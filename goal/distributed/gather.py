@@ -14,7 +14,7 @@ from goal.engine.partials import finish
 from goal.engine.path import emit_blocks
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Dense, Gradients, Mined, Needs
+from goal.engine.types import Block, Coefficients, Gradients, Needs
 
 
 class Gathered:
@@ -26,7 +26,8 @@ class Gathered:
         self._y = wire.gather(as_bytes(y), spread.counts)
         dense = spread.settings.mining.dense != "never"  # dense entries at the pairs need all of x and all of y
         self._x = None
-        if needs[1] or (dense and needs[0]) or not spread.settings.mines:  # the last: stats may be requested later
+        later = not spread.settings.request.hardest or not spread.settings.mines  # stats may be requested later
+        if needs[1] or (dense and needs[0]) or later:
             self._x = wire.gather(as_bytes(x), spread.counts)
 
     @functools.cached_property
@@ -79,12 +80,10 @@ class Gathered:
         _, cols = spread.backend.mine(self.cols, spread.pairs, settings.request)
         return finish(spread.pairs.s_pos[spread.here], rows, cols)
 
-    def finish(
-        self, mined: Mined | None, dense: Dense | None
-    ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
+    def finish(self, coefficients: Coefficients) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
         """The own rows' part of the dense value, and the function that emits; backward waits for no exchange."""
-        spread = self.spread
-        value = None if dense is None else spread.backend.dense_value(self.rows, dense)
+        spread, dense = self.spread, coefficients.dense
+        value = None if dense is None else spread.backend.dense_value(self.rows, dense.valued)
         if self._x is not None:
             _ = self.x
 
@@ -95,6 +94,6 @@ class Gathered:
                 yield self.cols, (False, True)
 
         def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
-            return emit_blocks(spread.backend, blocks(needs), spread.own, (mined, dense), incoming, needs)
+            return emit_blocks(spread.backend, blocks(needs), spread.own, coefficients, incoming, needs)
 
         return value, emit

@@ -14,7 +14,7 @@ from goal.engine.partials import Partial
 from goal.engine.path import at_pairs
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Dense, Entries, Gradients, Mined, Needs, total
+from goal.engine.types import Block, Coefficients, Dense, Entries, Gradients, Mined, Needs, Soft, total
 
 
 class Ring:
@@ -26,7 +26,7 @@ class Ring:
 
     def __init__(self, spread: Spread) -> None:
         self.spread = spread
-        keeps = any(spread.needs) and spread.settings.mining.mined != "none"
+        keeps = any(spread.needs) and spread.settings.mining.picks
         self._won = torch.empty_like(spread.own.x) if keeps else None  # (n, D) rows of the own x's negatives
 
     def walk(self, meet: Meet, join: Join) -> Columns:
@@ -65,16 +65,17 @@ class Ring:
         new = torch.ones_like(index, dtype=torch.bool) if before is None else index != _negative(before)
         self._won[new] = block.y[index[new] - block.masks.col_offset]
 
-    def finish(
-        self, mined: Mined | None, dense: Dense | None
-    ) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
+    def finish(self, coefficients: Coefficients) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
         """The own rows' part of the dense value, and the function that emits."""
+        mined, dense, soft = coefficients
         value, gx, gy = None, None, None
         if mined is not None and any(self.spread.needs):
             gx, gy = self._mined(mined)
         if dense is not None:
             value, (dense_x, dense_y) = self._dense(dense)
             gx, gy = total(gx, dense_x), total(gy, dense_y)
+        if soft is not None and any(self.spread.needs):
+            gx, gy = self._soft(soft)
 
         def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
             wanted = [one if needed else None for one, needed in zip((gx, gy), needs, strict=True)]
@@ -101,33 +102,49 @@ class Ring:
 
     def _dense(self, dense: Dense) -> tuple[Tensor, Gradients]:
         """A separate round for the value, and for the gradients if any rank needs them."""
-        spread, needs, here = self.spread, self.spread.needs, self.spread.here
-        value, taken = dense.s_pos.new_zeros(()), torch.zeros_like(dense.share)
+        spread, needs = self.spread, self.spread.needs
+        value, taken, here = dense.s_pos.new_zeros(()), torch.zeros_like(dense.share), spread.here
         gradients: list[Tensor | None] = [None]
 
         def meet(block: Block) -> Columns:
-            value.add_(spread.backend.dense_value(block, dense))
+            value.add_(spread.backend.dense_value(block, dense.valued))
             if not any(needs):
                 return []
             at_x, at_y, pull = spread.backend.dense_block(block, dense, needs)
             gradients[0] = total(gradients[0], at_x)
-            taken.add_(pull)
+            taken[0].add_(pull[0])
             return [pull[1, block.masks.anchors(1)], *([] if at_y is None else [at_y])]
 
-        def join(a: Columns, b: Columns) -> Columns:
-            return [one + other for one, other in zip(a, b, strict=True)]
-
-        home = self.walk(meet, join)
+        home = self.walk(meet, _added)
         if not any(needs):
             return value, (None, None)
-        pull = taken[0].clone()
-        pull[here] += home[0]
-        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, -pull, needs)
+        taken[1, here] = home[0]
+        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, dense.at_pairs(taken).sum(0), needs)
         return value, (total(gradients[0], pair_x), total(home[1] if needs[1] else None, pair_y))
+
+    def _soft(self, soft: Soft) -> Gradients:
+        """A separate round for the gradients: log-sums are known when all blocks were met."""
+        spread, needs = self.spread, self.spread.needs
+        gradients: list[Tensor | None] = [None]
+
+        def meet(block: Block) -> Columns:
+            at_x, at_y = spread.backend.soft_block(block, soft, needs)
+            gradients[0] = total(gradients[0], at_x)
+            return [] if at_y is None else [at_y]
+
+        home = self.walk(meet, _added)
+        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, soft.pull.sum(0), needs)
+        return total(gradients[0], pair_x), total(home[0] if needs[1] else None, pair_y)
+
+
+def _added(a: Columns, b: Columns) -> Columns:
+    return [one + other for one, other in zip(a, b, strict=True)]
 
 
 def _negative(part: Partial) -> Tensor:
-    return part.negative if part.semi_negative is None else part.semi_negative
+    index = part.negative if part.semi_negative is None else part.semi_negative
+    assert index is not None
+    return index
 
 
 class _Routes:

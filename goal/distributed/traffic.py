@@ -35,18 +35,20 @@ def traffic(settings: Settings, n: int, d: int, x_size: int, y_size: int, size: 
         x_size, y_size: bytes of an element of x and of y in their own dtypes.
         size: bytes of an element in the computing dtype.
     """
-    request, others, mined = settings.request, ranks - 1, settings.mining.mined != "none"
-    dense = settings.mining.dense != "never"
-    rounds = settings.mines + dense
-    blocks = 2 * y_size + dense * 2 * size
+    request, others, mined = settings.request, ranks - 1, settings.mining.picks
+    dense, soft = settings.mining.dense != "never", settings.mining.softmax is not None
+    again = dense or soft  # gradients come in a round of their own
+    rounds = settings.mines + again
+    blocks = 2 * y_size + again * 2 * size
     held = {"gather": ranks * n * d * (x_size + y_size), "ring": n * d * (blocks + mined * 3 * size)}
     if not others:
         return Traffic(0, 0, rounds, held)
-    extrema, sums = 1 + (request.semi_hard is not None), request.lin + (request.beta is not None)
-    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None))
+    extrema = request.hardest + (request.semi_hard is not None)
+    sums = request.lin + (request.beta is not None) + soft
+    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None) + 2 * soft)
     finished = 2 * (extrema * (size + 8) + sums * size)
     always = others * (64 + n * size + settings.mines * n * finished + dense * size)  # 64: the line
     gather = others * n * d * (x_size + y_size) + settings.mines * others * n * partial
     ring = rounds * others * n * d * y_size + settings.mines * ranks * n * partial
-    ring += mined * n * d * (x_size + 2 * size) + dense * ranks * n * (d + 1) * size
+    ring += mined * n * d * (x_size + 2 * size) + again * ranks * n * (d + dense) * size
     return Traffic(always + gather, always + ring, rounds, held)

@@ -5,6 +5,7 @@
     mine            the same for a block of S, as partials that merge
     dense_value     the value of anchors with all their negatives
     dense_block     ∂l/∂x and ∂l/∂y of a block of S, for such anchors
+    soft_block      ∂l/∂x and ∂l/∂y of a block of S, for anchors with a softmax over their negatives
     mined_emit      ∂l/∂x and ∂l/∂y of mined entries                                 O(N·D)
     weigh           small mined objectives in a single launch; kernels only
 
@@ -27,7 +28,7 @@ from goal.engine import eager
 from goal.engine.partials import Partial
 from goal.engine.settings import Settings
 from goal.engine.statistics import Request, Statistics
-from goal.engine.types import Block, Dense, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan
+from goal.engine.types import Block, Dense, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan, Soft
 from goal.similarity import Dot
 from goal.terms import Parameter, Product, Term
 
@@ -116,6 +117,10 @@ class Backend(NamedTuple):
             return emitted
         return eager.dense_block(self.similarity, block, dense, needs)
 
+    def soft_block(self, block: Block, soft: Soft, needs: Needs) -> Gradients:
+        """Gradients of the softmaxes over a block of S at its rows and columns; see `eager`."""
+        return eager.soft_block(self.similarity, block, soft, needs)
+
     def mined_emit(self, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
         """Gradients of the mined entries in a block of S at its rows and columns, times the incoming gradient (0-d)."""
         if self.kernels:
@@ -175,6 +180,8 @@ def _obstacle(settings: Settings, x: Tensor, y: Tensor) -> str | None:
         return f"the inputs are on {x.device.type}, and kernels need a GPU (or TRITON_INTERPRET=1, which is slow)"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    if settings.mining.softmax is not None:
+        return "soft mining has no kernels yet"
     if settings.mining.dense == "never":
         return None
     return cannot_lower(settings.product)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from goal.engine import soft as softly
 from goal.engine.partials import Partial, finish, merge
-from goal.engine.range import bounded, lost
-from goal.engine.statistics import BAND, Request, Statistics
-from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan
+from goal.engine.range import bounded, lost, reach
+from goal.engine.statistics import BAND, Exps, Request, Statistics
+from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan, Soft
 from goal.similarity import Dot, norm
 
 TILE = 1 << 22  # elements of S in memory at a time
@@ -73,8 +74,9 @@ def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) ->
     """
     x, y, masks = block
     n, m = masks.n, masks.m
-    if n != m or n * m > SMALL:
-        return finish(pairs.s_pos, *mine(similarity, block, pairs, request))
+    if n != m or n * m > SMALL or request.softmax is not None:
+        rows, cols, exps = _mined(similarity, block, pairs, request)
+        return finish(pairs.s_pos, rows, cols)._replace(exps=exps)
     tile = _coded(masks, x.dtype).hide(similarity.tile(x, y))
     both = torch.stack((tile, tile.T))  # (2, K, K), candidates last
     part, _ = _Reduction(request, limits(similarity, block, pairs, request))(both, -1, 0, pairs.s_pos)
@@ -98,29 +100,41 @@ def mine(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple
         The partials of the block's anchors x→y (rows) and y→x (columns), with indices in the batch.
         The mined similarities are those of `similarity.pairs`, not of the tile's product.
     """
+    rows, cols, _ = _mined(similarity, block, pairs, request)
+    return rows, cols
+
+
+def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple[Partial, Partial, Exps | None]:
+    """The same, and the exponentials of soft mining if the block is a single tile."""
     x, y, masks = block
     coded, (rows, cols) = _coded(masks, x.dtype), (masks.anchors(0), masks.anchors(1))
     n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
     reduce = _Reduction(request, limits(similarity, block, pairs, request))
     of_rows: Partial | None = None
     of_cols: Partial | None = None
+    exps = None
     for at in tiles(masks.n, masks.m):
         inside = coded.tile(at)
         out = reduce.memory("tile", (inside.n, inside.m), x)
-        tile = inside.hide(similarity.tile(x[at], y, out=out))
-        shared = None
-        here = inside.anchors(0)
+        tile = similarity.tile(x[at], y, out=out)
+        here, single = inside.anchors(0), inside.n == masks.n
         anchors = here.stop - here.start
+        soft_rows, soft_cols, exps = reduce.softly(tile, inside, keep=single)
+        shared = None
+        tile = inside.hide(tile) if request.hardest else tile
         if anchors:
             part, shared = reduce(tile[:anchors], -1, masks.col_offset, pairs.s_pos[here])
-            of_rows = _filled(of_rows, part, at.start, n_rows)
+            of_rows = _filled(of_rows, _beside(part, soft_rows, anchors), at.start, n_rows)
         if n_cols:
             if shared is not None and (anchors, n_cols) != tile.shape:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
             part, _ = reduce(tile[:, :n_cols], 0, inside.row_offset, pairs.s_pos[cols], shared)
+            part = _beside(part, soft_cols, n_cols)
             of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.limits)
     x_to_y = of_rows if of_rows is not None else _nothing(pairs.s_pos, request)
     y_to_x = of_cols if of_cols is not None else _nothing(pairs.s_pos, request)
+    if not request.hardest:
+        return x_to_y, y_to_x, exps
     counts: list[Callable[[], Tensor] | None] = [None, None]
     if masks.may_lack:
         counts = [lambda: masks.negatives(0, x.device), lambda: masks.negatives(1, x.device)]
@@ -131,15 +145,17 @@ def mine(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tuple
     def of_y(negative: Tensor) -> Tensor:
         return similarity.pairs(x, y[:n_cols], negative - masks.row_offset, None)
 
-    return _rescore(x_to_y, counts[0], of_x), _rescore(y_to_x, counts[1], of_y)
+    return _rescore(x_to_y, counts[0], of_x), _rescore(y_to_x, counts[1], of_y), exps
 
 
 def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
     """The tiles of S (n, m), the arithmetic, and the memory."""
     rows = next(tiles(n, m)).stop
-    tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense
+    soft = request.softmax is not None
+    tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense + soft * (1 + request.hardest)
+    kept = request.softmax is not None and request.softmax.at == "aggregate" and rows >= n
     name = str(dtype).removeprefix("torch.")
-    return Plan((rows, m), f"{name}, no reduced precision anywhere", rows * m * dtype.itemsize * tiles_held)
+    return Plan((rows, m), f"{name}, no reduced precision anywhere", rows * m * dtype.itemsize * tiles_held, kept)
 
 
 class _Shared(NamedTuple):
@@ -181,6 +197,8 @@ class _Reduction:
             s_pos: of the tile's anchors.
             shared: intermediates from the other direction of the same tile; computed here if None, and returned.
         """
+        if not self.request.hardest:
+            return Partial(), None
         s_neg, index = _max(tile, dim)
         part = Partial(s_neg, index + offset if offset else index)
         if self.request.semi_hard is not None:
@@ -210,6 +228,23 @@ class _Reduction:
             part = part._replace(exp_count=valid - has, exp_sum=total)
         return part, shared
 
+    def softly(
+        self, tile: Tensor, masks: Masks, keep: bool
+    ) -> tuple[softly.Sums | None, softly.Sums | None, Exps | None]:
+        """The log-sums of a tile's anchors, if soft mining is requested; the tile is overwritten unless it is needed.
+
+        Args:
+            tile: (n, m), all entries.
+            keep: whether to return the exponentials.
+        """
+        softmax = self.request.softmax
+        if softmax is None:
+            return None, None, None
+        if self.request.hardest:
+            tile = self.memory("hardness", tile.shape, tile).copy_(tile)
+        rows, cols, exps = softly.scan(tile, masks, softmax, self.request.shares)
+        return rows, cols, exps if keep and softmax.at == "aggregate" else None
+
     def _share(self, tile: Tensor, s_neg: Tensor) -> _Shared:
         valid = torch.ge(tile, self.limits.threshold, out=self.memory("valid", tile.shape, tile))
         excess, exps, shift, beta = None, None, 0.0, self.request.beta
@@ -217,7 +252,7 @@ class _Reduction:
             excess = torch.sub(tile, self.limits.threshold, out=self.memory("excess", tile.shape, tile)).clamp_(min=0)
         if beta is not None:
             shift = max(s_neg.max().item(), self.limits.threshold)
-            if beta * (shift - self.limits.threshold) < _reach(tile.dtype):
+            if beta * (shift - self.limits.threshold) < reach(tile.dtype):
                 origin, out = tile.new_tensor(-beta * shift), self.memory("exps", tile.shape, tile)
                 exps = torch.add(origin, tile, alpha=beta, out=out).exp_().mul_(valid)
         return _Shared(valid, excess, exps, shift)
@@ -234,11 +269,6 @@ class _Reduction:
         return exps.mul_(shared.valid).scatter_(dim, hardest, 0).sum(dim)
 
 
-def _reach(dtype: torch.dtype) -> float:
-    """The largest z for which both exp(z) and exp(−z) are well inside the dtype: 80 in float32."""
-    return 0.9 * math.log(torch.finfo(dtype).max)
-
-
 def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """`tile.max(dim)`, values and the lowest index; for long columns by groups of rows, several times faster."""
     if dim == -1 or tile.shape[0] % _GROUP or tile.numel() < 1 << 16:
@@ -252,13 +282,21 @@ def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, group * _GROUP + within
 
 
+def _beside(part: Partial, sums: softly.Sums | None, count: int) -> Partial:
+    """The partial of a tile's anchors with their log-sums; they are the first of its rows or columns."""
+    if sums is None:
+        return part
+    own = {name: None if one is None else one[:count] for name, one in sums._asdict().items()}
+    return part._replace(**own)
+
+
 def _filled(full: Partial | None, part: Partial, start: int, size: int) -> Partial:
     """The partial of `size` anchors with the part from `start` on filled in.
 
     Parts kept in a list until the end would lie between the memory of large tiles, and prevent its reuse.
     """
     if full is None:
-        if part.s_neg.shape[0] == size:
+        if _anchors(part) == size:
             return part
         columns: list[Any] = [None if column is None else column.new_empty(size) for column in part]
         full = Partial(*columns)
@@ -268,18 +306,22 @@ def _filled(full: Partial | None, part: Partial, start: int, size: int) -> Parti
     return full
 
 
+def _anchors(part: Partial) -> int:
+    return next(len(column) for column in part if column is not None)
+
+
 def _nothing(s_pos: Tensor, request: Request) -> Partial:
     """The partial of no anchors."""
     none, index = s_pos.new_empty(0), s_pos.new_empty(0, dtype=torch.int64)
-    semi = request.semi_hard is not None
-    return Partial(
-        none,
-        index,
-        none if semi else None,
-        index if semi else None,
-        *([none] * 3 if request.lin else [None] * 3),
-        *([none] * 2 if request.beta is not None else [None] * 2),
-    )
+    wanted = {
+        **dict.fromkeys(("s_neg", "negative"), request.hardest),
+        **dict.fromkeys(("semi", "semi_negative"), request.semi_hard is not None),
+        **dict.fromkeys(("ties", "lin_count", "lin_sum"), request.lin),
+        **dict.fromkeys(("exp_count", "exp_sum"), request.beta is not None),
+        **dict.fromkeys(("peak", "soft_sum"), request.softmax is not None),
+        "soft_norm": request.shares,
+    }
+    return Partial(**{name: index if "negative" in name else none for name, asked in wanted.items() if asked})
 
 
 def _rescore(part: Partial, count: Callable[[], Tensor] | None, pairs: Callable[[Tensor], Tensor]) -> Partial:
@@ -287,6 +329,8 @@ def _rescore(part: Partial, count: Callable[[], Tensor] | None, pairs: Callable[
 
     count: the number of negatives of each anchor in the block, if some may have none. A non-finite maximum stays.
     """
+    assert part.s_neg is not None
+    assert part.negative is not None
     s_neg = torch.add(pairs(part.negative), part.s_neg, alpha=0)
     if count is not None:
         none = part.s_neg == -torch.inf
@@ -369,6 +413,29 @@ def mined_emit(similarity: Dot, block: Block, mined: Mined, incoming: Tensor | N
     if incoming is not None:
         entries = entries._replace(value=entries.value * incoming)
     return similarity.vjp(x, y, entries, needs)
+
+
+def soft_block(similarity: Dot, block: Block, soft: Soft, needs: Needs) -> Gradients:
+    """∂l/∂x (n, D) and ∂l/∂y (m, D) of the softmaxes over a block of S, without the pulls at the pairs.
+
+    Computes S a second time, and G, tile by tile; for a batch in a single tile its exponentials were kept.
+    """
+    x, y, masks = block
+    if soft.exps is not None and masks.whole:
+        return similarity.tile_vjp(x, y, softly.of_exps(soft.exps, masks, soft), needs)
+    coded = _coded(masks, x.dtype)
+    gx = torch.zeros_like(x) if needs[0] else None
+    gy = torch.zeros_like(y) if needs[1] else None
+    for rows in tiles(masks.n, masks.m):
+        if not any(needs):
+            break
+        g = softly.coefficients(similarity.tile(x[rows], y), coded.tile(rows), soft)
+        at_x, at_y = similarity.tile_vjp(x[rows], y, g, needs)
+        if gx is not None and at_x is not None:
+            gx[rows] = at_x
+        if gy is not None and at_y is not None:
+            gy += at_y
+    return gx, gy
 
 
 Index = tuple[slice, slice]

@@ -1,18 +1,18 @@
 """The quadratic stages as the path calls them: directly, or as operators in a graph of `torch.compile`.
 
 Dispatching an operator costs more than a small product, so outside a graph the backend is called directly. In a graph
-the stages are the operators `goal::pair`, `goal::mine`, `goal::dense_value`, `goal::dense_block` and
-`goal::mined_emit`. `_operator` makes each of them from a function that computes the stage and a function that gives the
-shapes of its results. All operators take the same arguments: a `Work`, packed into tensors, sizes, numbers and a string
-of structure (names and flags). Numbers are data, with NaN for None, so changing τ or a margin changes a tensor and not
-the graph.
+the stages are the operators `goal::pair`, `goal::mine`, `goal::dense_value`, `goal::dense_block`, `goal::soft_block`
+and `goal::mined_emit`. `_operator` makes each of them from a function that computes the stage and a function that gives
+the shapes of its results. All operators take the same arguments: a `Work`, packed into tensors, sizes, numbers and a
+string of structure (names and flags). Numbers are data, with NaN for None, so changing τ or a margin changes a tensor
+and not the graph.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from goal import similarity as similarity_
 from goal import terms
 from goal.engine.backend import Backend
 from goal.engine.statistics import Request, Statistics
-from goal.engine.types import Block, Dense, Gradients, Masks, Mined, Needs, Pairs
+from goal.engine.types import Block, Dense, Gradients, Masks, Mined, Needs, Pairs, Soft
+from goal.mining import HARDNESS, LEVELS, Softmax
 from goal.terms import Parameter, Product, Term
 
 
@@ -36,9 +37,8 @@ def statistics(backend: Backend, block: Block, pairs: Pairs, request: Request) -
     """The requested statistics of a whole batch."""
     if not torch.compiler.is_compiling():
         return backend.statistics(block, pairs, request)
-    s_neg, negative, *rest = _MINE(Work(backend, block, pairs, request))
-    semi, semi_negative, lin, exp = (one if one.numel() else None for one in rest)
-    return Statistics(pairs.s_pos, s_neg, negative, semi, semi_negative, lin, exp)
+    mined: list[Any] = _MINE(Work(backend, block, pairs, request))
+    return Statistics(pairs.s_pos, *(one if one.numel() else None for one in mined))
 
 
 def dense_value(backend: Backend, block: Block, dense: Dense) -> Tensor:
@@ -56,6 +56,14 @@ def dense_block(
         return backend.dense_block(block, dense, needs)
     gx, gy, pull = _DENSE_BLOCK(Work(backend, block, dense=dense, needs=needs))
     return gx if needs[0] else None, gy if needs[1] else None, pull
+
+
+def soft_block(backend: Backend, block: Block, soft: Soft, needs: Needs) -> Gradients:
+    """Gradients of the softmaxes over a block of S at its rows and columns."""
+    if not torch.compiler.is_compiling():
+        return backend.soft_block(block, soft, needs)
+    gx, gy = _SOFT_BLOCK(Work(backend, block, soft=soft, needs=needs))
+    return gx if needs[0] else None, gy if needs[1] else None
 
 
 def mined_emit(backend: Backend, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
@@ -78,6 +86,7 @@ class Work(NamedTuple):
     pairs: Pairs | None = None
     request: Request | None = None
     dense: Dense | None = None
+    soft: Soft | None = None
     mined: Mined | None = None
     incoming: Tensor | None = None
     needs: Needs = (True, True)
@@ -97,15 +106,26 @@ def pack(work: Work) -> Packed:
         tensors += work.pairs
         parts.append("pairs")
     if work.request is not None:
-        semi_hard, lin, beta = work.request
+        semi_hard, lin, beta, hardest, softmax, shares = work.request
         numbers += [semi_hard, beta]
-        flags = (semi_hard is not None, lin, beta is not None)
+        flags = (semi_hard is not None, lin, beta is not None, hardest, shares)
         parts.append("request:" + ":".join("1" if flag else "0" for flag in flags))
+        if softmax is not None:
+            numbers += softmax.numbers.values()
+            parts.append(_softmax_as_text("sums", softmax))
     if work.dense is not None:
-        product, s_pos, bounds, share, relative, every = work.dense
+        product, s_pos, bounds, share, relative, every, _ = work.dense
         tensors += [s_pos, bounds, share, *relative.values()]
         numbers += [value for term in (product.T, product.P) for value in term.params.values()]
         parts.append(":".join(["dense", product.T.name, product.P.name, "every" if every else "some", *relative]))
+    if work.soft is not None:
+        soft = work.soft
+        tensors += [soft.log_sum, soft.pull, soft.push, soft.s_pos, *soft.relative.values()]
+        numbers += soft.softmax.numbers.values()
+        parts.append(_softmax_as_text("soft", soft.softmax))
+        if soft.product is not None:
+            numbers += [value for term in (soft.product.T, soft.product.P) for value in term.params.values()]
+            parts.append(":".join(["each", soft.product.T.name, soft.product.P.name, *soft.relative]))
     if work.mined is not None and work.incoming is not None:
         tensors += [*work.mined, work.incoming]
         parts.append("mined")
@@ -129,9 +149,23 @@ def unpack(tensors: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[fl
         if kind == "pairs":
             work = work._replace(pairs=Pairs(next(tensor), next(tensor)))
         elif kind == "request":
-            semi, lin, exp = (flag == "1" for flag in rest)
+            semi, lin, exp, hardest, shares = (flag == "1" for flag in rest)
             margin, beta = next(number), next(number)
-            work = work._replace(request=Request(margin if semi else None, lin, beta if exp else None))
+            request = Request(margin if semi else None, lin, beta if exp else None, hardest, None, shares)
+            work = work._replace(request=request)
+        elif kind == "sums":
+            assert work.request is not None
+            work = work._replace(request=work.request._replace(softmax=_softmax(rest, number)))
+        elif kind == "soft":
+            softmax = _softmax(rest, number)
+            log_sum, pull, push, s_pos = (next(tensor) for _ in range(4))
+            work = work._replace(soft=Soft(softmax, log_sum, pull, push, s_pos, {}, None, None))
+        elif kind == "each":
+            assert work.soft is not None
+            t, p, *names = rest
+            product = Product(_term(terms.T[t], number), _term(terms.P[p], number))
+            relative = {name: next(tensor) for name in names}
+            work = work._replace(soft=work.soft._replace(product=product, relative=relative))
         elif kind == "dense":
             t, p, every, *names = rest
             product = Product(_term(terms.T[t], number), _term(terms.P[p], number))
@@ -153,6 +187,17 @@ def _term(definition: terms.Definition, numbers: Iterator[float]) -> Term:
     return Term(
         definition, tuple((name, value(default, next(numbers))) for name, default in definition.defaults.items())
     )
+
+
+def _softmax_as_text(kind: str, softmax: Softmax) -> str:
+    curves = softmax.hardness.name, softmax.level.name
+    return ":".join([kind, *curves, softmax.at, softmax.over, softmax.normalise])
+
+
+def _softmax(structure: Sequence[str], numbers: Iterator[float]) -> Softmax:
+    hardness, level, at, over, normalise = structure
+    tau, alpha, margin = next(numbers), next(numbers), next(numbers)
+    return Softmax(HARDNESS[hardness], LEVELS[level], tau, alpha, margin, at, over, normalise)
 
 
 # ── the operators ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -202,13 +247,13 @@ def _pair_shapes(work: Work) -> Outputs:
 def _mine(work: Work) -> Outputs:
     assert work.pairs is not None
     assert work.request is not None
-    return work.backend.statistics(work.block, work.pairs, work.request)[1:]
+    return work.backend.statistics(work.block, work.pairs, work.request)[1:-1]  # the exponentials are not kept
 
 
 def _mine_shapes(work: Work) -> Outputs:
     assert work.pairs is not None
     assert work.request is not None
-    s_pos, (semi_hard, lin, beta) = work.pairs.s_pos, work.request
+    s_pos, (semi_hard, lin, beta, hardest, softmax, shares) = work.pairs.s_pos, work.request
     k = s_pos.shape[0]
 
     def value() -> Tensor:
@@ -218,8 +263,9 @@ def _mine_shapes(work: Work) -> Outputs:
         return s_pos.new_empty(2, k, dtype=torch.int64)
 
     semi = semi_hard is not None
-    rest = (value() if lin else None, value() if beta is not None else None)
-    return value(), index(), value() if semi else None, index() if semi else None, *rest
+    extrema = [one() if wanted else None for wanted in (hardest, semi) for one in (value, index)]
+    sums = [value() if wanted else None for wanted in (lin, beta is not None, softmax is not None, shares)]
+    return *extrema, *sums
 
 
 def _dense_value(work: Work) -> Outputs:
@@ -244,12 +290,17 @@ def _dense_block_shapes(work: Work) -> Outputs:
     return gx, gy, torch.empty_like(work.dense.share)
 
 
+def _soft_block(work: Work) -> Outputs:
+    assert work.soft is not None
+    return work.backend.soft_block(work.block, work.soft, work.needs)
+
+
 def _mined_emit(work: Work) -> Outputs:
     assert work.mined is not None
     return work.backend.mined_emit(work.block, work.mined, work.incoming, work.needs)
 
 
-def _mined_emit_shapes(work: Work) -> Outputs:
+def _emit_shapes(work: Work) -> Outputs:
     x, y, _ = work.block
     return [torch.empty_like(one) if need else None for one, need in zip((x, y), work.needs, strict=True)]
 
@@ -258,4 +309,5 @@ _PAIR = _operator("pair", _pair, _pair_shapes)
 _MINE = _operator("mine", _mine, _mine_shapes)
 _DENSE_VALUE = _operator("dense_value", _dense_value, _dense_value_shapes)
 _DENSE_BLOCK = _operator("dense_block", _dense_block, _dense_block_shapes)
-_MINED_EMIT = _operator("mined_emit", _mined_emit, _mined_emit_shapes)
+_SOFT_BLOCK = _operator("soft_block", _soft_block, _emit_shapes)
+_MINED_EMIT = _operator("mined_emit", _mined_emit, _emit_shapes)

@@ -17,8 +17,8 @@ class Partial(NamedTuple):
     The sums are relative to the partial's own hardest negative and exclude it, so merging only ever adds.
     """
 
-    s_neg: Tensor  # (A,) similarity of the hardest negative; −inf if there is none yet
-    negative: Tensor  # (A,) int64, its global index
+    s_neg: Tensor | None = None  # (A,) similarity of the hardest negative; −inf if there is none yet
+    negative: Tensor | None = None  # (A,) int64, its global index
     semi: Tensor | None = None  # (A,) similarity of the hardest semi-hard negative; −inf if there is none
     semi_negative: Tensor | None = None  # (A,) int64
     ties: Tensor | None = None  # (A,) number of negatives equal to the hardest, itself included
@@ -26,6 +26,9 @@ class Partial(NamedTuple):
     lin_sum: Tensor | None = None  # (A,) Σ (s⁻ − sᵢⱼ) over them
     exp_count: Tensor | None = None  # (A,) valid negatives other than the hardest
     exp_sum: Tensor | None = None  # (A,) Σ exp(−β(s⁻ − sᵢⱼ)) over them
+    peak: Tensor | None = None  # (A,) near the largest hardness of soft mining; −inf if there is no negative yet
+    soft_sum: Tensor | None = None  # (A,) Σ e^{h − peak}
+    soft_norm: Tensor | None = None  # (A,) (Σ e^{2(h − peak)})^½
 
 
 def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
@@ -36,9 +39,12 @@ def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
         request: the request of both partials.
         limits: of the batch: the threshold of the sums, and the distance below which similarities are equal.
     """
+    merged = _merged_softmax(a, b)
+    if a.s_neg is None or b.s_neg is None or a.negative is None or b.negative is None:
+        return merged
     takes_b = _beats(b.s_neg, b.negative, a.s_neg, a.negative)
     s_neg, index = torch.where(takes_b, b.s_neg, a.s_neg), torch.where(takes_b, b.negative, a.negative)
-    merged = Partial(s_neg, index)
+    merged = merged._replace(s_neg=s_neg, negative=index)
     if a.semi is not None and b.semi is not None and a.semi_negative is not None and b.semi_negative is not None:
         takes_semi = _beats(b.semi, b.semi_negative, a.semi, a.semi_negative)
         merged = merged._replace(
@@ -75,6 +81,18 @@ def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
     return merged
 
 
+def _merged_softmax(a: Partial, b: Partial) -> Partial:
+    """The partial of the log-sums alone: both sums relative to the higher of the two peaks."""
+    if a.peak is None or b.peak is None or a.soft_sum is None or b.soft_sum is None:
+        return Partial()
+    peak = torch.maximum(a.peak, b.peak)
+    by_a, by_b = (torch.where(one == peak, 1, torch.exp(one - peak)) for one in (a.peak, b.peak))
+    merged = Partial(peak=peak, soft_sum=a.soft_sum * by_a + b.soft_sum * by_b)
+    if a.soft_norm is None or b.soft_norm is None:
+        return merged
+    return merged._replace(soft_norm=torch.hypot(a.soft_norm * by_a, b.soft_norm * by_b))
+
+
 def _beats(s: Tensor, index: Tensor, other: Tensor, other_index: Tensor) -> Tensor:
     """Where s goes before `other`: higher, or equal with the lower index; NaN goes before all, so that it shows."""
     return (s > other) | ((s == other) & (index < other_index)) | s.isnan()
@@ -100,4 +118,13 @@ def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
         semi_negative=part.semi_negative,
         r_neg_lin=mean(part.lin_sum, part.lin_count),
         r_neg_exp=mean(part.exp_sum, part.exp_count),
+        log_sum=None if part.peak is None or part.soft_sum is None else part.peak + part.soft_sum.log(),
+        effective=_effective(part.soft_sum, part.soft_norm),
     )
+
+
+def _effective(total: Tensor | None, norm: Tensor | None) -> Tensor | None:
+    """(Σ e^h)² / Σ e^{2h}; 0 without negatives."""
+    if total is None or norm is None:
+        return None
+    return torch.where(norm == 0, 0, total / norm).square()

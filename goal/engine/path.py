@@ -22,7 +22,7 @@ from goal.engine.backend import Backend, backend
 from goal.engine.call import Call
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Dense, Entries, Gradients, Masks, Mined, Needs, Pairs, total
+from goal.engine.types import Block, Coefficients, Entries, Gradients, Masks, Needs, Pairs, total
 from goal.engine.weigh import Weighed, share_of, weigh
 from goal.similarity import Dot
 from goal.terms.product import Weights
@@ -43,6 +43,7 @@ class Seen(NamedTuple):
     statistics: Statistics | None
     weights: Weights | None  # of the mined triplets; fields (2, K) or a number
     fallback: Tensor | None  # (2, K) bool: anchors that use all their negatives
+    stands: Tensor | None  # (2, K) s̃⁻ of soft mining
     miner: Mines  # mines on request, if the objective mined nothing
 
 
@@ -86,14 +87,21 @@ def forward(call: Call, settings: Settings) -> Outcome:
     """The value, and the objects that backward needs besides x and y."""
     batch = batch_of(call, settings)
     does, block, pairs = batch
-    share = share_of(pairs, call.weight, settings.reduction)
+    share = share_of(pairs, call.weight, settings)
     statistics = batch.mine(settings) if settings.mines else None
     weighed = weighed_by(does, settings, block.masks, pairs, statistics, share)
-    value = weighed.value
-    if weighed.dense is not None:
-        value = value + operators.dense_value(does, block, weighed.dense)
-    emission = Emission(does, block.masks, weighed.mined, weighed.dense)
-    return Outcome(value, emission, Seen(pairs.s_pos, statistics, weighed.weights, weighed.fallback, batch))
+    value, dense = weighed.value, weighed.coefficients.dense
+    if dense is not None:
+        value = value + operators.dense_value(does, block, dense.valued)
+    emission = Emission(does, block.masks, weighed.coefficients)
+    return Outcome(value, emission, seen(pairs.s_pos, statistics, weighed, batch))
+
+
+def seen(s_pos: Tensor, statistics: Statistics | None, weighed: Weighed, miner: Mines) -> Seen:
+    """The fields of `Stats`, without what was kept for the gradient."""
+    if statistics is not None:
+        statistics = statistics._replace(exps=None)
+    return Seen(s_pos, statistics, weighed.weights, weighed.fallback, weighed.stands, miner)
 
 
 def weighed_by(
@@ -104,7 +112,7 @@ def weighed_by(
     mined = statistics is not None and settings.mining.dense == "never"
     if statistics is not None and mined and alike and does.weighs(settings.product, masks.pairs):
         entries, value = does.weigh(statistics, settings.product, share)
-        return Weighed(value, entries, None)
+        return Weighed(value, Coefficients(entries))
     return weigh(settings, masks, pairs, statistics, share)
 
 
@@ -116,13 +124,12 @@ class Emission(NamedTuple):
 
     backend: Backend
     masks: Masks
-    mined: Mined | None
-    dense: Dense | None
+    coefficients: Coefficients
 
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         block = self.backend.block(x, y, self.masks)
         blocks = [(block, (True, True))]
-        gradients = emit_blocks(self.backend, blocks, block, (self.mined, self.dense), incoming, needs)
+        gradients = emit_blocks(self.backend, blocks, block, self.coefficients, incoming, needs)
         return pulled_back(self.backend.similarity, (x, y), block, gradients)
 
 
@@ -133,7 +140,7 @@ def emit_blocks(
     does: Backend,
     blocks: Blocks,
     own: Block,
-    entries: tuple[Mined | None, Dense | None],
+    coefficients: Coefficients,
     incoming: Tensor | None,
     needs: Needs,
 ) -> Gradients:
@@ -142,20 +149,30 @@ def emit_blocks(
     Args:
         blocks: a block counts for its rows, its columns or both, if it has all of their candidates; those are own rows.
         own: the own rows of x and of y, pair by pair.
-        entries: weighed mined triplets, and weighed anchors that use all their negatives.
+        coefficients: of all anchors.
     """
-    blocks, (mined, dense) = list(blocks), entries
+    blocks, (mined, dense, soft) = list(blocks), coefficients
     gx, gy = None, None
     if dense is not None:
         if incoming is not None:
-            dense = dense._replace(share=dense.share * incoming)
-        pull = None
+            dense = dense.times(incoming)
+        pull = torch.zeros_like(dense.share)
         for block, (rows, cols) in blocks:
             at_x, at_y, taken = operators.dense_block(does, block, dense, (needs[0] and rows, needs[1] and cols))
             gx, gy = total(gx, at_x), total(gy, at_y)
-            pull = total(pull, taken[0] if rows else None, taken[1] if cols else None)
-        assert pull is not None
-        at_x, at_y = at_pairs(does.similarity, own, -pull, needs)
+            counted = [
+                one if counts else torch.zeros_like(one) for one, counts in zip(taken, (rows, cols), strict=True)
+            ]
+            pull = pull + torch.stack(counted)
+        at_x, at_y = at_pairs(does.similarity, own, dense.at_pairs(pull).sum(0), needs)
+        gx, gy = total(gx, at_x), total(gy, at_y)
+    if soft is not None:
+        if incoming is not None:
+            soft = soft._replace(pull=soft.pull * incoming, push=soft.push * incoming)
+        for block, (rows, cols) in blocks:
+            at_x, at_y = operators.soft_block(does, block, soft, (needs[0] and rows, needs[1] and cols))
+            gx, gy = total(gx, at_x), total(gy, at_y)
+        at_x, at_y = at_pairs(does.similarity, own, soft.pull.sum(0), needs)
         gx, gy = total(gx, at_x), total(gy, at_y)
     if mined is not None:
         for block, (rows, cols) in blocks:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from goal.terms.product import Weights
+
+
+def reach(dtype: torch.dtype) -> float:
+    """The largest z for which both exp(z) and exp(−z) are well inside the dtype: 80 in float32."""
+    return 0.9 * math.log(torch.finfo(dtype).max)
 
 
 def bounded(*similarities: Tensor) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Hashable
+import inspect
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +17,16 @@ from goal import similarity as similarity_
 from goal import terms
 from goal.engine.statistics import Request, Statistics, r_pos_exp, r_pos_lin
 from goal.mining import Mining
-from goal.names import unknown
+from goal.names import nearest, unknown
 from goal.similarity import Dot
 from goal.terms import Parameter, Product, Term
+from goal.terms.probe import probe
+from goal.validation import real_number
 
 REDUCTIONS = ("mean", "sum")
+DIRECTIONS = ("both", "x→y", "y→x")
+_ALIASES = {"x->y": "x→y", "x2y": "x→y", "y->x": "y→x", "y2x": "y→x"}
+Scale = float | Callable[..., Any]
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 PRECISIONS = ("fast", "tf32", "exact")
 
@@ -34,6 +42,23 @@ class Settings:
     request: Request  # the statistics that the miner has to compute
     impl: str
     precision: str
+    scale: Scale = 1.0  # factor of the value and of the gradient; or a function of the objective's numbers
+    directions: str = "both"
+
+    @property
+    def factor(self) -> Any:
+        """The number by which the value and the gradient are multiplied."""
+        if not callable(self.scale):
+            return self.scale
+        known = {**self.mining.numbers, **self.product.P.params, **self.product.T.params}
+        return self.scale(**{name: known[name] for name in _asked(self.scale)})
+
+    @property
+    def shown(self) -> Settings:
+        """The same, with a request for all that `Stats` show."""
+        return dataclasses.replace(
+            self, request=self.request._replace(hardest=True, shares=self.request.softmax is not None)
+        )
 
     @property
     def mines(self) -> bool:
@@ -45,9 +70,9 @@ class Settings:
         relative: dict[str, Tensor] = {}
         for name in self.product.statistics:
             if name == "r_pos_lin":
-                relative[name] = r_pos_lin(statistics.s_pos, statistics.s_neg)
+                relative[name] = r_pos_lin(statistics.s_pos, statistics.hardest[0])
             elif name == "r_pos_exp":
-                relative[name] = r_pos_exp(statistics.s_pos, statistics.s_neg, self.product.read_by(name))
+                relative[name] = r_pos_exp(statistics.s_pos, statistics.hardest[0], self.product.read_by(name))
             else:
                 relative[name] = getattr(statistics, name)
         return relative
@@ -61,9 +86,11 @@ def settings(
     reduction: str,
     impl: str = "auto",
     precision: str = "fast",
+    scale: Scale = 1.0,
+    directions: str = "both",
 ) -> Settings:
     """The checked objective for the arguments of `goal.apply`; cached by arguments."""
-    arguments = (T, P, mining, similarity, reduction, impl, precision)
+    arguments = (T, P, mining, similarity, reduction, impl, precision, scale, directions)
     known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
     return (_make_once if known else _make)(*arguments)
 
@@ -76,6 +103,8 @@ def _make(
     reduction: str,
     impl: str,
     precision: str,
+    scale: Scale,
+    directions: str,
 ) -> Settings:
     if reduction not in REDUCTIONS:
         raise unknown("reduction", reduction, REDUCTIONS)
@@ -88,32 +117,84 @@ def _make(
         semi_hard=rule.margin if rule.mined == "semi-hard" else None,
         lin="r_neg_lin" in product.statistics,
         beta=product.read_by("r_neg_exp") if "r_neg_exp" in product.statistics else None,
+        hardest=rule.mined != "soft" or bool(product.statistics),
+        softmax=rule.softmax,
     )
     measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
-    return Settings(product, rule, measure, reduction, request, impl, precision)
+    made = Settings(product, rule, measure, reduction, request, impl, precision, scale, directions_of(directions))
+    if not torch.compiler.is_compiling():
+        _check_scale(made)
+        _check_reach(made)
+    return made
+
+
+def directions_of(given: object) -> str:
+    """The directions by their canonical name."""
+    known = _ALIASES.get(given, given) if isinstance(given, str) else given
+    if known not in DIRECTIONS:
+        raise unknown("directions", given, DIRECTIONS)
+    return str(known)
+
+
+def _asked(scale: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(scale).parameters)
+
+
+def _check_scale(made: Settings) -> None:
+    """Check that the scale is a number > 0, or gives one from numbers of the objective."""
+    if callable(made.scale):
+        known = list({**made.mining.numbers, **made.product.P.params, **made.product.T.params})
+        if stray := [name for name in _asked(made.scale) if name not in known]:
+            raise TypeError(
+                f"scale asks for {stray[0]!r}, which the objective does not have.{nearest(stray[0], known)} "
+                f"Known: {', '.join(known) or 'none'}."
+            )
+    real_number("scale", made.factor, 0.0, above=True)
+
+
+def _check_reach(made: Settings) -> None:
+    """Check that the terms are finite, and T >= 0, wherever soft mining's s̃⁻ may lie."""
+    softmax = made.mining.softmax
+    if softmax is None:
+        return
+    low, high = softmax.reach
+    for term in (made.product.T, made.product.P):
+        try:
+            probe(term, (min(low, -1.0), max(high, 1.0)))
+        except ValueError as error:
+            advice = " normalise='mean' keeps s̃⁻ within the similarities." if softmax.normalise == "sum" else ""
+            raise ValueError(
+                f"{made.mining!r} does not go with {term!r}, as s̃⁻ is up to {high:.3g}: {error}{advice}"
+            ) from None
 
 
 _make_once = functools.lru_cache(maxsize=256)(_make)
-Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None]]  # of T, of P, of the mining
+# of T, of P, of the mining, and the scale
+Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None], Scale]
 
 
 def numbers(objective: Settings) -> Numbers:
-    """The parameters of T, of P and of the mining rule."""
-    mining = objective.mining
-    return objective.product.T.params, objective.product.P.params, {"margin": mining.margin, "eps": mining.eps}
+    """The parameters of T, of P and of the mining rule, and the scale."""
+    product = objective.product
+    return product.T.params, product.P.params, objective.mining.numbers, objective.scale
 
 
 def renumbered(
-    objective: Settings, T: dict[str, Parameter], P: dict[str, Parameter], mining: dict[str, float | None]
+    objective: Settings,
+    T: dict[str, Parameter],
+    P: dict[str, Parameter],
+    mining: dict[str, float | None],
+    scale: Scale,
 ) -> Settings:
     """The objective with other numbers."""
-    old = objective.mining
     return settings(
         objective.product.T.definition(**T),
         objective.product.P.definition(**P),
-        Mining(old.name, old.mined, old.dense, old.average, mining["margin"], mining["eps"]),
+        objective.mining.renumbered(mining),
         objective.similarity,
         objective.reduction,
         objective.impl,
         objective.precision,
+        scale,
+        objective.directions,
     )

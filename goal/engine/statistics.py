@@ -7,17 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from goal.mining import Softmax
+
 _UNDERFLOW = 745.13  # exp(−z) is exactly 0 in float64 for larger z: such entries are left out of the positive sets
 _FEW = 256  # pairs up to which the definition is faster than sorting
 BAND = 0.1  # the reach of multi-similarity's valid sets: s ≥ min s⁺ − 0.1 and s⁺ ≤ s⁻ + 0.1
 
 
 class Request(NamedTuple):
-    """The statistics that terms and mining need from S; the hardest negative is always mined."""
+    """The statistics that terms and mining need from S."""
 
     semi_hard: float | None = None  # the margin of semi-hard mining
     lin: bool = False  # r_neg_lin
     beta: float | None = None  # r_neg_exp
+    hardest: bool = True  # the hardest negative; soft mining does without, if its terms do
+    softmax: Softmax | None = None  # log Z of soft mining
+    shares: bool = False  # Σ q² of soft mining
 
     @property
     def sums(self) -> bool:
@@ -29,23 +34,40 @@ class Request(NamedTuple):
         return self.lin or self.semi_hard is not None
 
 
+class Exps(NamedTuple):
+    """The exponentials of a soft mining's hardness, e^{h − shift}, over all of S."""
+
+    values: Tensor  # (N, M); 0 at entries that stand in no sum
+    shift: float
+
+
 class Statistics(NamedTuple):
     """The inputs of the weights, for each anchor and direction; row 0 is x→y, row 1 is y→x."""
 
     s_pos: Tensor  # (K,) similarity of each pair
-    s_neg: Tensor  # (2, K) similarity of the hardest negative; −inf if an anchor has none
-    negative: Tensor  # (2, K) int64, its row in y (x→y) or in x (y→x)
+    s_neg: Tensor | None  # (2, K) similarity of the hardest negative; −inf if an anchor has none
+    negative: Tensor | None  # (2, K) int64, its row in y (x→y) or in x (y→x)
     semi: Tensor | None  # (2, K) similarity of the hardest semi-hard negative; −inf if there is none
     semi_negative: Tensor | None  # (2, K)
     r_neg_lin: Tensor | None  # (2, K)
     r_neg_exp: Tensor | None  # (2, K)
+    log_sum: Tensor | None = None  # (2, K) log Z of soft mining; −inf if an anchor has no negative
+    effective: Tensor | None = None  # (2, K) 1 / Σ q², the effective number of negatives
+    exps: Exps | None = None  # of all of S, if they are small enough to be kept for the gradient
+
+    @property
+    def hardest(self) -> tuple[Tensor, Tensor]:
+        """Similarity and index of the hardest negative, both (2, K); −inf if an anchor has none."""
+        assert self.s_neg is not None
+        assert self.negative is not None
+        return self.s_neg, self.negative
 
     @property
     def selected(self) -> tuple[Tensor, Tensor]:
         """Similarity and index of the negative that mining selects, both (2, K); −inf if an anchor has none."""
         if self.semi is not None and self.semi_negative is not None:
             return self.semi, self.semi_negative
-        return self.s_neg, self.negative
+        return self.hardest
 
 
 def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from goal.engine.statistics import Exps
+from goal.mining import Softmax
 from goal.terms.product import Product
 
 Gradients = tuple[Tensor | None, Tensor | None]  # at x and at y; None where `needs` says so
@@ -117,6 +119,13 @@ class Masks(NamedTuple):
         size = max(0, last - first)
         return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
 
+    def clear(self, tile: Tensor) -> Tensor:
+        """The tile with 0 at entries that are no negatives, in place; its entries are finite."""
+        differ = self.differ(tile)
+        tile = tile if differ is None else tile.mul_(differ)
+        self.diagonal(tile).zero_()
+        return tile
+
     def differ(self, tile: Tensor) -> Tensor | None:
         """The indicator of "ids differ" in the tile's shape and dtype; None without ids."""
         if self.ids is None or self.y_ids is None:
@@ -151,6 +160,14 @@ class Block(NamedTuple):
     masks: Masks
 
 
+class Once(NamedTuple):
+    """How anchors that use all their negatives pull their positive once."""
+
+    share: Tensor  # (2, K) of the pulls of all triplets: 1 / number of negatives, or 1 if those are averaged
+    lone: Tensor  # (2, K) the pull of anchors without negatives
+    at: Tensor | None  # (K,) in the place of s⁺ in the value of a negative, if the loss is a sum
+
+
 class Dense(NamedTuple):
     """Weighed anchors that use all their negatives; from these the entries of G are computed tile by tile."""
 
@@ -160,6 +177,44 @@ class Dense(NamedTuple):
     share: Tensor  # (2, K) weight of each negative of an anchor; 0 for anchors that do not use all of theirs
     relative: dict[str, Tensor]  # the statistics that the terms declared: name → (2, K)
     every: bool  # whether all anchors use all their negatives
+    once: Once | None = None  # if a positive is pulled once
+
+    @property
+    def valued(self) -> Dense:
+        """The anchors as the value of their negatives sees them."""
+        return self if self.once is None or self.once.at is None else self._replace(s_pos=self.once.at)
+
+    def times(self, incoming: Tensor) -> Dense:
+        """The anchors of the objective times a number."""
+        once = None if self.once is None else self.once._replace(lone=self.once.lone * incoming)
+        return self._replace(share=self.share * incoming, once=once)
+
+    def at_pairs(self, taken: Tensor) -> Tensor:
+        """(2, K) entries of G at the pairs, from the pulls of all triplets."""
+        if self.once is None:
+            return -taken
+        return -(taken * self.once.share + self.once.lone)
+
+
+class Soft(NamedTuple):
+    """Weighed anchors whose push is shared among their negatives by a softmax; row 0 is x→y, row 1 is y→x."""
+
+    softmax: Softmax
+    log_sum: Tensor  # (2, K) log Z
+    pull: Tensor  # (2, K) entries of G at the pairs, besides the pairs' own shares; both rows add
+    push: Tensor  # (2, K) of all negatives together; without P⁻ where that is taken at each negative
+    s_pos: Tensor  # (K,)
+    relative: dict[str, Tensor]  # the statistics that the terms declared: name → (2, K)
+    product: Product | None  # if P⁻ is taken at each negative
+    exps: Exps | None  # if they were kept
+
+
+class Coefficients(NamedTuple):
+    """The entries of G, by the ways in which anchors share their push; None where no anchor does so."""
+
+    mined: Mined | None = None
+    dense: Dense | None = None
+    soft: Soft | None = None
 
 
 class Limits(NamedTuple):
@@ -175,3 +230,4 @@ class Plan(NamedTuple):
     tile: tuple[int, int]  # rows and columns of S that are computed at once
     arithmetic: str  # of the products
     held: int  # bytes at the peak, beyond the inputs and their gradients
+    kept: bool = False  # whether exponentials of all of S are kept for the gradient

@@ -11,14 +11,19 @@ from torch import Tensor
 from goal.terms.term import Term
 
 
-def probe(term: Term) -> None:
+def probe(term: Term, within: tuple[float, float] | None = None) -> None:
     """Run a term on [−1, 1]², with relative similarities 0 and ½, and refuse it if it is no valid weight.
+
+    Args:
+        within: the lowest and the highest s⁻, if not [−1, 1]; a negative P then gives no warning.
 
     Raises:
         ValueError: the term fails there, is not elementwise, is not finite, or is a negative T.
     """
     at = torch.arange(-20, 21, dtype=torch.float64, device="cpu") / 20
-    tile, few = (at[:, None].expand(41, 41), at.expand(41, 41)), (at[:30], at[:30])
+    low, high = within or (-1.0, 1.0)
+    s_neg = low + (at + 1) / 2 * (high - low)
+    tile, few = (at[:, None].expand(41, 41), s_neg.expand(41, 41)), (at[:30], s_neg[:30])
     for r in (0.0, 0.5):
         try:
             matrix, anchors = (
@@ -34,10 +39,10 @@ def probe(term: Term) -> None:
         else:
             raise ValueError(f"{term!r} must return two weights, `return p_pos, p_neg`; it returns {_kind(matrix)}.")
         for name, (on_tile, on_anchors) in weights.items():
-            _probe_weight(term, name, on_tile, on_anchors, tile)
+            _probe_weight(term, name, on_tile, on_anchors, tile, warn=within is None)
 
 
-def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tensor, Tensor]) -> None:
+def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tensor, Tensor], warn: bool) -> None:
     """Check a weight of a term, given on a (41, 41) tile of similarities and on the first 30 of its diagonal."""
 
     def where(bad: Tensor) -> str:
@@ -60,7 +65,9 @@ def _probe_weight(term: Term, name: str, tile: Any, anchors: Any, at: tuple[Tens
     if (weight < 0).any():
         if name == "T":
             raise ValueError(f"{term!r} must be >= 0: {where(weight < 0)}.")
-        warnings.warn(f"{term!r} is negative somewhere, so it pushes the other way: {where(weight < 0)}.", stacklevel=4)
+        if warn:
+            pushes = f"{term!r} is negative somewhere, so it pushes the other way: {where(weight < 0)}."
+            warnings.warn(pushes, stacklevel=4)
 
 
 def _kind(value: object) -> str:

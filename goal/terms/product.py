@@ -67,6 +67,23 @@ class Product:
                 return loss
         return s_neg - s_pos
 
+    def separate(self, like: Tensor) -> bool:
+        """Whether T is a plain number, so that pull and push do not depend on each other."""
+        zero = like.new_zeros(())
+        return not isinstance(self.T(zero, zero, **dict.fromkeys(self.T.statistics, zero)), Tensor)
+
+    def split(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), 0-d, at which the parts of a loss that is a sum vanish: l(s⁺, b) depends on s⁺ alone, l(a, s⁻) on s⁻.
+
+        Two half-sums of exponentials vanish far away, at (∞, −∞); other losses at (1, 0) or at (0, 0).
+        """
+        far, one, zero = like.new_tensor(_FAR), like.new_ones(()), like.new_zeros(())
+        vanishes, at_one = self.value(far, -far) == 0, self.value(one, zero) == 0
+        return torch.where(vanishes, far, torch.where(at_one, one, zero)), torch.where(vanishes, -far, zero)
+
+
+_FAR = 1e4  # a similarity beyond which a sigmoid is exactly 0 or 1
+
 
 def _saturate(weight: Any) -> Any:
     if not isinstance(weight, Tensor):

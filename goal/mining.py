@@ -49,7 +49,7 @@ class Softmax:
     @property
     def slope(self) -> float | None:
         """The factor of s in a linear hardness; None for another hardness."""
-        return self.tau + self.alpha if self.hardness is HARDNESS["linear"] else None
+        return self.tau + self.alpha if self.hardness.function is _linear else None
 
     def h(self, s: Tensor) -> Tensor:
         """The hardness of similarities, as a new tensor."""

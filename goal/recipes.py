@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from goal import mining, terms, validation
 from goal.distributed.exchange import ranks
@@ -15,6 +16,7 @@ from goal.distributed.rows import batch_of
 from goal.engine.backend import computing_dtype
 from goal.engine.call import Arguments
 from goal.engine.functorch import no_autocast
+from goal.engine.settings import directions_of
 from goal.names import unknown
 from goal.objective import Objective
 
@@ -56,43 +58,6 @@ class Yardstick(nn.Module):
     def _agreed(self) -> str:
         """A text that must be the same on all ranks."""
         return str(self)
-
-
-class InfoNCE(Yardstick):
-    """The symmetric cross entropy over the batch, −log softmax(τ s)ᵢᵢ, averaged over both directions; plain autograd.
-
-    Args:
-        tau: inverse temperature, > 0.
-        check_finite, group, averaged: as for `goal.apply`; every rank computes the full loss
-            (`goal.distributed.gathered`).
-
-    Example:
-        >>> import goal, torch
-        >>> x = torch.eye(3, requires_grad=True)
-        >>> goal.InfoNCE(tau=20.0)(x, torch.eye(3)).backward()
-
-    Source: Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
-    """
-
-    def __init__(
-        self,
-        tau: float = 20.0,
-        *,
-        check_finite: bool | None = None,
-        group: ProcessGroup | str | None = None,
-        averaged: bool = False,
-    ) -> None:
-        super().__init__(check_finite, group, averaged)
-        self.tau = validation.check_number("goal.recipe('infonce')", "tau", tau)
-
-    def _loss(self, s: Tensor, same: Tensor) -> Tensor:
-        s = (self.tau * s).masked_fill(same, -torch.inf)
-        k = min(s.shape)
-        target = torch.arange(k, device=s.device)
-        return (cross_entropy(s[:k], target) + cross_entropy(s[:, :k].T, target)) / 2
-
-    def extra_repr(self) -> str:
-        return f"tau={self.tau}"
 
 
 class SigLIP(Yardstick):
@@ -151,25 +116,113 @@ class SigLIP(Yardstick):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _objective(**fixed: Any) -> Callable[..., nn.Module]:
-    return lambda **overrides: Objective(**{**fixed, **overrides})
+# ── recipes: the arguments of an objective from the numbers of its paper ────────────────────────────────────────────
 
 
-_HINGE, _ORDER_HINGE = terms.T.con(margin=0.2), terms.T.con(margin=0.05)
-_SUM_OF_HINGES = mining.all_negatives(average=False)
-_RECIPES: dict[str, Callable[..., nn.Module]] = {
-    "vse0": _objective(T=_HINGE, P="con", mining=_SUM_OF_HINGES, reduction="sum"),
-    "vse++": _objective(T=_HINGE, P="con", mining="hardest", reduction="sum"),
-    "t-selhn": _objective(T=_HINGE, P="con", mining="selective"),
-    "order0": _objective(T=_ORDER_HINGE, P="con", mining=_SUM_OF_HINGES, reduction="sum", similarity="order"),
-    "order++": _objective(T=_ORDER_HINGE, P="con", mining="hardest", reduction="sum", similarity="order"),
-    "circle": _objective(T="cir", P="lin"),
-    "nca": _objective(T="nca", P="con"),
-    "binomial-deviance": _objective(T="con", P="sig"),
-    "multi-similarity": _objective(T="con", P="sig-ms"),
-    "goal": _objective(T="cir", P="sig-ms"),
-    "infonce": InfoNCE,
-    "siglip": SigLIP,
+class Recipe(NamedTuple):
+    """An objective of the literature."""
+
+    arguments: Callable[..., dict[str, Any]]  # its parameters → arguments of `Objective`
+    fixed: tuple[str, ...] = ()  # arguments that cannot be changed: its parameters stand in several of them
+    averages: bool = False  # the mean of both directions, so that a single direction counts twice
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The parameters with their defaults."""
+        return {name: parameter.default for name, parameter in inspect.signature(self.arguments).parameters.items()}
+
+    def objective(self, **given: Any) -> dict[str, Any]:
+        """The arguments of `Objective`, from the recipe's parameters and other arguments of `Objective`."""
+        own = {name: value for name, value in given.items() if name in self.defaults}
+        made = self.arguments(**own)
+        if self.averages and directions_of(given.get("directions", "both")) != "both":
+            made["scale"] = 2 * made["scale"]
+        return {**made, **{name: value for name, value in given.items() if name not in own}}
+
+
+def _vse0(margin: float = 0.2) -> dict[str, Any]:
+    every = mining.all_negatives(average=False)
+    return {"T": terms.T.con(margin=margin), "P": "con", "mining": every, "reduction": "sum"}
+
+
+def _vse_plus(margin: float = 0.2) -> dict[str, Any]:
+    return {**_vse0(margin), "mining": "hardest"}
+
+
+def _vse_plus_soft(margin: float = 0.2, tau: float = 20.0) -> dict[str, Any]:
+    return {**_vse0(margin), "mining": mining.soft(tau)}
+
+
+def _t_selhn(margin: float = 0.2) -> dict[str, Any]:
+    return {"T": terms.T.con(margin=margin), "P": "con", "mining": "selective"}
+
+
+def _order0(margin: float = 0.05) -> dict[str, Any]:
+    return {**_vse0(margin), "similarity": "order"}
+
+
+def _order_plus(margin: float = 0.05) -> dict[str, Any]:
+    return {**_vse_plus(margin), "similarity": "order"}
+
+
+def _circle(tau: float = 10.0) -> dict[str, Any]:
+    return {"T": terms.T.cir(tau=tau), "P": "lin"}
+
+
+def _circle_loss(tau: float = 80.0) -> dict[str, Any]:
+    rule = mining.soft(tau, hardness="square", level="root", at="each")
+    return {**_circle(tau), "mining": rule, "scale": 2 * tau}
+
+
+def _nca(tau: float = 10.0) -> dict[str, Any]:
+    return {"T": terms.T.nca(tau=tau), "P": "con"}
+
+
+def _binomial_deviance(alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5) -> dict[str, Any]:
+    return {"T": "con", "P": terms.P.sig(alpha=alpha, beta=beta, lam=lam)}
+
+
+def _multi_similarity(
+    alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5, self_term: bool = False
+) -> dict[str, Any]:
+    return {"T": "con", "P": terms.P.sig_ms(alpha=alpha, beta=beta, lam=lam, self_term=self_term)}
+
+
+def _goal(
+    tau: float = 10.0, alpha: float = 2.0, beta: float = 10.0, lam: float = 0.5, self_term: bool = False
+) -> dict[str, Any]:
+    return {**_multi_similarity(alpha, beta, lam, self_term), "T": terms.T.cir(tau=tau)}
+
+
+def _infonce(tau: float = 20.0) -> dict[str, Any]:
+    return {"T": terms.T.nca(tau=tau), "P": "con", "mining": mining.soft(tau), "scale": tau / 2}
+
+
+def _dcl(tau: float = 20.0) -> dict[str, Any]:
+    return {**_infonce(tau), "T": "con"}
+
+
+def _hardness_infonce(tau: float = 20.0, alpha: float = 5.0) -> dict[str, Any]:
+    return {**_infonce(tau), "mining": mining.soft(tau, alpha=alpha)}
+
+
+_TIED = ("T", "P", "mining", "scale")
+_RECIPES: dict[str, Recipe] = {
+    "vse0": Recipe(_vse0),
+    "vse++": Recipe(_vse_plus),
+    "vse++-soft": Recipe(_vse_plus_soft),
+    "t-selhn": Recipe(_t_selhn),
+    "order0": Recipe(_order0),
+    "order++": Recipe(_order_plus),
+    "circle": Recipe(_circle),
+    "circle-loss": Recipe(_circle_loss, _TIED),
+    "nca": Recipe(_nca),
+    "binomial-deviance": Recipe(_binomial_deviance),
+    "multi-similarity": Recipe(_multi_similarity),
+    "goal": Recipe(_goal),
+    "infonce": Recipe(_infonce, _TIED, averages=True),
+    "dcl": Recipe(_dcl, _TIED, averages=True),
+    "hardness-infonce": Recipe(_hardness_infonce, _TIED, averages=True),
 }
 
 
@@ -181,7 +234,28 @@ def recipes() -> tuple[str, ...]:
         >>> "vse++" in goal.recipes()
         True
     """
-    return tuple(_RECIPES)
+    return (*_RECIPES, "siglip")
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """The parameters of a recipe, with their defaults.
+
+    >>> parameters("infonce")
+    {'tau': 20.0}
+    """
+    if name in _RECIPES:
+        return _RECIPES[name].defaults
+    own = inspect.signature(SigLIP).parameters.items()
+    return {key: one.default for key, one in own if one.kind is one.POSITIONAL_OR_KEYWORD}
+
+
+def settable(name: str, argument: str) -> bool:
+    """Whether an argument of `goal.Objective` can be given beside a recipe.
+
+    >>> settable("infonce", "mining"), settable("vse++", "mining")
+    (False, True)
+    """
+    return name in _RECIPES and argument not in _RECIPES[name].fixed
 
 
 def recipe(name: str, **overrides: Any) -> nn.Module:
@@ -189,19 +263,26 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
 
     | name | objective | source |
     |---|---|---|
-    | `vse0`, `vse++` | con(0.2) × con over all negatives or the hardest, sum | Faghri et al., BMVC 2018, eq. 5, 6 |
-    | `t-selhn` | con(0.2) × con, selective mining, mean | Li et al., RVSE++, T-SelHN |
-    | `order0`, `order++` | the same, margin 0.05, on order embeddings of abs(x), abs(y) | Vendrov et al., 2016 |
-    | `circle` | cir × lin | Sun et al., Circle loss, CVPR 2020 |
-    | `nca` | nca × con | Goldberger et al., 2004; InfoNCE with one negative |
-    | `binomial-deviance` | con × sig | Yi et al., 2014 |
-    | `multi-similarity` | con × sig-ms | Wang et al., CVPR 2019 |
+    | `vse0`, `vse++` | con(m) × con over all negatives or the hardest, sum, m = 0.2 | Faghri et al., 2018, eq. 5, 6 |
+    | `vse++-soft` | con(m) × con, soft(τ), sum: the hinge of a smooth maximum | this project |
+    | `t-selhn` | con(m) × con, selective mining, mean | Li et al., RVSE++, T-SelHN |
+    | `order0`, `order++` | as vse0, vse++, m = 0.05, on order embeddings of abs(x), abs(y) | Vendrov et al., 2016 |
+    | `infonce` | nca(τ) × con, soft(τ), scale τ/2: the symmetric cross entropy | Oord et al., 2018; CLIP, 2021 |
+    | `dcl` | con × con, soft(τ), scale τ/2: without the positive in the sum | Yeh et al., ECCV 2022 |
+    | `hardness-infonce` | nca(τ) × con, shares by e^{(τ+α)s}, scale τ/2: no loss has it | Lan et al., LLaVE, 2025 |
+    | `circle-loss` | cir(τ) × lin, shares by e^{τs²}, P⁻ at each negative, scale 2τ | Sun et al., CVPR 2020 |
+    | `circle` | cir × lin, the hardest negative | the same |
+    | `nca` | nca × con, the hardest negative | Goldberger et al., 2004 |
+    | `binomial-deviance` | con × sig, the hardest negative | Yi et al., 2014 |
+    | `multi-similarity` | con × sig-ms, the hardest negative | Wang et al., CVPR 2019 |
     | `goal` | cir × sig-ms | Xuan & Chen, WACV 2023 |
-    | `infonce`, `siglip` | yardsticks, ordinary losses with autograd | see `InfoNCE`, `SigLIP` |
+    | `siglip` | an ordinary loss with autograd | see `SigLIP` |
 
     Args:
         name: one of `goal.recipes()`.
-        **overrides: arguments of `goal.Objective` (or of `InfoNCE`, `SigLIP`) to change.
+        **overrides: numbers of the recipe (`tau=`, `margin=`, …), and arguments of `goal.Objective` (or of `SigLIP`)
+            to change. Where a number stands in several of these, as τ in `infonce`, they cannot be given. A recipe that
+            is the mean of both directions is, with `directions="x→y"`, that of the direction that is left.
 
     Returns:
         A module to call with (x, y): L2-normalised embeddings, but |x|, |y| unnormalised for the order recipes.
@@ -211,6 +292,31 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
         >>> goal.recipe("vse++", reduction="mean")
         Objective(con(margin=0.2) × con)
     """
-    if not isinstance(name, str) or name not in _RECIPES:
+    if not isinstance(name, str) or name not in recipes():
         raise unknown("name", name, recipes())
-    return _RECIPES[name](**overrides)
+    if name == "siglip":
+        return SigLIP(**overrides)
+    if given := [argument for argument in _RECIPES[name].fixed if argument in overrides]:
+        raise TypeError(f"{given[0]} cannot be set: {name} has its own. Write T × P with goal.Objective instead.")
+    return Objective(**_RECIPES[name].objective(**overrides))
+
+
+class InfoNCE(Objective):
+    """The symmetric cross entropy over the batch, −log softmax(τ s)ᵢᵢ, averaged over both directions.
+
+    It is nca(τ) × con with soft(τ) mining and scale τ/2: `goal.recipe("infonce")`.
+
+    Args:
+        tau: inverse temperature, > 0.
+        **rest: arguments of `goal.Objective`, but those that τ stands in.
+
+    Example:
+        >>> import goal, torch
+        >>> x = torch.eye(3, requires_grad=True)
+        >>> goal.InfoNCE(tau=20.0)(x, torch.eye(3)).backward()
+
+    Source: van den Oord et al., 2018; Radford et al. (CLIP), 2021, fig. 3, with a fixed temperature.
+    """
+
+    def __init__(self, tau: float = 20.0, **rest: Any) -> None:
+        super().__init__(**_RECIPES["infonce"].objective(tau=tau, **rest))

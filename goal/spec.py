@@ -27,8 +27,8 @@ from goal import mining, similarity, terms
 from goal.engine.settings import DIRECTIONS, REDUCTIONS, directions_of
 from goal.names import Named, Value, line, literal, nearest, spell, unknown
 from goal.objective import Objective
+from goal.recipes import parameters, recipes, settable
 from goal.recipes import recipe as published
-from goal.recipes import recipes
 from goal.validation import check_bool, check_number, real_number
 
 R = TypeVar("R")
@@ -172,7 +172,7 @@ class Spec:
             raise TypeError(f"{twice[0]} is set by the objective {str(self)!r} already, got {rest[twice[0]]!r}.")
         made: nn.Module
         if self.recipe is not None:
-            made = _recipe(self.recipe.name, dict(self.recipe.parameters), {**axes, **rest})
+            made = published(self.recipe.name, **dict(self.recipe.parameters), **axes, **rest)
         else:
             made = Objective(
                 **{k: member(k, c.name).make(**dict(c.parameters)) for k, c in self._calls()}, **axes, **rest
@@ -308,14 +308,9 @@ def _directions(name: str) -> Member:
 def _published(name: str) -> Member:
     if spell(name) not in recipes():
         raise unknown("recipe", name, recipes())
-    base = published(spell(name))
-    if isinstance(base, Objective):
-        product = base.settings.product
-        defaults = {**product.P.params, **product.T.params}
-    else:
-        own = inspect.signature(type(base)).parameters.items()
-        defaults = {key: p.default for key, p in own if p.kind is p.POSITIONAL_OR_KEYWORD}
-    return Member(spell(name), f"recipe {spell(name)}", defaults, lambda **given: _recipe(spell(name), given, {}))
+    return Member(
+        spell(name), f"recipe {spell(name)}", parameters(spell(name)), functools.partial(published, spell(name))
+    )
 
 
 class Kind(NamedTuple):
@@ -349,22 +344,9 @@ def member(kind: str, name: str) -> Member:
     return _KINDS[kind].find(name)
 
 
-def _recipe(name: str, given: Mapping[str, Value], rest: Mapping[str, Any]) -> nn.Module:
-    """A recipe with these parameters; for an objective they are those of its terms, in T, P or both."""
-    base = published(name)
-    if not isinstance(base, Objective):
-        return published(name, **given, **rest)
-    product = base.settings.product
-    changed = {
-        kind: term.definition(**term.params | {key: value for key, value in given.items() if key in term.params})
-        for kind, term in (("T", product.T), ("P", product.P))
-    }
-    return published(name, **{**changed, **rest})
-
-
 def _check_axes(recipe: str, axis: str) -> None:
-    """Raise if a recipe does not allow setting an axis: recipes that are no `Objective` have their own."""
-    if not isinstance(published(recipe), Objective):
+    """Raise if a recipe does not allow setting an axis."""
+    if not settable(recipe, axis):
         raise ValueError(f"{axis} cannot be set: {recipe} has its own.")
 
 

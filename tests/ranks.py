@@ -434,7 +434,7 @@ def whole_losses(group: Any) -> list[str]:
     last = rank == size - 1
     losses = {"banked": WHOLE["banked"](group=group), "augmented": WHOLE["interpolated"](group=group)}
     said = raised(lambda: goal.InfoNCE(tau=3.0 if last else 2.0, group=group)(x, x))
-    if not ("what is InfoNCE(tau=3.0" in said or "what is InfoNCE(tau=2.0" in said):
+    if not ("T is T.nca(tau=2.0) on rank" in said and "T.nca(tau=3.0) on rank" in said and "scale is 1.0" in said):
         wrong.append(said)
     rows = x.double() if last else x.float()
     said = raised(lambda: losses["banked"](rows, rows, torch.arange(3)))

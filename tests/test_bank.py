@@ -293,8 +293,8 @@ def test_what_is_refused() -> None:
         bank.push(x, x, ids)
     with pytest.raises(ValueError, match=r"x and y are on cpu and the bank is on meta: bank.to\('cpu'\)"):
         goal.Bank(4, 4).to("meta").push(x, x, ids)
-    with pytest.raises(TypeError, match=r"objective must be a goal.Objective, got InfoNCE"):
-        goal.Banked(goal.InfoNCE(), bank)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"objective must be a goal.Objective, got SigLIP"):
+        goal.Banked(goal.SigLIP(), bank)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"bank must be a goal.Bank, got Tensor"):
         goal.Banked(goal.Objective(), x)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="there was none"):

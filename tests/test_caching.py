@@ -97,7 +97,7 @@ def test_the_step_is_that_of_the_whole_batch(name: str, ids: bool) -> None:
     close(gradients(x, y, objective), expected)
     assert found.item() == pytest.approx(loss.item(), rel=1e-12)
     assert not found.requires_grad
-    assert (stats is None) == (name in ("infonce", "siglip"))
+    assert (stats is None) == (name == "siglip")
     assert stats is None or stats.s_pos.shape == (N,)
 
 

@@ -892,7 +892,7 @@ def test_a_recipe_is_the_combination_it_claims(recipe: str) -> None:
 
 
 def test_every_recipe_is_accounted_for_and_takes_overrides() -> None:
-    assert set(goal.recipes()) == {*RECIPES, "infonce", "siglip"}
+    assert set(goal.recipes()) == {*RECIPES, *SOFT, "siglip"}
     x, y = embeddings(np.random.default_rng(6), 10, 10, 4, torch.float32)
     changed = goal.recipe("vse++", T=goal.T.con(margin=0.5), reduction="mean")
     assert torch.equal(changed(x, y), goal.apply(x, y, T=goal.T.con(margin=0.5), P="con"))
@@ -916,18 +916,64 @@ def test_defaults() -> None:
         assert torch.equal(goal.gradients(x, y, mining=name)[0], goal.gradients(x, y, mining=objects)[0])
 
 
+def log_sum(h: Tensor, off: Tensor) -> Tensor:
+    """log Σ e^h over each row's negatives."""
+    return torch.where(off, h, -torch.inf).logsumexp(1)
+
+
+def cross_entropy(s_pos: Tensor, s: Tensor, off: Tensor, tau: float) -> Tensor:
+    """−log of the share of the pair among itself and its negatives."""
+    return torch.logaddexp(tau * s_pos, log_sum(tau * s, off)) - tau * s_pos
+
+
+def hardness_weighted(s_pos: Tensor, s: Tensor, off: Tensor, tau: float, alpha: float) -> Tensor:
+    """Lan et al., LLaVE: the same with e^{αs} before each negative's exponential, a constant of the gradient."""
+    weighted = tau * s + alpha * s.detach()
+    return torch.logaddexp(tau * s_pos, log_sum(weighted, off)) - tau * s_pos
+
+
+def circle_loss(s_pos: Tensor, s: Tensor, off: Tensor, tau: float) -> Tensor:
+    """Sun et al., eq. 6 with m = ½: log(1 + Σ e^{τ(s² − m²)} · e^{τ((1 − s⁺)² − (1 − m)²)})."""
+    exponent = log_sum(tau * (s**2 - 0.25), off) + tau * ((1 - s_pos) ** 2 - 0.25)
+    return torch.logaddexp(torch.zeros_like(exponent), exponent)
+
+
+# recipe, its numbers, the published loss of an anchor from (s⁺, s, its negatives, …), its mean over the directions?
+SOFT: dict[str, tuple[Params, Callable[..., Tensor], bool]] = {
+    "infonce": ({"tau": 12.0}, cross_entropy, True),
+    "dcl": ({"tau": 12.0}, lambda s_pos, s, off, tau: log_sum(tau * s, off) - tau * s_pos, True),
+    "hardness-infonce": ({"tau": 9.0, "alpha": 4.0}, hardness_weighted, True),
+    "circle-loss": ({"tau": 8.0}, circle_loss, False),
+    "vse++-soft": (
+        {"margin": 0.4, "tau": 15.0},
+        lambda s_pos, s, off, margin, tau: (margin + log_sum(tau * s, off) / tau - s_pos).relu(),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("directions", ["both", "x→y", "y→x"])
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (5, 9), (9, 5)])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_infonce(n: int, m: int, with_ids: bool) -> None:
+@pytest.mark.parametrize("recipe", SOFT)
+def test_soft_recipes_are_their_published_losses(recipe: str, with_ids: bool, n: int, m: int, directions: str) -> None:
     rng = np.random.default_rng(8)
     x, y = embeddings(rng, n, m, 4, torch.float64)
-    ids, y_ids = (torch.from_numpy(rng.integers(0, 4, size)) if with_ids else None for size in (n, m))
-    k, tau = min(n, m), 12.0
-    kept = negatives_of(torch.empty(n, m), ids, y_ids) | torch.eye(n, m, dtype=torch.bool)
-    p = torch.where(kept, (tau * x @ y.T).exp(), 0)
-    rows, cols = p[:k] / p[:k].sum(1, keepdim=True), p[:, :k] / p[:, :k].sum(0)
-    expected = -(rows.diagonal().log() + cols.diagonal().log()).mean() / 2
-    assert gap(goal.recipe("infonce", tau=tau)(x, y, ids, y_ids), expected) <= 1e-12
+    x.requires_grad_(), y.requires_grad_()
+    ids, y_ids = (torch.from_numpy(rng.permutation(size) // 2) if with_ids else None for size in (n, m))
+    params, loss_of, averages = SOFT[recipe]
+    k, S, off = min(n, m), x @ y.T, negatives_of(torch.empty(n, m), ids, y_ids)
+    views = {"x→y": (S[:k], off[:k]), "y→x": (S.T[:k], off.T[:k])}
+    views = {one: views[one] for one in (views if directions == "both" else [directions])}
+    s_pos = S.diagonal()
+    losses = torch.stack([loss_of(s_pos, s, among, **params) for s, among in views.values()])
+    expected = losses.sum(1).mean() if averages else losses.sum()
+    objective = goal.recipe(recipe, **params, directions=directions, reduction="sum")
+    loss = objective(x, y, ids, y_ids)
+    assert gap(loss.detach(), expected.detach()) <= 1e-12
+    true = torch.autograd.grad(expected, (x, y))
+    for actual, of in zip(torch.autograd.grad(loss, (x, y)), true, strict=True):
+        assert gap(actual, of) <= 1e-12
 
 
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (5, 9), (9, 5)])

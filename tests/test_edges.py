@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import hardest_of, oracle, pair_weight, relative_similarities, selection, triplet_weight
+from oracle import hardest_of, oracle, pair_weight, relative_similarities, selection, soft_negative, triplet_weight
 from table import SIMILARITIES, Case, covering, make_inputs
 from test_contract import MININGS, arguments, embeddings, gap, in_tiles, negatives_of, similarities, tensors
 from torch import Tensor, nn
@@ -650,14 +650,17 @@ def seen_by(case: Case) -> dict[str, np.ndarray]:
     s_pos = [float(S[k, k]) for k in range(K)]
     s_neg, index = np.full((2, K), -np.inf), np.full((2, K), -1)
     T, P_pos, P_neg = np.zeros((2, K)), np.zeros((2, K)), np.zeros((2, K))
-    fallback, recalled = np.zeros((2, K)), np.zeros((2, K))
+    fallback, recalled, effective = np.zeros((2, K)), np.zeros((2, K)), np.zeros((2, K))
     for side, (s, is_negative) in enumerate(((S, off), (S.T, off.T))):
         for k in range(K):
             row, negatives = s[k].tolist(), np.flatnonzero(is_negative[k]).tolist()
             recalled[side, k] = all(s_pos[k] > row[j] for j in negatives)
-            if not negatives:
+            soft, shares = (
+                soft_negative(row, k, negatives, **case.mining_params) if case.mining == "soft" else (0.0, {})
+            )
+            if not negatives and not shares:
                 continue
-            hardest = j = hardest_of(row, negatives)
+            hardest = j = hardest_of(row, negatives) if negatives else -1
             if case.mining == "semi-hard":
                 inside = selection(case.mining, case.mining_params, s_pos[k], row, negatives)
                 if not inside:
@@ -665,10 +668,12 @@ def seen_by(case: Case) -> dict[str, np.ndarray]:
                 (j,) = inside
             if case.mining == "selective":
                 fallback[side, k] = abs(s_pos[k] - row[hardest]) < case.mining_params.get("eps", 0.01)
-            R = relative_similarities(case.P, case.P_params, k, s_pos, row, negatives, hardest)
-            s_neg[side, k], index[side, k] = row[j], j
-            T[side, k] = triplet_weight(case.T, case.T_params, s_pos[k], row[j])
-            P_pos[side, k], P_neg[side, k] = pair_weight(case.P, case.P_params, s_pos[k], row[j], *R)
+            R = relative_similarities(case.P, case.P_params, k, s_pos, row, negatives, hardest) if negatives else (0, 0)
+            at = soft if case.mining == "soft" else row[j]
+            effective[side, k] = 1 / math.fsum(q**2 for q in shares.values()) if shares else 0
+            s_neg[side, k], index[side, k] = at, j
+            T[side, k] = triplet_weight(case.T, case.T_params, s_pos[k], at)
+            P_pos[side, k], P_neg[side, k] = pair_weight(case.P, case.P_params, s_pos[k], at, *R)
     return {
         "s_pos": np.array(s_pos),
         "s_neg": s_neg,
@@ -679,6 +684,7 @@ def seen_by(case: Case) -> dict[str, np.ndarray]:
         "active": np.array((T != 0).mean()),
         "fallback": np.array(fallback.mean()),
         "recall_at_1": recalled.mean(1),
+        **({"effective": effective} if case.mining == "soft" else {}),
     }
 
 

@@ -317,7 +317,9 @@ PARAMETERS: list[tuple[Callable[[Any], Any], Callable[[Any], Any]]] = [
     (lambda one: goal.P.sig_ms(beta=one), lambda term: term.params["beta"]),
     (lambda one: goal.mining.semi_hard(margin=one), lambda mining: mining.margin),
     (lambda one: goal.mining.selective(eps=one), lambda mining: mining.eps),
-    (lambda one: goal.recipe("infonce", tau=one), lambda objective: objective.tau),
+    (lambda one: goal.recipe("infonce", tau=one), lambda objective: objective.settings.mining.softmax.tau),
+    (lambda one: goal.Objective(scale=one), lambda objective: objective.settings.scale),
+    (lambda one: goal.mining.soft(alpha=one), lambda rule: rule.softmax.alpha),
     (lambda one: goal.recipe("siglip", bias=one), lambda objective: objective.bias.item()),
     (lambda one: goal.diagnose(goal.Objective(), eps=one), lambda diagnosis: diagnosis._eps),
 ]

@@ -15,6 +15,7 @@ import goal
 from goal import spec
 from goal.mining import Mining
 from goal.names import Named
+from goal.recipes import settable
 from goal.spec import AXES, Spec, parse, split
 from goal.terms.term import Definition
 
@@ -98,7 +99,8 @@ def test_what_is_another_than_its_name_says_prints_as_python() -> None:
 
 
 def test_yardsticks_have_parameters() -> None:
-    assert repr(goal.objective("infonce(tau=30)")) == "InfoNCE(tau=30.0)"
+    assert repr(goal.objective("infonce(tau=30)")) == "Objective(nca(tau=30) × con | soft(tau=30) | scale=15)"
+    assert repr(goal.InfoNCE(30)) == "InfoNCE(nca(tau=30) × con | soft(tau=30) | scale=15)"
     siglip: Any = goal.objective("siglip(tau=2, bias=-3)")
     assert (siglip.log_tau.exp().item(), siglip.bias.item()) == (pytest.approx(2), -3)
 
@@ -340,9 +342,11 @@ def texts(draw: st.DrawFn) -> str:
     head = draw(calls("recipe"))
     if draw(st.booleans()):
         head = draw(calls("T")) + space + draw(st.sampled_from("×*:")) + space + draw(calls("P"))
-    elif not isinstance(parse(head).build(), goal.Objective):
+    recipe = parse(head).recipe
+    allowed = sorted(axis for axis in AXES if recipe is None or settable(recipe.name, axis))
+    if not allowed:
         return head
-    axes = draw(st.lists(st.sampled_from(sorted(AXES)), unique=True))
+    axes = draw(st.lists(st.sampled_from(allowed), unique=True))
     tail = [draw(calls(axis)) if axis == "mining" else f"{axis}={draw(calls(axis))}" for axis in axes]
     return f"{space}|{space}".join([head, *tail])
 

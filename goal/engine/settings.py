@@ -90,8 +90,11 @@ def settings(
     directions: str = "both",
 ) -> Settings:
     """The checked objective for the arguments of `goal.apply`; cached by arguments."""
+    compiles = torch.compiler.is_compiling()
+    if not callable(scale) and not compiles:  # before it is a key, to which True would be 1.0
+        scale = real_number("scale", scale, 0.0, above=True)
     arguments = (T, P, mining, similarity, reduction, impl, precision, scale, directions)
-    known = not torch.compiler.is_compiling() and all(isinstance(one, Hashable) for one in arguments)
+    known = not compiles and all(isinstance(one, Hashable) for one in arguments)
     return (_make_once if known else _make)(*arguments)
 
 
@@ -141,14 +144,15 @@ def _asked(scale: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _check_scale(made: Settings) -> None:
-    """Check that the scale is a number > 0, or gives one from numbers of the objective."""
-    if callable(made.scale):
-        known = list({**made.mining.numbers, **made.product.P.params, **made.product.T.params})
-        if stray := [name for name in _asked(made.scale) if name not in known]:
-            raise TypeError(
-                f"scale asks for {stray[0]!r}, which the objective does not have.{nearest(stray[0], known)} "
-                f"Known: {', '.join(known) or 'none'}."
-            )
+    """Check that a scale that is a function gives a number > 0 from numbers of the objective."""
+    if not callable(made.scale):
+        return
+    known = list({**made.mining.numbers, **made.product.P.params, **made.product.T.params})
+    if stray := [name for name in _asked(made.scale) if name not in known]:
+        raise TypeError(
+            f"scale asks for {stray[0]!r}, which the objective does not have.{nearest(stray[0], known)} "
+            f"Known: {', '.join(known) or 'none'}."
+        )
     real_number("scale", made.factor, 0.0, above=True)
 
 

@@ -75,14 +75,11 @@ class Product:
     def split(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b), 0-d, at which the parts of a loss that is a sum vanish: l(s⁺, b) depends on s⁺ alone, l(a, s⁻) on s⁻.
 
-        Two half-sums of exponentials vanish far away, at (∞, −∞); other losses at (1, 0) or at (0, 0).
+        Softplus forms vanish far away, at (∞, −∞); other losses at (1, 0) or at (0, 0).
         """
-        far, one, zero = like.new_tensor(_FAR), like.new_ones(()), like.new_zeros(())
+        far, one, zero = like.new_tensor(torch.finfo(like.dtype).max ** 0.25), like.new_ones(()), like.new_zeros(())
         vanishes, at_one = self.value(far, -far) == 0, self.value(one, zero) == 0
         return torch.where(vanishes, far, torch.where(at_one, one, zero)), torch.where(vanishes, -far, zero)
-
-
-_FAR = 1e4  # a similarity beyond which a sigmoid is exactly 0 or 1
 
 
 def _saturate(weight: Any) -> Any:

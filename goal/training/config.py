@@ -200,7 +200,7 @@ class TrainConfig:
             raise ValueError(
                 f"curriculum must be plain: {self.model.name} makes similarities, and rows are made of embeddings."
             )
-        if not isinstance(its.spec.build(), goal.Objective):
+        if _mining(its.spec.build()) is None:
             raise ValueError(f"curriculum cannot be set: {its.spec} mines nothing.")
         if its.switch == "plateau" and self.stopping.patience is None:
             raise ValueError("switch must not be plateau without patience, which is None.")
@@ -222,11 +222,12 @@ class TrainConfig:
         its = self.objective
         rest: dict[str, Any] = {"group": group, "averaged": group is not None, "check_finite": False}
         last: nn.Module = its.spec.build(**rest)
-        if not isinstance(last, goal.Objective):
+        rule = _mining(last)
+        if rule is None:
             return last
         stages: list[nn.Module] = []
         until: list[Until] = []
-        if its.all_first and last.settings.mining.dense != "always":
+        if its.all_first and rule.dense != "always":
             stages.append(its.spec.with_axes(mining="all(average=false)").build(**rest))
             until.append(its.all_first)
         if its.curriculum is not None:
@@ -488,6 +489,12 @@ def _part(kind: Literal["T", "P"], given: Mapping[str, Any], system: System) -> 
     own = getattr(system.cell, kind)
     term = named(kind, _text(kind, given[kind])) if kind in given else own
     return own if term == Named(own.name) else term
+
+
+def _mining(objective: nn.Module) -> goal.mining.Mining | None:
+    """The mining rule of an objective, which other rules can precede; None if it uses all negatives in its own way."""
+    rule = objective.settings.mining if isinstance(objective, goal.Objective) else None
+    return None if rule is None or rule.softmax is not None else rule
 
 
 def _code(function: Any) -> str:

@@ -1,12 +1,13 @@
 """Similarities: how S is computed from x and y, tile by tile, and how ∂l/∂S is propagated back.
 
-A similarity has six methods. The code that computes coefficients never knows which similarity they belong to.
+A similarity has seven methods. The code that computes coefficients never knows which similarity they belong to.
 
     embed(x)                      the rows from which tiles are computed: x itself, or x / ‖x‖  (N, D) → (N, D)
     tile(x_block, y_block)        a block of S                                        (n, D), (m, D) → (n, m)
     pairs(x, y, row, col)         single entries S[row, col]; equal pairs are bit-equal  → (E,)
     vjp(x, y, entries, needs)     ∂l/∂x and ∂l/∂y of entries of G = ∂l/∂S; repeated entries add
     tile_vjp(x, y, g, needs)      the same for a full tile of G
+    add_vjp(x, y, g, gx, gy)      adds it to the gradients of the tile's rows
     pull_back(x, embedded, g)     the gradient at x from the gradient at embed(x)
 """
 
@@ -64,8 +65,26 @@ class Dot:
     def tile_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, needs: Needs) -> Gradients:
         return g @ y_block if needs[0] else None, g.T @ x_block if needs[1] else None
 
+    def add_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, gx: Tensor | None, gy: Tensor | None) -> None:
+        """Add the gradients of a full tile of G to gx and gy, in place; None where there is no need."""
+        if gx is not None:
+            gx.addmm_(g, y_block)
+        if gy is not None:
+            gy.addmm_(g.T, x_block)
+
     def pull_back(self, x: Tensor, embedded: Tensor, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class _Composed(Dot):
+    """A similarity that is no product: its gradients are added after they were made."""
+
+    def add_vjp(self, x_block: Tensor, y_block: Tensor, g: Tensor, gx: Tensor | None, gy: Tensor | None) -> None:
+        at_x, at_y = self.tile_vjp(x_block, y_block, g, (gx is not None, gy is not None))
+        if gx is not None and at_x is not None:
+            gx += at_x
+        if gy is not None and at_y is not None:
+            gy += at_y
 
 
 class Cosine(Dot):
@@ -83,7 +102,7 @@ class Cosine(Dot):
         return _divide(gradient - radial * embedded, length) / power
 
 
-class Order(Dot):
+class Order(_Composed):
     """s = −‖max(0, y − x)‖: order embeddings, x images, y captions (Vendrov et al., 2016, eq. 2).
 
     Where y ≤ x in every coordinate s = 0 and the subgradient is 0.
@@ -117,7 +136,7 @@ class Order(Dot):
         return torch.cat(gx) if needs[0] else None, gy if needs[1] else None
 
 
-class Given(Dot):
+class Given(_Composed):
     """A matrix S from any model: x is S itself, y is not used, and the gradient is G."""
 
     name = "given"

@@ -133,8 +133,7 @@ class Ring:
             return [] if at_y is None else [at_y]
 
         home = self.walk(meet, _added)
-        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, soft.pull.sum(0), needs)
-        return total(gradients[0], pair_x), total(home[0] if needs[1] else None, pair_y)
+        return gradients[0], home[0] if needs[1] else None
 
 
 def _added(a: Columns, b: Columns) -> Columns:

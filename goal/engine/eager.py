@@ -167,23 +167,23 @@ class _Shared(NamedTuple):
     shift: float
 
 
-class _Reduction:
-    """Reduces tiles to partials; one object serves all tiles of a block, in both directions.
+class _Memory(dict[str, Tensor]):
+    """The memory of tile-sized intermediates, by their use, from one tile to the next: fresh pages cost time."""
 
-    It keeps the memory of tile-sized intermediates from one tile to the next: fresh pages cost more than the sums.
-    """
-
-    def __init__(self, request: Request, limits: Limits) -> None:
-        self.request, self.limits = request, limits
-        self._memory: dict[str, Tensor] = {}
-
-    def memory(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    def __call__(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialised tensor of the shape, dtype as `like`; it overwrites the previous tensor of the same use."""
         size = math.prod(shape)
-        kept = self._memory.get(use)
+        kept = self.get(use)
         if kept is None or kept.numel() < size:
-            kept = self._memory[use] = torch.empty(size, dtype=like.dtype, device=like.device)
+            kept = self[use] = torch.empty(size, dtype=like.dtype, device=like.device)
         return kept[:size].view(shape)
+
+
+class _Reduction:
+    """Reduces tiles to partials; one object serves all tiles of a block, in both directions."""
+
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self.request, self.limits, self.memory = request, limits, _Memory()
 
     def __call__(
         self, tile: Tensor, dim: int, offset: int, s_pos: Tensor, shared: _Shared | None = None
@@ -393,12 +393,7 @@ def dense_block(
             of_pairs, of_negatives = weights.coefficients(met)
             g[part] += of_negatives
             pull[1 - dim, at] += of_pairs.sum(dim)
-        if any(needs):
-            at_x, at_y = similarity.tile_vjp(x[rows], y, g, needs)
-            if gx is not None and at_x is not None:
-                gx[rows] += at_x
-            if gy is not None and at_y is not None:
-                gy += at_y
+        similarity.add_vjp(x[rows], y, g, None if gx is None else gx[rows], gy)
     return gx, gy, pull
 
 
@@ -416,25 +411,23 @@ def mined_emit(similarity: Dot, block: Block, mined: Mined, incoming: Tensor | N
 
 
 def soft_block(similarity: Dot, block: Block, soft: Soft, needs: Needs) -> Gradients:
-    """∂l/∂x (n, D) and ∂l/∂y (m, D) of the softmaxes over a block of S, without the pulls at the pairs.
+    """∂l/∂x (n, D) and ∂l/∂y (m, D) of a block of S, for anchors with a softmax over their negatives.
 
     Computes S a second time, and G, tile by tile; for a batch in a single tile its exponentials were kept.
     """
     x, y, masks = block
+    if not any(needs):
+        return None, None
     if soft.exps is not None and masks.whole:
         return similarity.tile_vjp(x, y, softly.of_exps(soft.exps, masks, soft), needs)
-    coded = _coded(masks, x.dtype)
+    coded, memory = _coded(masks, x.dtype), _Memory()
     gx = torch.zeros_like(x) if needs[0] else None
     gy = torch.zeros_like(y) if needs[1] else None
     for rows in tiles(masks.n, masks.m):
-        if not any(needs):
-            break
-        g = softly.coefficients(similarity.tile(x[rows], y), coded.tile(rows), soft)
-        at_x, at_y = similarity.tile_vjp(x[rows], y, g, needs)
-        if gx is not None and at_x is not None:
-            gx[rows] = at_x
-        if gy is not None and at_y is not None:
-            gy += at_y
+        inside = coded.tile(rows)
+        tile = similarity.tile(x[rows], y, out=memory("tile", (inside.n, inside.m), x))
+        g = softly.coefficients(tile, inside, soft, memory("g", tile.shape, tile))
+        similarity.add_vjp(x[rows], y, g, None if gx is None else gx[rows], gy)
     return gx, gy
 
 

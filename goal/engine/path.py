@@ -172,8 +172,6 @@ def emit_blocks(
         for block, (rows, cols) in blocks:
             at_x, at_y = operators.soft_block(does, block, soft, (needs[0] and rows, needs[1] and cols))
             gx, gy = total(gx, at_x), total(gy, at_y)
-        at_x, at_y = at_pairs(does.similarity, own, soft.pull.sum(0), needs)
-        gx, gy = total(gx, at_x), total(gy, at_y)
     if mined is not None:
         for block, (rows, cols) in blocks:
             wanted = needs[0] and rows, needs[1] and cols

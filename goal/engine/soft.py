@@ -18,6 +18,7 @@ from goal.engine.range import reach
 from goal.engine.statistics import Exps
 from goal.engine.types import Masks, Soft
 from goal.mining import Softmax
+from goal.terms.product import Product
 
 
 class Sums(NamedTuple):
@@ -48,9 +49,7 @@ def scan(tile: Tensor, masks: Masks, softmax: Softmax, shares: bool) -> tuple[Su
         return *_shared(exps, middle, shares), Exps(exps, middle)
     hardness = hidden(tile, masks, softmax)
     tops = hardness.amax(1), hardness.amax(0)
-    known = torch.cat(tops)
-    known = known[known > -math.inf]
-    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
+    low, high = _span(torch.cat(tops))
     middle = (low + high) / 2
     if high - low <= reach(tile.dtype) and exact(middle, tile.dtype):
         exps = hardness.sub_(middle).exp_()
@@ -94,59 +93,67 @@ def _own(hardness: Tensor, top: Tensor, dim: int, shares: bool) -> Sums:
 # ── G ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def coefficients(tile: Tensor, masks: Masks, soft: Soft) -> Tensor:
-    """The entries of G in a tile of S, without the pulls at the pairs.
+def coefficients(tile: Tensor, masks: Masks, soft: Soft, out: Tensor) -> Tensor:
+    """The entries of G in a tile of S.
 
     Args:
         tile: (n, m) of S, all entries; it is overwritten.
         masks: of the tile.
+        out: (n, m), for the result.
     """
-    if soft.product is not None:
-        return _each(tile, masks, soft)
     sides = list(_sides(masks, soft))
-    sums = torch.cat([log_sum for _, _, log_sum, _ in sides])
-    known = sums[sums > -math.inf]
-    low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
-    middle = (low + high) / 2
-    hardness = hidden(tile, masks, soft.softmax)
-    if high - low <= reach(tile.dtype) and exact(middle, tile.dtype):
-        return of_exps(Exps(hardness.sub_(middle).exp_(), middle), masks, soft)
-    g = torch.zeros_like(hardness)
-    for dim, part, log_sum, push in sides:
-        g[part] += _shares(hardness[part], log_sum, dim) * push.unsqueeze(dim)
-    return g
+    hardness = hidden(tile if soft.product is None else tile.clone(), masks, soft.softmax)
+    if soft.product is None:
+        low, high = _span(torch.cat([log_sum for _, _, log_sum, _ in sides]))
+        middle = (low + high) / 2
+        if high - low <= reach(tile.dtype) and exact(middle, tile.dtype):
+            return of_exps(Exps(hardness.sub_(middle).exp_(), middle), masks, soft, out)
+    g = out.zero_()
+    for side, (dim, part, log_sum, push) in enumerate(sides):
+        of_negatives = _shares(hardness[part], log_sum, dim) * push.unsqueeze(dim)
+        if soft.product is not None:
+            of_negatives *= _p_neg(soft, soft.product, side, masks.anchors(side), tile[part], dim)
+        g[part] += of_negatives
+    return _with_pulls(g, masks, soft)
 
 
-def of_exps(exps: Exps, masks: Masks, soft: Soft) -> Tensor:
-    """The entries of G from exponentials relative to a shift: (aᵢ + bⱼ) e^{h − shift}."""
+def of_exps(exps: Exps, masks: Masks, soft: Soft, out: Tensor | None = None) -> Tensor:
+    """The entries of G from exponentials relative to a shift: (aᵢ + bⱼ) e^{h − shift}, and the pulls."""
     n, m = exps.values.shape
     factors = []
     for (_, _, log_sum, push), size in zip(_sides(masks, soft), (n, m), strict=True):
-        factor = push * torch.exp(exps.shift - log_sum)
-        factor = torch.where(push == 0, push, factor)  # also without a negative, where the log-sum is −inf
+        factor = torch.where(push == 0, push, push * torch.exp(exps.shift - log_sum))  # without negatives Z = 0
         factors.append(torch.nn.functional.pad(factor, (0, size - len(factor))))  # rows beyond the anchors
-    g: Tensor = factors[0][:, None] + factors[1]
-    return g.mul_(exps.values)
+    rows, cols = factors
+    g: Tensor = torch.add(rows[:, None], cols, out=out)
+    return _with_pulls(g.mul_(exps.values), masks, soft)
 
 
-def _each(tile: Tensor, masks: Masks, soft: Soft) -> Tensor:
-    """The entries of G with P⁻ at each negative."""
-    assert soft.product is not None
-    hardness = hidden(tile.clone(), masks, soft.softmax)
-    g = torch.zeros_like(hardness)
-    for side, (dim, part, log_sum, push) in enumerate(_sides(masks, soft)):
-        at = masks.anchors(side)
-        own = soft.s_pos[at].unsqueeze(dim)
-        relative = {name: value[side, at].unsqueeze(dim) for name, value in soft.relative.items()}
-        p_neg = soft.product.weights(own, tile[part], relative).P_neg
-        g[part] += _shares(hardness[part], log_sum, dim) * push.unsqueeze(dim) * p_neg
+def _with_pulls(g: Tensor, masks: Masks, soft: Soft) -> Tensor:
+    """The tile of G with the pulls of both directions at its pairs."""
+    pairs = masks.diagonal(g)
+    first = max(masks.row_offset, masks.col_offset)
+    pairs += soft.pull[:, first : first + len(pairs)].sum(0)
     return g
+
+
+def _p_neg(soft: Soft, product: Product, side: int, at: slice, tile: Tensor, dim: int) -> Tensor | float:
+    """P⁻ at each entry of a tile, for the anchors of a side."""
+    relative = {name: value[side, at].unsqueeze(dim) for name, value in soft.relative.items()}
+    weight: Tensor | float = product.weights(soft.s_pos[at].unsqueeze(dim), tile, relative).P_neg
+    return weight
 
 
 def _shares(hardness: Tensor, log_sum: Tensor, dim: int) -> Tensor:
     """q = e^{h − log Z}; at most 1, also where log Z has lost bits."""
     log_sum = torch.where(log_sum == -math.inf, 0, log_sum).unsqueeze(dim)
     return (hardness - log_sum).clamp_(max=0).exp_()
+
+
+def _span(numbers: Tensor) -> tuple[float, float]:
+    """The least and the largest number, −inf left out; (0, 0) if there is none."""
+    known = numbers[numbers > -math.inf]
+    return (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
 
 
 def _sides(masks: Masks, soft: Soft) -> Iterator[tuple[int, tuple[slice, slice], Tensor, Tensor]]:

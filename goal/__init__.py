@@ -7,7 +7,7 @@ emits ∂l/∂x and ∂l/∂y directly from these two weights.
 import importlib
 import typing
 
-from goal import mining
+from goal import mining, positives
 from goal.caching import Cache, cached_step
 from goal.candidates import Bank, Banked
 from goal.evaluation import evaluate, evaluate_similarity, map_at_all
@@ -55,6 +55,7 @@ __all__ = [
     "offline",
     "pair_weight",
     "pairs",
+    "positives",
     "recipe",
     "recipes",
     "triplet_weight",

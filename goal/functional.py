@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from goal.engine.path import Emits, Outcome, Seen
 from goal.engine.settings import Scale, Settings, settings
 from goal.engine.types import Gradients
 from goal.mining import Mining
+from goal.positives import Positives, bind
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 from goal.terms import Term
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 def apply(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None = None,
     T: str | Term = "cir",
     P: str | Term = "sig-ms",
     *,
     mining: str | Mining = "hardest",
+    positives: str | Positives | None = None,
     reduction: str = "mean",
     scale: Scale = 1.0,
     directions: str = "both",
@@ -59,17 +61,21 @@ def apply(
         x: (N, D) embeddings of one modality; float32, float64, bfloat16 or float16. The mathematics is in float32,
             or in float64 for float64; gradients come back in the input's dtype.
         y: (M, D) embeddings of the other modality. Rows beyond K of the longer side are candidates only: negatives for
-            the other side's anchors that are no anchors themselves (a memory bank).
+            the other side's anchors that are no anchors themselves (a memory bank). Left out, x is a single set of
+            labelled rows: `ids` are its labels, every row is an anchor of the others, in a single direction.
         T: triplet weight, a name (`con`, `nca`, `cir`, or a registered one) or an object, `goal.T.cir(tau=5.0)`.
         P: pair weight, a name (`con`, `lin`, `sig`, `lin-ms`, `sig-ms`) or an object.
         mining: `hardest`, `semi-hard`, `soft`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
+        positives: `pair`, row k and row k; or, by equal ids, `hardest` or `soft` (`goal.positives.soft(tau=2.0)`): then
+            all rows of both sides are anchors, N and M are free, and `mean` divides by their number. By default `pair`,
+            and `hardest` where y is left out.
         reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. The two directions add.
         scale: factor of the value and of the gradient, > 0; or a function of numbers of the objective, which it asks
             for by name: ``lambda tau: tau / 2``. A name that several have means T's, then P's, then the mining rule's.
         directions: `both`; `x→y`, where the anchors are rows of x, and candidates rows of y; or `y→x`. Also written
             `x->y` and `x2y`.
         ids: (N,) integers; rows with equal ids are never negatives of each other.
-        y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow.
+        y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow. The two ids of a pair are equal.
         weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates). Or (2, K), for
             the anchors of x→y and of y→x; `mean` then divides each direction by the sum of its own.
         similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
@@ -109,8 +115,10 @@ def apply(
 
     Source: Xuan & Chen, "Dissecting Deep Metric Learning Losses for Image-Text Retrieval", WACV 2023, eq. 6-12.
     """
-    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions)
-    return run(Arguments(x, y, ids, y_ids, weight, check_finite), objective, ranks(group, averaged, exchange)).loss
+    rule = bind(positives, y is None)
+    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions, rule)
+    arguments = Arguments(x, y, ids, y_ids, weight, check_finite, one_set=y is None)
+    return run(arguments, objective, ranks(group, averaged, exchange)).loss
 
 
 def apply_similarity(
@@ -119,6 +127,7 @@ def apply_similarity(
     P: str | Term = "sig-ms",
     *,
     mining: str | Mining = "hardest",
+    positives: str | Positives | None = None,
     reduction: str = "mean",
     scale: Scale = 1.0,
     directions: str = "both",
@@ -141,17 +150,27 @@ def apply_similarity(
         tensor([[-2.,  2.],
                 [ 2., -2.]])
     """
-    objective = settings(T, P, mining, GIVEN, reduction, impl, "fast", scale, directions)
+    rule = bind(positives, False)
+    objective = settings(T, P, mining, GIVEN, reduction, impl, "fast", scale, directions, rule)
     return run(Arguments(S, None, ids, y_ids, weight, check_finite), objective).loss
+
+
+@overload
+def gradients(x: Tensor, y: Tensor, *terms: Any, **options: Any) -> tuple[Tensor, Tensor, Stats]: ...
+
+
+@overload
+def gradients(x: Tensor, y: None = None, *terms: Any, **options: Any) -> tuple[Tensor, None, Stats]: ...
 
 
 def gradients(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None = None,
     T: str | Term = "cir",
     P: str | Term = "sig-ms",
     *,
     mining: str | Mining = "hardest",
+    positives: str | Positives | None = None,
     reduction: str = "mean",
     scale: Scale = 1.0,
     directions: str = "both",
@@ -165,8 +184,10 @@ def gradients(
     group: ProcessGroup | str | None = None,
     averaged: bool = False,
     exchange: str = "gather",
-) -> tuple[Tensor, Tensor, Stats]:
+) -> tuple[Tensor, Tensor | None, Stats]:
     """The gradient itself, without autograd: (∂l/∂x (N, D), ∂l/∂y (M, D), `Stats`). Arguments as for `apply`.
+
+    Where y is left out, ∂l/∂x has both roles of the rows of x, and ∂l/∂y is None.
 
     Example:
         >>> import goal, torch
@@ -174,14 +195,16 @@ def gradients(
         >>> stats.recall_at_1
         tensor([1., 1.])
     """
-    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions)
-    arguments = Arguments(x, y, ids, y_ids, weight, check_finite, needs=(True, True))
+    rule, one_set = bind(positives, y is None), y is None
+    objective = settings(T, P, mining, similarity, reduction, impl, precision, scale, directions, rule)
+    arguments = Arguments(x, y, ids, y_ids, weight, check_finite, (True, True), one_set=one_set)
     with torch.no_grad():
         outcome = _outcome(arguments, objective, ranks(group, averaged, exchange), shown=True)
-        gx, gy = outcome.emission.emit(x, y, None, (True, True))
+        gx, gy = outcome.emission.emit(x, x if y is None else y, None, (True, True))
         assert gx is not None
         assert gy is not None
-        return gx, gy, stats(objective, outcome.seen)
+        found = stats(objective, outcome.seen)
+        return (gx + gy, None, found) if one_set else (gx, gy, found)
 
 
 # ── a call ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +222,8 @@ def run(arguments: Arguments, objective: Settings, over: Ranks | None = None) ->
     if over is None:
         return emitted(arguments.checked(), objective)
     arguments = arguments._replace(needs=arguments.needed())
-    return _attached((arguments.x, arguments.y), _outcome(arguments, objective, over), any(arguments.needed()))
+    inputs = arguments.x, arguments.x if arguments.one_set else arguments.y
+    return _attached(inputs, _outcome(arguments, objective, over), any(arguments.needed()))
 
 
 def emitted(call: Call, objective: Settings) -> Run:

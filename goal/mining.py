@@ -15,6 +15,7 @@ from torch import Tensor
 from goal.names import Value, spell, unknown
 from goal.validation import check_bool, check_number, real_number
 
+CURVES: dict[str, Curve] = {}  # by key
 MANY = 1e6  # negatives of an anchor, up to which terms have to be finite with soft mining
 
 
@@ -24,6 +25,16 @@ class Curve(NamedTuple):
     name: str
     function: Callable[..., Tensor]
     asks: tuple[str, ...]
+    key: str  # a name that no other curve of the process has
+
+    @classmethod
+    def of(cls, function: Callable[..., Tensor], asks: tuple[str, ...], name: str | None = None) -> Curve:
+        """The curve of a function, which graphs of torch.compile know by its key."""
+        owner = getattr(function, "__module__", "user")
+        key = f"{owner}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+        while key in CURVES and CURVES[key].function is not function:
+            key += "'"
+        return CURVES.setdefault(key, cls(name or key, function, asks, key))
 
     def __call__(self, at: Tensor, numbers: Mapping[str, float]) -> Tensor:
         return self.function(at, **{name: numbers[name] for name in self.asks})
@@ -55,10 +66,13 @@ class Softmax:
         """The hardness of similarities, as a new tensor."""
         return self.hardness(s, self.numbers)
 
-    def stands(self, log_sum: Tensor, count: Tensor) -> Tensor:
-        """s̃⁻, the similarity that stands for the negatives, from log Z and their number; −inf where there is none."""
-        z = log_sum - count.log() if self.normalise == "mean" else log_sum
-        return torch.where(log_sum == -math.inf, log_sum, self.level(z, self.numbers))
+    def stands(self, log_sum: Tensor, count: Tensor | None = None) -> Tensor:
+        """s̃, the similarity that stands for all, from log Z and their number; −inf without negatives, inf without
+        positives.
+        """
+        z = log_sum - count.log() if self.normalise == "mean" and count is not None else log_sum
+        nothing = math.inf if self.over == "positives" else -math.inf
+        return torch.where(log_sum == -math.inf, nothing, self.level(z, self.numbers))
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -208,10 +222,12 @@ def soft(
 
     Args:
         tau: inverse temperature, > 0.
-        alpha: what `linear` adds to τ, >= 0: a sharper share than s̃⁻ has. With α > 0 the field has no loss.
+        alpha: what `linear` adds to τ, >= 0: a sharper share than s̃⁻ has. With α > 0 the field has no loss, unless T
+            is a constant.
         margin: of the hardness `circle`.
         hardness: h(s): `linear`, (τ + α)s; `square`, τs²; `circle`, τ(s + m)₊(s − m); or a function ``h(s, *, tau)``,
-            with any of the keywords tau, alpha and margin, of torch operators, elementwise.
+            with any of the keywords tau, alpha and margin, of torch operators, elementwise. A function is kept for as
+            long as the process lives: make it once.
         level: s̃⁻ from z = log Z: `linear`, z/τ; `root`, √(z₊/τ); or a function ``level(z, *, tau)``.
         at: P⁻ at the `aggregate` s̃⁻, or at `each` sᵢⱼ.
         over: `negatives`; or `candidates`: the positive stands in the sum too, and gets its share of the push.
@@ -280,31 +296,48 @@ def _root(z: Tensor, *, tau: float) -> Tensor:
 
 
 HARDNESS = {
-    "linear": Curve("linear", _linear, ("tau", "alpha")),
-    "square": Curve("square", _square, ("tau",)),
-    "circle": Curve("circle", _circle, ("tau", "margin")),
+    "linear": Curve.of(_linear, ("tau", "alpha"), "linear"),
+    "square": Curve.of(_square, ("tau",), "square"),
+    "circle": Curve.of(_circle, ("tau", "margin"), "circle"),
 }
-LEVELS = {"linear": Curve("linear", _quotient, ("tau",)), "root": Curve("root", _root, ("tau",))}
+LEVELS = {"linear": Curve.of(_quotient, ("tau",), "linear"), "root": Curve.of(_root, ("tau",), "root")}
 
 
 def _curve(argument: str, given: object, known: Mapping[str, Curve], numbers: Mapping[str, float]) -> Curve:
     """The curve of a name, or of a user's function, after a trial on [−1, 1]."""
     owner = f"goal.mining.soft: {argument}"
     if isinstance(given, str):
-        if given not in known:
+        if given not in known and given not in CURVES:
             raise unknown(owner, given, list(known))
-        return known[given]
+        return known[given] if given in known else CURVES[given]
     if not callable(given):
         raise TypeError(f"{owner} must be one of {', '.join(known)}, or a function, got {given!r}.")
-    first, *rest = inspect.signature(given).parameters.values()
-    if strange := [one.name for one in rest if one.name not in numbers]:
-        raise TypeError(f"{owner} may ask for the keywords {', '.join(numbers)}, got {strange[0]!r}.")
-    curve = Curve(getattr(given, "__name__", first.name), given, tuple(one.name for one in rest))
-    trial = torch.linspace(-1, 1, 41, dtype=torch.float64, device="cpu")
-    value = curve(trial, numbers)
-    if not isinstance(value, Tensor) or value.shape != trial.shape or not bool(value.isfinite().all()):
-        raise ValueError(f"{owner} must be elementwise and finite on [−1, 1], got {value!r}.")
-    return curve
+    try:
+        first, *rest = inspect.signature(given).parameters.values()
+    except ValueError:
+        raise TypeError(f"{owner} must be a function written in Python, got {given!r}.") from None
+    asked = tuple(one.name for one in rest)
+    if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD) or not set(asked) <= set(numbers):
+        shape = f"def {argument}(s, *, {', '.join(numbers)})"
+        raise TypeError(f"{owner} is written as `{shape}`, with any of these keywords, got {inspect.signature(given)}.")
+    _try_curve(owner, given, {name: numbers[name] for name in asked})
+    return Curve.of(given, asked)
+
+
+def _try_curve(owner: str, function: Callable[..., Tensor], numbers: Mapping[str, float]) -> None:
+    """Raise if a user's curve is not elementwise or not finite on [−1, 1], or changes the dtype."""
+    for dtype in (torch.float64, torch.float32):
+        trial = torch.linspace(-1, 1, 41, dtype=dtype, device="cpu")
+        whole, part = function(trial.clone(), **numbers), function(trial[:7].clone(), **numbers)
+        if not isinstance(whole, Tensor) or (whole.shape, whole.dtype) != (trial.shape, dtype):
+            came = f"{tuple(whole.shape)} {whole.dtype}" if isinstance(whole, Tensor) else repr(whole)
+            raise ValueError(
+                f"{owner} must return a tensor like its input, of {tuple(trial.shape)} {dtype}, got {came}."
+            )
+        if not bool(whole.isfinite().all()):
+            raise ValueError(f"{owner} must be finite on [−1, 1], got {whole[~whole.isfinite()][0].item()}.")
+        if not torch.allclose(whole[:7], part, rtol=1e-5, atol=1e-6):
+            raise ValueError(f"{owner} must be elementwise: its value at a similarity changes with the others.")
 
 
 RULES: dict[str, Callable[..., Mining]] = {

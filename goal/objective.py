@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from goal import mining, terms
+from goal import mining, positives, terms
 from goal.distributed.exchange import ranks
 from goal.engine import settings as engine
 from goal.engine.call import Arguments
@@ -17,6 +17,7 @@ from goal.engine.path import Seen
 from goal.engine.settings import Settings
 from goal.functional import run
 from goal.names import Named, line, literal
+from goal.positives import bind, hardest
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -48,6 +49,7 @@ class Objective(nn.Module):
         P: str | terms.Term = "sig-ms",
         *,
         mining: str | mining.Mining = "hardest",
+        positives: str | positives.Positives | None = None,
         reduction: str = "mean",
         scale: engine.Scale = 1.0,
         directions: str = "both",
@@ -60,7 +62,9 @@ class Objective(nn.Module):
         exchange: str = "gather",
     ) -> None:
         super().__init__()
-        self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision, scale, directions))
+        rule = bind(positives, False)
+        self._bind(engine.settings(T, P, mining, similarity, reduction, impl, precision, scale, directions, rule))
+        self._of_set = None if positives is None else rule
         self.check_finite = check_finite
         self.ranks = ranks(group, averaged, exchange)
         self._seen: tuple[Settings, Seen] | None = None
@@ -72,14 +76,18 @@ class Objective(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         ids: Tensor | None = None,
         y_ids: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """The scalar for (N, D) and (M, D) embeddings; see `goal.apply`."""
-        loss, seen = run(Arguments(x, y, ids, y_ids, weight, self.check_finite), self.traced, self.ranks)
-        self._seen = self.settings, seen
+        """The scalar for (N, D) and (M, D) embeddings, or for a single set x with its labels; see `goal.apply`."""
+        settings = self.traced
+        if y is None and self._of_set is None:
+            settings = dataclasses.replace(settings, positives=hardest())
+        arguments = Arguments(x, y, ids, y_ids, weight, self.check_finite, one_set=y is None)
+        loss, seen = run(arguments, settings, self.ranks)
+        self._seen = self.settings if y is not None else settings, seen
         return loss
 
     @property
@@ -122,20 +130,31 @@ class Objective(nn.Module):
         A term or a mining rule that is another than that of its name prints as Python; ranks are said at the end.
         """
         s = self.settings
-        axes = {"mining": _rule(s.mining), "similarity": s.similarity.name, "reduction": s.reduction}
-        scale = s.scale.__name__ if callable(s.scale) else literal(s.scale)
-        axes |= {"scale": scale, "directions": s.directions}
+        scale = getattr(s.scale, "__name__", repr(s.scale)) if callable(s.scale) else literal(s.scale)
+        axes = {
+            "mining": _rule(s.mining),
+            "positives": _positives(s.positives),
+            "similarity": s.similarity.name,
+            "reduction": s.reduction,
+            "scale": scale,
+            "directions": s.directions,
+        }
         changed = {axis: text for axis, text in axes.items() if text != literal(_DEFAULTS[axis])}
         spec = line((_text(terms.T, s.product.T), _text(terms.P, s.product.P)), changed)
         return spec if self.ranks is None else f"{spec}, over ranks by {self.ranks.exchange}"
 
 
 _DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(Objective).parameters.items()}
+_DEFAULTS["positives"] = "pair"
 
 
 def _text(registry: terms.Registry, term: terms.Term) -> str:
     replaced = term.name in registry and registry[term.name] is not term.definition
     return repr(term) if replaced else str(Named.of(term.name, term.params, term.definition.defaults))
+
+
+def _positives(rule: positives.Positives) -> str:
+    return str(Named.of(rule.name, rule.params, positives.defaults(rule.name)))
 
 
 def _rule(rule: mining.Mining) -> str:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from goal import mining, similarity, terms
+from goal import mining, positives, similarity, terms
 from goal.engine.settings import DIRECTIONS, REDUCTIONS, directions_of
 from goal.names import Named, Value, line, literal, nearest, spell, unknown
 from goal.objective import Objective
@@ -184,7 +184,7 @@ def objective(spec: str, **rest: Any) -> nn.Module:
     """An objective from one line of text, the same text as for `goal train --objective` and configuration files.
 
         objective  =  recipe  |  T × P                    × may be * or :
-                      [| mining] [| similarity=…] [| reduction=…] [| scale=…] [| directions=…]
+                      [| mining] [| positives=…] [| similarity=…] [| reduction=…] [| scale=…] [| directions=…]
         each name  =  name  or  name(parameter=value, …)   values: numbers, true, false, none
 
     Args:
@@ -272,9 +272,20 @@ def _rule(name: str) -> Member:
     if spell(name) not in mining.RULES:
         raise unknown("mining", name, list(mining.RULES))
     make = mining.RULES[spell(name)]
-    own = inspect.signature(make).parameters.values()
-    options = tuple(parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY)
-    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make, options)
+    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make, _options(make))
+
+
+def _positives(name: str) -> Member:
+    if spell(name) not in positives.RULES:
+        raise unknown("positives", name, list(positives.RULES))
+    make = positives.RULES[spell(name)]
+    options = _options(make)
+    return Member(spell(name), f"goal.positives.{make.__name__}", positives.defaults(spell(name)), make, options)
+
+
+def _options(make: Callable[..., Any]) -> tuple[str, ...]:
+    """The parameters of a rule that are given by keyword alone."""
+    return tuple(one.name for one in inspect.signature(make).parameters.values() if one.kind is one.KEYWORD_ONLY)
 
 
 def _similarity(name: str) -> Member:
@@ -322,6 +333,7 @@ class Kind(NamedTuple):
 
 AXES = {  # the axes after |: arguments of `goal.Objective`, by keyword
     "mining": Kind(_rule, "semi-hard(margin=0.1)"),
+    "positives": Kind(_positives, "hardest"),
     "similarity": Kind(_similarity, "cosine"),
     "reduction": Kind(_reduction, "sum"),
     "scale": Kind(_scale, "0.5"),
@@ -364,6 +376,8 @@ def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
             checked[key] = None
         elif isinstance(default, str):
             checked[key] = value  # a name, which `make` checks
+        elif kind == "positives" and key == "tau":
+            checked[key] = real_number(f"{its.owner}: parameter {key!r}", value)  # of any sign
         elif default == 0:
             checked[key] = real_number(f"{its.owner}: parameter {key!r}", value, 0.0)
         else:

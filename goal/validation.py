@@ -102,6 +102,32 @@ def identities(ids: object, y_ids: object, n: int, m: int, device: torch.device)
     return rows, rows if y_ids is None else identity("y_ids", y_ids, m, "y", device)
 
 
+def check_paired(ids: Tensor | None, y_ids: Tensor | None) -> None:
+    """Raise if the ids contradict that row k of x and row k of y are a pair."""
+    if ids is None or y_ids is None or ids is y_ids:
+        return
+    k = min(len(ids), len(y_ids))
+    apart = (ids[:k] != y_ids[:k]).nonzero()[:, 0].tolist()
+    if apart:
+        rows = ", ".join(map(str, apart[:5])) + (", …" if len(apart) > 5 else "")
+        at = apart[0]
+        raise ValueError(
+            f"ids and y_ids must be equal for the rows of a pair, got ids {ids[at].item()} and y_ids "
+            f"{y_ids[at].item()} in row {at} ({len(apart)} such rows of {k}: {rows}). For positives by equal ids, "
+            "wherever they stand, use positives='hardest' or 'soft'."
+        )
+
+
+def check_positives(ids: Tensor | None, y_ids: Tensor | None, one_set: bool, positives: object) -> None:
+    """Raise if positives by ids have no ids, or if no anchor has a positive."""
+    if ids is None or y_ids is None:
+        raise ValueError(f"{positives!r} takes rows with equal ids as positives: give ids (and y_ids), got None.")
+    some = len(ids.unique()) < len(ids) if one_set else bool(torch.isin(ids, y_ids).any())
+    if not some:
+        where = "no two rows of x have equal ids" if one_set else "no id of x is an id of y"
+        raise ValueError(f"ids leave every anchor without a positive: {where}.")
+
+
 def identity(name: str, value: object, length: int, side: str, device: torch.device) -> Tensor:
     """One integer for each row, (length,) int64 on `device`; equal integers stay equal, whatever their form.
 

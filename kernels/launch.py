@@ -350,7 +350,8 @@ def weighed(statistics: Statistics, product: Product, scale: Any) -> tuple[Mined
 def mined_emit(block: types.Block, mined: Mined, incoming: Tensor, needs: Needs) -> Gradients:
     """∂l/∂x and ∂l/∂y, in the dtypes of x and y, of the mined entries that lie in a block."""
     (x, y, _), size, k = block, _block(block), mined.negative.shape[1]
-    mined = Mined(*(one.contiguous() for one in mined))
+    assert mined.pull is not None
+    mined = Mined(mined.negative.contiguous(), mined.pull.contiguous(), mined.push.contiguous())
     few = k <= FEW
     targets, order = (mined.negative, mined.negative) if few else mined.negative.sort(dim=1, stable=True)
     gx, gy = x.new_empty(size.N if needs[0] else 0, size.D), y.new_empty(size.M if needs[1] else 0, size.D)

@@ -66,6 +66,9 @@ def gap(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
 def chosen(T: Any, P: Any, mining: Any, **rest: Any) -> dict[str, Any]:
     """Arguments of `goal.apply` from names and parameters, which travel between processes."""
     (t, t_params), (p, p_params), (m, m_params) = T, P, mining
+    if "positives" in rest:
+        name, params = rest["positives"]
+        rest["positives"] = goal.positives.RULES[name](**params)
     return {"T": goal.T[t](**t_params), "P": goal.P[p](**p_params), "mining": MININGS[m](**m_params), **rest}
 
 

@@ -1,12 +1,13 @@
 """The one table that drives the contract tests: every term, miner, similarity, reduction, ids and shape.
 
-`cases()` is every combination of T × P × mining × similarity × reduction × ids once, with parameters, shapes, scales
-and directions spread over them. `covering()` is the small part of it that the suite runs unless it is asked for the
-full product (`pytest -m full`): what goes wrong where any three of the six meet goes wrong in one of its cases.
+`cases()` is every combination of T × P × mining × similarity × reduction × ids once, with parameters, shapes, scales,
+directions and what counts as positive spread over them. `covering()` is the small part of it that the suite runs unless
+it is asked for the full product (`pytest -m full`): what goes wrong where any three of the six meet goes wrong in one
+of its cases.
 
 The inputs lie on a binary grid coarse enough that every dot product, squared norm and difference is exact in float64,
 in whatever order it is summed: a tie is a tie and no threshold is decided by rounding, so float64 results may be
-compared anchor by anchor, none left out.
+compared anchor by anchor, none left out. The level of soft positives lies on no grid.
 """
 
 import random
@@ -82,8 +83,20 @@ IDS = (
     "fives",  # groups of five, as five captions of one image
     "equal",  # all equal: no anchor has a negative
     "extra",  # N ≠ M, and the further rows share their ids with some pairs
-    "unrelated",  # ids and y_ids drawn apart: a pair stays a pair whatever its ids
+    "unrelated",  # ids and y_ids drawn apart: positives by ids, and some anchors have none
 )
+PAIR: tuple[str, Params] = ("pair", {})
+BY_IDS: tuple[tuple[str, Params], ...] = (
+    ("hardest", {}),
+    ("soft", {}),
+    ("soft", {"tau": 0.0}),
+    ("soft", {"tau": -4.0}),
+    ("soft", {"tau": 5.0, "at": "each"}),
+    ("soft", {"tau": 4.0, "hardness": "circle", "at": "each"}),
+)
+
+# lin-ms leaves out differences of exactly 0, which rounding decides where s̃⁺ is no similarity or mean of the grid
+ON_GRID: tuple[tuple[str, Params], ...] = (("hardest", {}), ("soft", {"tau": 0.0}))
 
 SCALES = (1.0, 1.0, 1.0, 1.0, 0.25, 3.0)  # drawn from: two thirds have the default
 DIRECTIONS = ("both", "both", "both", "both", "x→y", "y→x")
@@ -97,14 +110,25 @@ INTEGRABLE: tuple[tuple[str, Params, str, Params], ...] = (
 )
 
 
-def stays_integrable(term: tuple[str, Params, str, Params], mining: str, params: Params) -> bool:
+def stays_integrable(
+    term: tuple[str, Params, str, Params],
+    mining: str,
+    params: Params,
+    positives: str = "pair",
+    positives_params: Mapping[str, Any] = {},
+) -> bool:
     """Whether an entry of INTEGRABLE is the gradient of its value when it is mined so.
 
     A single pull beside the sum of all pushes needs a T that does not see the negatives. The level s̃ has the shares q
     as its derivative where hardness and level are the linear ones and alpha is 0, and P⁻(s̃) is P⁻(s) where it is
-    constant. Left out is P = lin at each candidate with the square and its root, whose derivative is q · s / s̃.
+    constant. Left out is P = lin at each candidate with the square and its root, whose derivative is q · s / s̃. So it
+    is with the level s̃⁺ of soft positives, whatever their tau.
     """
     T, T_params, P, _ = term
+    if positives == "soft":
+        linear = positives_params.get("hardness", "linear") == "linear"
+        if not linear or (P != "con" and positives_params.get("at") == "each"):
+            return False
     if mining == "all" and params == {"average": False, "pull": "once"}:
         return T == "con" and "margin" not in T_params
     if mining == "soft":
@@ -126,16 +150,23 @@ class Case(NamedTuple):
     shape: tuple[int, int, int]
     scale: float = 1.0
     directions: str = "both"
+    positives: str = "pair"
+    positives_params: Mapping[str, Any] = {}
 
     @property
     def id(self) -> str:
         """A readable, unique name for pytest."""
         terms = [(self.T, self.T_params), (self.P, self.P_params), (self.mining, self.mining_params)]
-        calls = [f"{name}({','.join(f'{k}={v}' for k, v in params.items())})" for name, params in terms]
+        *calls, positives = [
+            f"{name}({','.join(f'{k}={v}' for k, v in params.items())})"
+            for name, params in (*terms, (self.positives, self.positives_params))
+        ]
         sizes = "x".join(map(str, self.shape))
         scale = [] if self.scale == 1 else [f"scale={self.scale}"]
         directions = [] if self.directions == "both" else [self.directions]
-        return "-".join([*calls, self.similarity, self.reduction, f"ids={self.ids_case}", sizes, *scale, *directions])
+        by_ids = [] if self.positives == "pair" else [f"positives={positives}"]
+        named = [*calls, self.similarity, self.reduction, f"ids={self.ids_case}", sizes]
+        return "-".join([*named, *scale, *directions, *by_ids])
 
 
 def _families(terms: tuple[tuple[str, Params], ...]) -> list[list[tuple[str, Params]]]:
@@ -153,7 +184,11 @@ def _fits(shape: tuple[int, int, int], ids_case: str) -> bool:
 
 
 def cases() -> Iterator[Case]:
-    """Every T × P × mining × similarity × reduction × ids, each with one choice of all else."""
+    """Every T × P × mining × similarity × reduction × ids, each with one choice of all else.
+
+    Without ids positives are pairs, where ids and y_ids are unrelated they are by ids; half and half elsewhere.
+    """
+    positives_of = {"none": (PAIR,), "unrelated": BY_IDS}
     every = product(_families(TERMS_T), _families(TERMS_P), _families(MINING), SIMILARITIES, REDUCTIONS, IDS)
     for number, (Ts, Ps, minings, similarity, reduction, ids_case) in enumerate(every):
         choose = random.Random(f"draw {number}").choice
@@ -161,7 +196,10 @@ def cases() -> Iterator[Case]:
         (T, T_params), (P, P_params), (mining, mining_params) = choose(Ts), choose(Ps), choose(minings)
         terms = T, T_params, P, P_params, mining, mining_params
         further = choose(shapes), choose(SCALES), choose(DIRECTIONS)
-        yield Case(*terms, similarity, reduction, ids_case, *further)
+        positives = choose(positives_of.get(ids_case, (PAIR,) * len(BY_IDS) + BY_IDS))
+        if P == "lin-ms" and positives not in (PAIR, *ON_GRID):
+            positives = choose(ON_GRID)
+        yield Case(*terms, similarity, reduction, ids_case, *further, *positives)
 
 
 FACTORS = ("T", "P", "mining", "similarity", "reduction", "ids_case")
@@ -172,8 +210,10 @@ def covers(case: Case) -> Covered:
     """What a case is an example of: values that meet in it.
 
     Every three of the six factors, T × P × mining × similarity with and without ids, P × mining × similarity with each
-    layout of them; each variant of a term with each shape, and with each layout of ids; and each variant of mining
-    with a scale, each mining with each choice of directions.
+    layout of them; each variant of a term with each shape, and with each layout of ids; each variant of mining with a
+    scale, each mining with each choice of directions; each variant of positives with each T, P, mining, similarity and
+    shape, and with a scale; and each variant of mining with pairs and by ids. Where an anchor that lacks positives or
+    negatives emits what it has, each layout of ids in each direction.
     """
     T = "con with a margin" if "margin" in case.T_params else case.T
     factors = [("T", T), *((name, getattr(case, name)) for name in FACTORS[1:])]
@@ -186,7 +226,15 @@ def covers(case: Case) -> Covered:
     }
     variants = [(name, f"{getattr(case, name)}{getattr(case, f'{name}_params')}") for name in ("T", "P", "mining")]
     met |= {(variant, other) for variant in variants for other in (("shape", case.shape), ids_case)}
-    return met | {(variants[-1], ("with a scale", case.scale != 1)), (mining, ("directions", case.directions))}
+    scaled, positives = ("with a scale", case.scale != 1), ("positives", f"{case.positives}{case.positives_params}")
+    met |= {(positives, other) for other in (of_T, P, mining, similarity, ("shape", case.shape), scaled)}
+    met |= {(variants[-1], ("by ids", case.positives != "pair"))}
+    once = case.mining_params.get("pull") == "once"
+    in_parts = T == "con" and (once or (case.mining == "soft" and "over" not in case.mining_params))
+    if in_parts and case.positives != "pair":
+        emitted = ("x→y", "y→x") if case.directions == "both" else (case.directions,)
+        met |= {(mining, ids_case, ("emits in parts", direction)) for direction in emitted}
+    return met | {(variants[-1], scaled), (mining, ("directions", case.directions))}
 
 
 def covering() -> list[Case]:
@@ -265,7 +313,7 @@ def make_inputs(case: Case, seed: int) -> tuple[Array, Array, Ids | None, Ids | 
 
     Half of the cases have unit rows, the others norms from 0.3 to 2. The pairs are alike by varying degrees,
     some identical; a few rows are copies of others, and in some cases one is zero. A third of the cases has
-    weights, zeros among them.
+    weights, zeros among them, but where positives are by ids and N ≠ M: all rows are anchors there.
     """
     rng = np.random.default_rng(list(f"{case.id} {seed}".encode()))
     N, M, D = case.shape
@@ -292,4 +340,6 @@ def make_inputs(case: Case, seed: int) -> tuple[Array, Array, Ids | None, Ids | 
     weight = None
     if rng.random() < 1 / 3:
         weight = rng.choice([0.0, 0.25, 1.0, 3.0], K)
+    if case.positives != "pair" and N != M:
+        weight = None
     return x, y, ids, y_ids, weight

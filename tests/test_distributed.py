@@ -24,6 +24,7 @@ from test_contract import (
     gap,
     negatives_of,
     on_a_grid,
+    paired,
     question,
     similarities,
     tensors,
@@ -59,6 +60,7 @@ def terms_of(case: Case) -> dict[str, Any]:
         "similarity": case.similarity,
         "scale": case.scale,
         "directions": case.directions,
+        "positives": (case.positives, dict(case.positives_params)),
     }
 
 
@@ -77,7 +79,10 @@ def alone(x: Tensor, y: Tensor, arguments: dict[str, Any], **data: Any) -> Expec
 
 def square(some: Iterable[Case]) -> Iterator[Case]:
     """Those that have as many rows of x as of y, in sizes that are cut into four."""
+    dense = "all", "selective"  # which take pairs alone over ranks
     for number, case in enumerate(case for case in some if case.ids_case != "extra"):
+        if case.positives != "pair" and case.mining in dense:
+            case = paired(case)._replace(ids_case="fives" if case.ids_case == "unrelated" else case.ids_case)
         yield case._replace(shape=SQUARE[number % len(SQUARE)])
 
 
@@ -143,7 +148,7 @@ def float32_jobs() -> Iterator[Job]:
     for number, of in enumerate(GROUPS.values()):
         if number % 5:
             continue
-        case, size, exchange = of[number % len(of)], (2, 3, 4)[number // 5 % 3], EXCHANGES[number // 5 % 2]
+        case, size, exchange = paired(of[number % len(of)]), (2, 3, 4)[number // 5 % 3], EXCHANGES[number // 5 % 2]
         x, y = embeddings(np.random.default_rng(number), 63, 63, 24, torch.float32)
         S = similarities(case.similarity, x.double(), y.double())
         weight = (~close_calls(case, S, negatives_of(S, None, None), within=16 * EPS)).float()

@@ -83,7 +83,8 @@ def odd_batches(draw: st.DrawFn, names: tuple[str, ...]) -> dict[str, Any]:
     if draw(st.booleans()):
         y[:k] = x[:k]
     ids = draw(st.sampled_from([None, 1, 3]))
-    given: dict[str, Any] = {} if ids is None else {"ids": rng.integers(0, ids, n), "y_ids": rng.integers(0, ids, m)}
+    of_rows = rng.integers(0, ids or 1, max(n, m))
+    given: dict[str, Any] = {} if ids is None else {"ids": of_rows[:n], "y_ids": of_rows[:m]}
     if draw(st.booleans()):
         given["weight"] = rng.choice([0.0, 1.0, 1e-3], k)
     return {
@@ -571,7 +572,8 @@ def test_the_bad_row_is_sought_only_after_the_sum_failed() -> None:
 def test_inputs_are_not_written_to(mining: Any, similarity: str) -> None:
     x, y = leaves(9, 11)
     rng = np.random.default_rng(0)
-    ids, y_ids = (torch.from_numpy(rng.integers(0, 5, size)) for size in (9, 11))
+    of_rows = torch.from_numpy(rng.integers(0, 5, 11))
+    ids, y_ids = of_rows[:9].clone(), of_rows.clone()
     weight = torch.from_numpy(rng.uniform(0, 2, 9))
     given = {"x": x, "y": y, "ids": ids, "y_ids": y_ids, "weight": weight}
     before = {name: tensor.detach().clone() for name, tensor in given.items()}
@@ -656,7 +658,7 @@ def seen_by(case: Case) -> dict[str, np.ndarray]:
             row, negatives = s[k].tolist(), np.flatnonzero(is_negative[k]).tolist()
             recalled[side, k] = all(s_pos[k] > row[j] for j in negatives)
             soft, shares = (
-                soft_negative(row, k, negatives, **case.mining_params) if case.mining == "soft" else (0.0, {})
+                soft_negative(row, [k], negatives, **case.mining_params) if case.mining == "soft" else (0.0, {})
             )
             if not negatives and not shares:
                 continue
@@ -691,7 +693,8 @@ def seen_by(case: Case) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("P", goal.P)
 def test_stats_are_what_they_say(P: str, mining: str) -> None:
-    for case in [case for case in covering() if (case.P, case.mining) == (P, mining)]:
+    some = [case for case in covering() if (case.P, case.mining) == (P, mining) and case.positives == "pair"]
+    for case in some:
         x, y, ids, y_ids, _ = tensors(*make_inputs(case, 1))
         options = {"ids": ids, "y_ids": y_ids}
         _, _, stats = goal.gradients(x, y, similarity=case.similarity, **options, **arguments(case))

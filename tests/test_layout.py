@@ -97,11 +97,12 @@ def test_what_terms_rules_and_similarities_know() -> None:
     assert of("similarity") == {"engine.types", "names"}
     assert of("engine.statistics") == {"mining"}
     assert of("engine.types") == {"engine.statistics", "mining", "terms.product"}
-    assert of("engine.partials") == {"engine.statistics", "engine.types"}
+    assert of("engine.partials") == {"engine.statistics", "engine.types", "positives"}
+    assert of("positives") == {"mining", "names", "validation"}
 
 
 def test_the_engine_knows_nothing_of_what_stands_on_it() -> None:
-    below = ("engine.", "terms", "kernels", "mining", "names", "similarity", "validation")
+    below = ("engine.", "terms", "kernels", "mining", "names", "positives", "similarity", "validation")
     for name in MODULES:
         if name.startswith("goal.engine."):
             assert all(each.startswith(below) for each in of(name[5:])), name
@@ -339,7 +340,19 @@ SELECTIONS = ("hardest", "semi_hard", "soft", "all_negatives", "selective")
 def test_what_the_project_promises_is_public() -> None:
     assert set(goal.__all__) >= PUBLIC
     assert all(name in vars(goal.mining) for name in SELECTIONS)
-    expected = ["T", "P", "mining", "reduction", "scale", "directions", "ids", "y_ids", "weight", "similarity"]
+    expected = [
+        "T",
+        "P",
+        "mining",
+        "positives",
+        "reduction",
+        "scale",
+        "directions",
+        "ids",
+        "y_ids",
+        "weight",
+        "similarity",
+    ]
     expected += ["impl", "precision", "check_finite"]
     over_ranks = ["group", "averaged", "exchange"]
     assert list(inspect.signature(goal.apply).parameters) == ["x", "y", *expected, *over_ranks]

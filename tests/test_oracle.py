@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from numpy.typing import NDArray
 from oracle import (
     Array,
     Params,
@@ -23,10 +24,13 @@ from oracle import (
     similarity_of,
 )
 from table import (
+    BY_IDS,
     DIRECTIONS,
     IDS,
     INTEGRABLE,
     MINING,
+    ON_GRID,
+    PAIR,
     REDUCTIONS,
     SCALES,
     SHAPES,
@@ -317,9 +321,11 @@ def test_one_pull_of_all_by_hand() -> None:
 
 def test_the_value_of_one_pull_of_all_for_other_terms() -> None:
     """It is that of all triplets: no part of it is of the positive alone."""
-    S, each = [[0.5, S_NEG, 0.5]], {"mining": "all", "mining_params": {"average": False}, "directions": "x→y"}
+    S = [[0.5, S_NEG, 0.5]]
+    each: dict[str, Any] = {"mining": "all", "mining_params": {"average": False}, "directions": "x→y"}
     once = {**each, "mining_params": SUMMED_ONCE}
-    for terms in ({"T": "nca"}, {"T_params": {"margin": 0.2}}, {"T": "cir", "P": "lin"}):
+    others: list[dict[str, Any]] = [{"T": "nca"}, {"T_params": {"margin": 0.2}}, {"T": "cir", "P": "lin"}]
+    for terms in others:
         close(on(S, **terms, **once).value, on(S, **terms, **each).value)
 
 
@@ -514,6 +520,473 @@ def test_a_pull_without_negatives(mining: str, params: Params) -> None:
     # each of two anchors that share an id, K = 2, one of them weightless
     close(on([[0.3, 0.9], [0.8, 0.4]], ids=[1, 1], reduction="mean", weight=[0, 1], **options).G, [[0, 0], [0, -2]])
     assert not on([[0.3]], mining="all").G.any()
+
+
+# ── positives by ids ───────────────────────────────────────────────────────────────────────────────────
+
+# One anchor with two positives and a negative: e^{−10 s} = e⁻⁵ · (1, 2), so z⁺ = ln 3 − 5 and the shares are ⅓ and ⅔.
+TWO = np.array([[0.5, 0.5 - b, 0.5]])
+TWO_IDS: dict[str, Any] = {"ids": [1], "y_ids": [1, 1, 2], "directions": "x→y"}
+NEAR = 0.5 - ln(3) / 10  # its s̃⁺
+
+
+def test_hardest_positives_by_hand() -> None:
+    # rows: (s⁺ 0.3 of 0.5 and 0.3, s⁻ 0.4), (0.6, 0.2 of 0.1 and 0.2); columns: (0.5, 0.1), (0.3, 0.2), (0.6, 0.4).
+    S = np.array([[0.5, 0.3, 0.4], [0.1, 0.2, 0.6]])
+    of: dict[str, Any] = {"ids": [1, 2], "y_ids": [1, 1, 2], "positives": "hardest"}
+    result = on(S, **of)
+    close(result.G, [[-1, -2, 2], [1, 2, -2]])
+    close(result.value, 0.1 - 0.4 - 0.4 - 0.1 - 0.2)
+    close(result.s_pos, [[0.3, 0.6, np.inf], [0.5, 0.3, 0.6]])
+    close(result.s_neg, [[0.4, 0.2, -np.inf], [0.1, 0.2, 0.4]])
+    assert result.index.tolist() == [[2, 1, -1], [1, 1, 0]]
+    assert result.r_pos is result.soft is None
+    # the mean is that of two rows and that of three columns
+    rows, columns = np.array([[0, -1, 1], [0, 1, -1]]), np.array([[-1, -1, 1], [1, 1, -1]])
+    close(on(S, reduction="mean", **of).G, rows / 2 + columns / 3)
+    close(on(S, reduction="mean", directions="y→x", **of).G, columns / 3)
+    close(on(S, reduction="mean", scale=6, **of).value, 3 * (0.1 - 0.4) + 2 * (-0.4 - 0.1 - 0.2))
+    # of equal positives the lowest index; row k and column k are a pair no more
+    close(on([[0.9, 0.4, 0.4]], ids=[1], y_ids=[2, 1, 1], positives="hardest").G, [[1, -1, 0]])
+
+
+def test_soft_positives_by_hand() -> None:
+    # s̃⁺ = 0.5 − ln 3 / 10, T = σ(ln 3) = 3/4
+    result = on(TWO, "nca", positives="soft", **TWO_IDS)
+    close(result.G, [[-1 / 4, -1 / 2, 3 / 4]])
+    close(result.value, ln(1 + 3) / 10)
+    close(result.s_pos, [[NEAR, np.inf, np.inf], [0.5, 0.5 - b, np.inf]])
+    column = on(TWO.T, "nca", positives="soft", ids=[1, 1, 2], y_ids=[1], directions="y→x")
+    close(column.G, result.G.T)
+    close(column.s_pos, result.s_pos[::-1])
+    # P⁺ at s̃⁺ or at each positive: 0.5 and 0.5 + b, whose shares are ⅓ and ⅔
+    lin = on(TWO, P="lin", positives="soft", **TWO_IDS)
+    close(lin.G, [[-(1 - NEAR) / 3, -(1 - NEAR) * 2 / 3, 1 / 2]])
+    each = on(TWO, P="lin", positives="soft", positives_params={"at": "each"}, **TWO_IDS)
+    close(each.G, [[-1 / 2 / 3, -(1 / 2 + b) * 2 / 3, 1 / 2]])
+    close(each.value, (1 - NEAR) ** 2 / 2 + 1 / 8)
+    close(each.value, lin.value)
+    sig_ms = on(TWO, P="sig-ms", positives="soft", positives_params={"at": "each"}, **TWO_IDS)  # 1 / e^{2(s − ½)}
+    close(sig_ms.G, [[-1 / 3, -e(2 * b) * 2 / 3, 1]])
+    for name in ("hardness", "at"):
+        with pytest.raises(KeyError, match="unheard"):
+            on(TWO, positives="soft", positives_params={name: "unheard"}, **TWO_IDS)
+    for positives in ("hardest", "soft"):
+        with pytest.raises(TypeError, match="unheard"):
+            on(TWO, positives=positives, positives_params={"unheard": 1}, **TWO_IDS)
+        with pytest.raises(ValueError, match="want ids"):
+            on(TWO, positives=positives)
+    with pytest.raises(KeyError, match="unheard"):
+        on(TWO, positives="unheard", **TWO_IDS)
+    with pytest.raises(TypeError, match="tau"):
+        on(TWO, positives_params={"tau": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("params", "s_pos", "shares"),
+    [
+        ({"tau": 0.0}, 0.5 - b / 2, [1 / 2, 1 / 2]),
+        ({"tau": -10.0}, 0.5 + ln(3 / 2) / 10, [2 / 3, 1 / 3]),  # e^{10 s} = e⁵ · (1, ½)
+        ({"tau": 20.0}, 0.5 - ln(5) / 20, [1 / 5, 4 / 5]),  # e⁻¹⁰ · (1, 4)
+        ({"tau": 1e6}, 0.5 - b, [0, 1]),
+        ({"tau": -1e6}, 0.5, [1, 0]),
+    ],
+)
+def test_soft_positives_of_any_tau(params: Params, s_pos: float, shares: list[float]) -> None:
+    result = on(TWO, positives="soft", positives_params=params, **TWO_IDS)
+    close(result.s_pos[0, 0], s_pos)
+    close(result.G, [[-shares[0], -shares[1], 1]])
+    close(result.value, 0.5 - s_pos)
+
+
+def test_circle_of_positives_by_hand() -> None:
+    # margin 0.4: 10 · 0.9 · 0.1 = 0.9, 10 · 0.6 · (−0.2) = −1.2, and 0 from 1.4 on
+    S, ids = [[0.5, 0.8, 1.5, 0.1]], dict[str, Any](ids=[1], y_ids=[1, 1, 1, 2], directions="x→y")
+    total = e(0.9) + e(-1.2) + 1
+    result = on(S, positives="soft", positives_params={"hardness": "circle"}, **ids)
+    close(result.s_pos[0, 0], -ln(total) / 10)
+    close(result.G, [[-e(0.9) / total, -e(-1.2) / total, -1 / total, 1]])
+    # margin 0.2, tau 5: 5 · 0.7 · 0.3, 5 · 0.4 · 0
+    total = e(1.05) + 1 + 1
+    result = on(S, positives="soft", positives_params={"hardness": "circle", "margin": 0.2, "tau": 5.0}, **ids)
+    close(result.s_pos[0, 0], -ln(total) / 5)
+    close(result.G, [[-e(1.05) / total, -1 / total, -1 / total, 1]])
+    for tau in (0.0, -1.0):
+        with pytest.raises(ValueError, match="tau > 0"):
+            on(S, positives="soft", positives_params={"hardness": "circle", "tau": tau}, **ids)
+
+
+def test_soft_positives_of_large_exponents_are_exact() -> None:
+    far = 2.0**40
+    result = on([[far, far, 0.0]], positives="soft", **TWO_IDS)
+    close(result.G, [[-1 / 2, -1 / 2, 1]])
+    close(result.s_pos[0, 0], far - ln(2) / 10)
+    shares = on([[2.0**30 + 1, 2.0**30, 0]], positives="soft", positives_params={"tau": 0.1}, **TWO_IDS).G[0, :2]
+    close(shares, -np.array([1, e(0.1)]) / (1 + e(0.1)))
+    # one positive alone is its own level, to the bit
+    S = np.random.default_rng(18).normal(size=(5, 5))
+    for tau in (0.0, 0.1, 7.3, -3.3):
+        result = on(S, positives="soft", positives_params={"tau": tau}, ids=range(5))
+        assert (result.s_pos == S.diagonal()).all()
+
+
+def test_mining_sees_the_level_of_the_positives() -> None:
+    S, of = [[0.9, 0.5, 0.45, 0.6]], dict[str, Any](ids=[1], y_ids=[1, 1, 2, 2], directions="x→y")
+    mean: dict[str, Any] = {"positives": "soft", "positives_params": {"tau": 0.0}, **of}  # s̃⁺ = 0.7
+    close(on(S, positives="hardest", mining="semi-hard", **of).G, [[0, -1, 1, 0]])  # 0.3 < s < 0.5
+    close(on(S, mining="semi-hard", **mean).G, [[-1 / 2, -1 / 2, 0, 1]])  # 0.5 < s < 0.7
+    eps: dict[str, Any] = {"mining": "selective", "mining_params": {"eps": 0.11}}
+    close(on([[0.9, 0.5, 0.45, 0.6]], positives="hardest", **eps, **of).G, [[0, -1, 1 / 2, 1 / 2]])  # |0.5 − 0.6|
+    close(on([[0.9, 0.5, 0.45, 0.3]], positives="hardest", **eps, **of).G, [[0, -1, 1 / 2, 1 / 2]])  # |0.5 − 0.45|
+    close(on([[0.9, 0.5, 0.45, 0.3]], **eps, **mean).G, [[-1 / 2, -1 / 2, 1, 0]])  # |0.7 − 0.45|
+
+
+def test_positives_share_the_pull_of_all() -> None:
+    # s̃⁺ = 0.5 − ln 3 / 10; negatives 0.5 and s̃⁺: T = 3/4 and 1/2
+    S, of = [[0.5, 0.5 - b, 0.5, NEAR]], dict[str, Any](ids=[1], y_ids=[1, 1, 2, 2], directions="x→y", mining="all")
+    p_pos, pushes = 1 - NEAR, np.array([3 / 4 * 0.5, 1 / 2 * NEAR])
+    each, near = {"at": "each"}, [-1 / 2 / 3, -(1 / 2 + b) * 2 / 3]  # P⁺ at each positive, shared
+    both: list[tuple[Params, float, float]] = [
+        ({"average": False}, 5 / 4, 1),
+        ({}, 5 / 8, 1 / 2),
+        (SUMMED_ONCE, 5 / 8, 1),
+        ({"pull": "once"}, 5 / 8, 1 / 2),
+    ]
+    for params, pull, push in both:
+        result = on(S, "nca", "lin", positives="soft", mining_params=params, **of)
+        close(result.G, [[-pull * p_pos / 3, -pull * p_pos * 2 / 3, *(push * pushes)]])
+        result = on(S, "nca", "lin", positives="soft", positives_params=each, mining_params=params, **of)
+        close(result.G, [[pull * near[0], pull * near[1], *(push * pushes)]])
+    value = on(S, positives="soft", mining_params=SUMMED_ONCE, **of).value
+    close(value, 0.5 + NEAR - NEAR)
+    close(on(S, positives="soft", mining_params={"average": False}, **of).value, 0.5 + NEAR - 2 * NEAR)
+
+
+def test_positives_are_candidates_by_hand() -> None:
+    # e^{10(s − ½)}: positives 1 and ½, negative 1: s̃ = 0.5 + ln 2.5 / 10, shares 0.4, 0.2, 0.4; T of con
+    over: dict[str, Any] = {"mining": "soft", "mining_params": {"tau": 10.0, "over": "candidates"}, **TWO_IDS}
+    result = on(TWO, positives="hardest", **over)
+    assert result.soft is not None
+    close(result.soft[0, 0], 0.5 + ln(2.5) / 10)
+    close(result.G, [[0.4, 0.2 - 1, 0.4]])
+    close(on(TWO, positives="soft", **over).G, [[0.4 - 1 / 3, 0.2 - 2 / 3, 0.4]])
+    close(on(TWO, positives="soft", **over).value, 0.5 + ln(2.5) / 10 - NEAR)
+    mean = {"mining_params": {"tau": 10.0, "over": "candidates", "normalise": "mean"}}
+    close(on(TWO, positives="soft", **(over | mean)).value, 0.5 + ln(2.5 / 3) / 10 - NEAR)
+    # at each candidate P⁻ = s
+    lin = {"mining_params": {"tau": 10.0, "over": "candidates", "at": "each"}}
+    pushes = np.array([0.4, 0.2, 0.4]) * TWO
+    close(on(TWO, P="lin", positives="hardest", **(over | lin)).G, pushes - [[0, 0.5 + b, 0]])
+    # a positive alone is its own level: nothing moves it under con, and con × lin does by s⁺ and 1 − s⁺
+    alone: dict[str, Any] = {**over, "positives": "soft", "ids": [1], "y_ids": [1], "directions": "both"}
+    close(on([[0.3]], **alone).G, [[0]])
+    close(on([[0.3]], P="lin", **alone).G, [[2 * (0.3 - 0.7)]])
+    close(on([[0.3]], P="lin", **alone).value, 0.3**2 + 0.7**2)
+
+
+IN_PARTS: list[tuple[str, Params]] = [
+    ("soft", {}),
+    ("soft", {"at": "each"}),
+    ("all", SUMMED_ONCE),
+    ("all", {"pull": "once"}),
+]
+# P, P⁺ and f, P⁻ and g at 0.3
+PARTS: list[tuple[str, Params, float, float, float, float]] = [
+    ("con", {}, 1, -0.3, 1, 0.3),
+    ("lin", {}, 0.7, 0.7**2 / 2, 0.3, 0.3**2 / 2),
+    ("sig", {}, 1 / (1 + e(-0.4)), ln(1 + e(0.4)) / 2, 1 / (1 + e(2)), ln(1 + e(-2)) / 10),
+    ("sig", {"alpha": 4.0, "beta": 5.0}, 1 / (1 + e(-0.8)), ln(1 + e(0.8)) / 4, 1 / (1 + e(1)), ln(1 + e(-1)) / 5),
+    ("lin-ms", {}, 0.7, -0.3, 0.3, 0.3),
+    ("sig-ms", {}, e(0.4), -0.3, e(-2), 0.3),
+]
+
+
+@pytest.mark.parametrize(("mining", "params"), MINING)
+@pytest.mark.parametrize("positives", ["hardest", "soft"])
+def test_an_anchor_that_lacks_positives_or_negatives(positives: str, mining: str, params: Params) -> None:
+    """It adds nothing, but the part it has where con without a margin is mined softly or pulled once."""
+    of: dict[str, Any] = {"positives": positives, "mining": mining, "mining_params": params, "weight": [3]}
+    in_parts = params.get("pull") == "once" or (mining == "soft" and params.get("over") != "candidates")
+    for P, P_params, p_pos, f, p_neg, g in PARTS:
+        for T, T_params in TERMS_T:
+            terms: dict[str, Any] = {"T": T, "T_params": T_params, "P": P, "P_params": P_params}
+            if mining == "soft":  # a level of one negative is that negative only where it is linear
+                plain = {name: params[name] for name in ("at", "over") if name in params}
+                of["mining_params"] = {"tau": 4.0, **plain}
+            emits = in_parts and T == "con" and not T_params
+            no_negative, no_positive = (on([[0.3]], ids=[1], y_ids=y_ids, **terms, **of) for y_ids in ([1], [2]))
+            close(no_positive.G, [[2 * 3 * p_neg if emits else 0]])
+            close(no_positive.value, 2 * 3 * g if emits else 0)
+            assert np.isposinf(no_positive.s_pos).all()
+            close(no_positive.s_neg, [[0.3], [0.3]])
+            if params.get("over") != "candidates":  # where it is its own candidate
+                close(no_negative.G, [[-2 * 3 * p_pos if emits else 0]])
+                close(no_negative.value, 2 * 3 * f if emits else 0)
+            close(no_negative.s_pos, [[0.3], [0.3]])
+            assert (no_negative.index == -1).all()
+
+
+def test_parts_of_several_by_hand() -> None:
+    # without negatives the pull is shared: P⁺ at s̃⁺, or at 0.5 and 0.5 − b
+    of: dict[str, Any] = {"P": "lin", "directions": "x→y", "positives": "soft", "ids": [1]}
+    for mining, params in IN_PARTS:
+        mined: dict[str, Any] = {"mining": mining, "mining_params": params, **of}
+        alone = on(TWO[:, :2], y_ids=[1, 1], **mined)
+        close(alone.G, [[-(1 - NEAR) / 3, -(1 - NEAR) * 2 / 3]])
+        close(alone.value, (1 - NEAR) ** 2 / 2)
+        each = on(TWO[:, :2], y_ids=[1, 1], positives_params={"at": "each"}, **mined)
+        close(each.G, [[-1 / 2 / 3, -(1 / 2 + b) * 2 / 3]])
+        close(each.value, (1 - NEAR) ** 2 / 2)
+    # without positives the push: of all, and of a level s̃ = 0.5 + ln 1.5 / 10 with the shares ⅔ and ⅓
+    close(on(TWO[:, :2], y_ids=[2, 2], mining="all", mining_params=SUMMED_ONCE, **of).G, TWO[:, :2])
+    close(on(TWO[:, :2], y_ids=[2, 2], mining="all", mining_params={"pull": "once"}, **of).G, TWO[:, :2] / 2)
+    squares = (TWO[0, :2] ** 2 / 2).sum()
+    close(on(TWO[:, :2], y_ids=[2, 2], mining="all", mining_params=SUMMED_ONCE, **of).value, squares)
+    close(on(TWO[:, :2], y_ids=[2, 2], mining="all", mining_params={"pull": "once"}, **of).value, squares / 2)
+    level = 0.5 + ln(1.5) / 10
+    soft = on(TWO[:, :2], y_ids=[2, 2], mining="soft", mining_params={"tau": 10.0}, **of)
+    close(soft.G, [[level * 2 / 3, level / 3]])
+    close(soft.value, level**2 / 2)
+    each = on(TWO[:, :2], y_ids=[2, 2], mining="soft", mining_params={"tau": 10.0, "at": "each"}, **of)
+    close(each.G, [[0.5 * 2 / 3, (0.5 - b) / 3]])
+    # they count in the mean: one of two rows
+    half = on(
+        [[0.2, 0.3], [0.4, 0.1]], ids=[1, 3], y_ids=[1, 2], positives="hardest", directions="x→y", reduction="mean"
+    )
+    close(half.G, [[-1 / 2, 1 / 2], [0, 0]])
+
+
+def test_relative_similarities_by_ids_by_hand() -> None:
+    # anchor    s̃⁺    hardest    other valid   R⁻     positives at most s⁻ + 0.1   R⁺
+    # row 0     0.3   0.35 (3)   0.21          0.14   row 1                        −0.1
+    # row 1     0.4   0.6 (1)                  0      row 0                        0.1
+    # row 2           0.45 (3)   0.25          0.2    it has none                  0
+    # column 0  0.5   0.1 (2)                  0                                   0
+    # column 1  0.3   0.6 (1)    0.25          0.35   columns 0 and 3              −0.15
+    # column 2  0.9   0.21 (0)                 0      column 1                     0.6
+    # column 3  0.4   0.45 (2)   0.35          0.1    columns 0 and 1              (−0.1 + 0.1) / 2
+    S = [[0.5, 0.3, 0.21, 0.35], [0.0, 0.6, 0.9, 0.4], [0.1, 0.25, 0.15, 0.45]]
+    of: dict[str, Any] = {"P": "lin-ms", "ids": [1, 2, 9], "y_ids": [1, 1, 2, 2], "positives": "hardest"}
+    result = on(S, directions="x→y", **of)
+    close(result.r_pos, [[-0.1, 0.1, 0, 0], [0, -0.15, 0.6, 0]])
+    close(result.r_neg, [[0.14, 0, 0.2, 0], [0, 0.35, 0, 0.1]])
+    close(result.G, [[0, -1.1 * 0.7, 0, 1.14 * 0.35], [0, 0.6, 0, -0.9 * 0.6], [0, 0, 0, 0]])
+    # without a positive its push has them too
+    soft = on(S, directions="x→y", mining="soft", **of)
+    assert soft.soft is not None
+    close(soft.G[2].sum(), 1.2 * soft.soft[0, 2])
+    # nobody has a positive: no threshold, and no negative beyond the hardest is valid
+    nobody = on(S, **(of | {"ids": [7, 8, 9]}))
+    close(nobody.r_pos, np.zeros((2, 4)))
+    close(nobody.r_neg, np.zeros((2, 4)))
+    # the s̃⁺ of both are the levels: means 0.4 and 0.65
+    mean = on(S, **(of | {"positives": "soft", "positives_params": {"tau": 0.0}}))
+    assert mean.r_pos is not None
+    close(mean.r_pos[0], [0, 0.25, 0, 0])
+
+
+def test_one_set_by_hand() -> None:
+    # rows 0 and 1 share an id, row 2 has no positive: (s⁺ 0.6, s⁻ 0.7) and (0.6, 0.2); no row is its own positive
+    S = [[1.0, 0.6, 0.7], [0.6, 1.0, 0.2], [0.7, 0.2, 1.0]]
+    of: dict[str, Any] = {"ids": [4, 4, 5], "positives": "hardest", "one_set": True}
+    result = on(S, **of)
+    close(result.G, [[0, -1, 1], [-1, 0, 1], [0, 0, 0]])
+    close(result.value, 0.1 - 0.4)
+    close(result.s_pos, [[0.6, 0.6, np.inf], [np.inf] * 3])
+    close(result.s_neg, [[0.7, 0.2, 0.7], [-np.inf] * 3])
+    assert result.index.tolist() == [[2, 2, 0], [-1, -1, -1]]
+    for directions in ("x→y", "y→x"):
+        close(on(S, directions=directions, **of).G, result.G)
+    close(on(S, reduction="mean", **of).G, result.G / 3)
+    close(on(S, reduction="mean", weight=[1, 0, 3], **of).G, [[0, -1 / 4, 1 / 4], [0, 0, 0], [0, 0, 0]])
+    close(on(S, reduction="mean", weight=[[1, 0, 3], [9, 9, 9]], **of).G[0], [0, -1 / 4, 1 / 4])
+    # nor its own candidate: row 2 has e^{10 · 0.7} + e^{10 · 0.2} as negatives, and is pushed without a positive
+    soft = on(S, mining="soft", mining_params={"tau": 10.0}, **of)
+    close(soft.soft, [[0.7, 0.2, ln(e(7) + e(2)) / 10], [-np.inf] * 3])
+    close(soft.G[2], [1 / (1 + e(-5)), 1 / (1 + e(5)), 0])
+    over = on(S, mining="soft", mining_params={"tau": 10.0, "over": "candidates"}, **of)
+    close(over.G[0], [0, e(6) / (e(6) + e(7)) - 1, e(7) / (e(6) + e(7))])
+    assert not over.G[2].any()
+    for wrong in ({"positives": "pair"}, {"y_ids": [4, 4, 5]}, {"ids": None}):
+        with pytest.raises(ValueError, match="ids"):
+            on(S, **(of | wrong))
+    with pytest.raises(ValueError, match="square"):
+        on(S[:2], **(of | {"ids": [4, 4]}))
+
+
+def test_one_set_has_the_gradient_of_both_roles() -> None:
+    x = np.random.default_rng(19).normal(size=(6, 3))
+    options: dict[str, Any] = {"T": "nca", "T_params": {}, "P": "lin", "P_params": {}, "mining": "all"}
+    options |= {"mining_params": {}, "ids": [0, 0, 1, 1, 1, 2], "positives": "soft", "one_set": True, "scale": 2.0}
+    options |= {"positives_params": {"tau": 3.0, "at": "each"}}
+    result, given = oracle(x, None, **options), oracle_similarity(x @ x.T, **options)
+    close(result.G, given.G)
+    close(result.gx, given.G @ x + given.G.T @ x)
+    assert result.gy is None
+    close(result.value, given.value)
+    with pytest.raises(ValueError, match="one set"):
+        oracle(x, x, **options)
+    with pytest.raises(ValueError, match="one set"):
+        oracle(x, None, **(options | {"one_set": False}))
+
+
+def test_weights_by_ids_are_of_a_direction() -> None:
+    S = np.random.default_rng(20).normal(0.2, 0.3, (4, 4))
+    of: dict[str, Any] = {"P": "sig-ms", "ids": [0, 0, 1, 2], "y_ids": [1, 0, 0, 1], "positives": "soft"}
+    rows, columns = [1.0, 0.5, 0.0, 2.0], [0.0, 3.0, 1.0, 1.0]
+    to_y = [on(S, weight=one, directions="x→y", **of) for one in np.diag(rows)]
+    to_x = [on(S, weight=one, directions="y→x", **of) for one in np.diag(columns)]
+    both = on(S, weight=[rows, columns], **of)
+    close(both.G, sum(one.G for one in to_y + to_x))
+    close(both.value, sum(one.value for one in to_y + to_x))
+    mean = on(S, weight=[rows, columns], reduction="mean", **of)
+    close(mean.G, sum(one.G for one in to_y) / 3.5 + sum(one.G for one in to_x) / 5)
+    close(on(S, weight=[rows, rows], reduction="mean", **of).G, on(S, weight=rows, reduction="mean", **of).G)
+    with pytest.raises(ValueError, match="weight"):
+        on(S, weight=rows[:3], **of)
+    with pytest.raises(ValueError, match="weight"):
+        on(S[:3], weight=rows[:3], **(of | {"ids": [0, 0, 1]}))
+
+
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+@pytest.mark.parametrize(("positives", "positives_params"), [row for row in BY_IDS if "hardness" not in row[1]])
+def test_one_row_of_every_id_is_a_pair(
+    positives: str, positives_params: Params, mining: str, mining_params: Params
+) -> None:
+    S = np.random.default_rng(21).normal(0.2, 0.3, (6, 6))
+    of: dict[str, Any] = {"mining": mining, "mining_params": mining_params, "weight": [1, 2, 0, 0.5, 1, 1]}
+    of |= {"reduction": "mean", "scale": 2.0}
+    for T, P in (("con", "con"), ("con", "sig-ms"), ("nca", "lin"), ("cir", "lin-ms")):
+        pair = on(S, T, P, **of)
+        ids = on(S, T, P, ids=range(6), positives=positives, positives_params=positives_params, **of)
+        close(ids.s_pos, [pair.s_pos] * 2)
+        for actual, expected in zip(ids[:4] + ids[5:], pair[:4] + pair[5:], strict=True):
+            assert (actual is None) == (expected is None)
+            if actual is not None:
+                close(actual, expected)
+
+
+def test_soft_positives_lie_between_the_hardest_and_the_mean() -> None:
+    S = np.random.default_rng(22).normal(0.2, 0.3, (5, 7))
+    of: dict[str, Any] = {"T": "nca", "P": "sig-ms", "ids": [0, 0, 1, 1, 2], "y_ids": [0, 0, 0, 1, 1, 2, 3]}
+    hardest = on(S, positives="hardest", **of)
+    for at in ("aggregate", "each"):
+        sharp = on(S, positives="soft", positives_params={"tau": 1e7, "at": at}, **of)
+        near(sharp.s_pos, hardest.s_pos)
+        near(sharp.G, hardest.G)
+        near(sharp.value, hardest.value)
+    flat: dict[str, Any] = of | {"positives": "soft", "positives_params": {"tau": 0.0}}
+    means = [S[0, :3].mean(), S[1, :3].mean(), S[2, 3:5].mean(), S[3, 3:5].mean(), S[4, 5]]
+    close(on(S, **flat).s_pos[0], [*means, np.inf, np.inf])
+    # of a tau near 0 the shares alone have the mean as their limit: s̃⁺ has the term −log n / tau
+    nearly = {"positives_params": {"tau": 1e-7}}
+    constant = {"T": "con", "P": "con"}
+    near(on(S, **(flat | nearly | constant)).G, on(S, **(flat | constant)).G)
+
+
+def groups(S: Array, ids: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of one set: whose positive and whose negative each row is."""
+    alike = np.equal.outer(ids, ids)
+    return alike & ~np.eye(len(S), dtype=bool), ~alike
+
+
+GROUPED = np.array([0, 0, 0, 1, 1, 2, 3, 3])  # row 5 has no positive
+ONE_SET: dict[str, Any] = {"ids": GROUPED, "positives": "soft", "one_set": True}
+
+
+@pytest.mark.parametrize("tau", [1.0, 7.5])
+def test_con_of_the_mean_positive_is_the_supervised_contrastive_loss(tau: float) -> None:
+    """Khosla et al. 2020, L_out: log Σ e^{τ s} over all others less the mean of τ s over the positives."""
+    S = np.random.default_rng(23).normal(0.2, 0.3, (8, 8))
+    own, other = groups(S, GROUPED)
+    has, total = np.asarray(own.any(1)), (e(tau * S) * (own | other)).sum(1)
+    of: dict[str, Any] = {
+        "mining": "soft",
+        "mining_params": {"tau": tau, "over": "candidates"},
+        "scale": tau,
+        **ONE_SET,
+    }
+    result = on(S, positives_params={"tau": 0.0}, **of)
+    count = np.maximum(own.sum(1), 1)
+    close(result.value, (ln(total) - (tau * S * own).sum(1) / count)[has].sum())
+    close(result.G, tau * has[:, None] * (e(tau * S) * (own | other) / total[:, None] - own / count[:, None]))
+    mean = on(S, positives_params={"tau": 0.0}, reduction="mean", **of)
+    close(mean.value, result.value / 8)  # row 5 counts
+
+
+@pytest.mark.parametrize("tau", [1.0, 7.5])
+def test_con_of_positives_by_their_likeness_is_nca(tau: float) -> None:
+    """Goldberger et al. 2004, in the logarithm: −log(Σ_P e^{τ s} / Σ e^{τ s})."""
+    S = np.random.default_rng(24).normal(0.2, 0.3, (8, 8))
+    own, other = groups(S, GROUPED)
+    has, likeness = np.asarray(own.any(1)), e(tau * S)
+    near_own, total = (likeness * own).sum(1), (likeness * (own | other)).sum(1)
+    of: dict[str, Any] = {
+        "mining": "soft",
+        "mining_params": {"tau": tau, "over": "candidates"},
+        "scale": tau,
+        **ONE_SET,
+    }
+    result = on(S, positives_params={"tau": -tau}, **of)
+    close(result.value, -ln(near_own[has] / total[has]).sum())
+    shares = likeness * own / np.where(has, near_own, 1)[:, None]
+    close(result.G, tau * has[:, None] * (likeness * (own | other) / total[:, None] - shares))
+
+
+@pytest.mark.parametrize(("alpha", "beta", "lam"), [(2.0, 50.0, 1.0), (3.0, 7.0, 0.2)])
+@pytest.mark.parametrize("ids", [GROUPED, np.zeros(8, np.int64), np.arange(8)])
+def test_con_and_sig_of_soft_sets_is_the_multi_similarity_loss(
+    ids: NDArray[np.int64], alpha: float, beta: float, lam: float
+) -> None:
+    """Wang et al. 2019, without its mining; an anchor without positives or negatives has log 1 for them."""
+    S = np.random.default_rng(25).normal(0.2, 0.3, (8, 8))
+    own, other = groups(S, ids)
+    pulls, pushes = e(-alpha * (S - lam)) * own, e(beta * (S - lam)) * other
+    of: dict[str, Any] = {"P_params": {"alpha": alpha, "beta": beta, "lam": lam}, "mining": "soft"}
+    of |= {"mining_params": {"tau": beta}, "positives": "soft", "positives_params": {"tau": alpha}, "ids": ids}
+    result = on(S, P="sig", one_set=True, **of)
+    close(result.value, (ln(1 + pulls.sum(1)) / alpha + ln(1 + pushes.sum(1)) / beta).sum())
+    close(result.G, pushes / (1 + pushes.sum(1, keepdims=True)) - pulls / (1 + pulls.sum(1, keepdims=True)))
+    # and of two sets, both ways: a row is a positive of itself there
+    alike = ids[:, None] == ids
+    pulls = e(-alpha * (S - lam)) * alike
+    both = on(S, P="sig", **of)
+    close(both.value, sum((ln(1 + pulls.sum(i)) / alpha + ln(1 + pushes.sum(i)) / beta).sum() for i in (0, 1)))
+    close(
+        both.G,
+        sum(pushes / (1 + pushes.sum(i, keepdims=True)) - pulls / (1 + pulls.sum(i, keepdims=True)) for i in (0, 1)),
+    )
+
+
+@pytest.mark.parametrize(("positives", "positives_params"), BY_IDS)
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+def test_swapping_x_and_y_transposes_by_ids(
+    mining: str, mining_params: Params, positives: str, positives_params: Params
+) -> None:
+    S, ids, y_ids = np.random.default_rng(26).normal(0.2, 0.3, (7, 5)), np.arange(7) % 4, np.arange(5) % 3
+    options: dict[str, Any] = {"mining": mining, "mining_params": mining_params, "reduction": "mean"}
+    options |= {"positives": positives, "positives_params": positives_params}
+    for T, P in (("con", "lin"), ("cir", "sig-ms")):
+        one, other = on(S, T, P, ids=ids, y_ids=y_ids, **options), on(S.T, T, P, ids=y_ids, y_ids=ids, **options)
+        assert one.G.any()
+        close(one.G, other.G.T)
+        close(one.value, other.value)
+        close(one.s_pos, other.s_pos[::-1])
+        parts = [on(S, T, P, ids=ids, y_ids=y_ids, directions=directions, **options) for directions in DIRECTIONS[-2:]]
+        close(one.G, parts[0].G + parts[1].G)
+        close(one.value, parts[0].value + parts[1].value)
+
+
+@pytest.mark.parametrize(("positives", "positives_params"), BY_IDS)
+@pytest.mark.parametrize(("mining", "mining_params"), [row for row in MINING if row[1] != SUMMED_ONCE])
+def test_con_balances_by_ids(mining: str, mining_params: Params, positives: str, positives_params: Params) -> None:
+    """With P = con an anchor that has positives and negatives pulls as much as it pushes."""
+    S = np.random.default_rng(27).normal(0.2, 0.3, (8, 8))
+    of: dict[str, Any] = {"mining": mining, "mining_params": mining_params, "ids": GROUPED, "one_set": True}
+    for T, T_params in TERMS_T:
+        result = on(S, T, T_params=T_params, positives=positives, positives_params=positives_params, **of)
+        assert_allclose(np.delete(result.G, 5, 0).sum(1), 0, atol=1e-14)
+        assert result.G.any() or mining == "semi-hard"
 
 
 # ── a scale, and one direction ─────────────────────────────────────────────────────────────────────────
@@ -714,28 +1187,40 @@ def test_unknown_names_are_errors() -> None:
 
 
 def slopes(similarity: str, **options: Any) -> Iterator[tuple[float, float]]:
-    """Along random directions, what the gradient says and what the value does."""
+    """Along random directions, what the gradient says and what the value does; by ids where positives are, too."""
     rng = np.random.default_rng(11)
-    batches: list[tuple[int, int, dict[str, Any]]] = [
+    batches: list[tuple[int, int | None, dict[str, Any]]] = [
         (4, 6, {"reduction": "mean"}),
         (6, 5, {"ids": [0, 1, 1, 2, 3, 0], "y_ids": [0, 1, 2, 2, 4], "weight": [1.0, 0.5, 2.0, 0.0, 1.5]}),
         (3, 4, {"ids": [0, 1, 2], "y_ids": [1, 0, 0, 0], "scale": 2.5}),  # row 0 has one negative, column 1 two
         (3, 3, {"ids": [0, 0, 0], "y_ids": [0, 0, 1], "directions": "y→x"}),  # columns 0 and 1 have none
         (3, 3, {"ids": [0, 0, 1], "y_ids": [0, 0, 0], "directions": "x→y"}),  # rows 0 and 1 have none
     ]
+    if options.get("positives", "pair") != "pair":
+        batches = [
+            (5, 7, {"ids": [0, 0, 1, 2, 8], "y_ids": [0, 0, 0, 1, 1, 2, 9], "reduction": "mean", "scale": 2.5}),
+            (
+                4,
+                4,
+                {"ids": [0, 0, 1, 1], "y_ids": [0, 0, 1, 7], "weight": [[1.0, 0.5, 2.0, 0.0], [1.5, 0.0, 1.0, 3.0]]},
+            ),
+            (3, 4, {"ids": [0, 0, 5], "y_ids": [0, 0, 0, 0]}),  # rows 0 and 1 lack negatives, row 2 lacks positives
+            (6, None, {"ids": [0, 0, 0, 1, 1, 2], "one_set": True, "weight": [1.0, 0.5, 2.0, 0.0, 1.5, 1.0]}),
+        ]
+    h = 1e-6
     for N, M, more in batches:
-        x, y = rng.normal(0, 0.6, (N, 4)), rng.normal(0, 0.6, (M, 4))
-        y[:3] += x[:3]  # some pairs closer than their negatives
+        x, y = rng.normal(0, 0.6, (N, 4)), None if M is None else rng.normal(0, 0.6, (M, 4))
+        if y is not None:
+            y[:3] += x[:3]  # some pairs closer than their negatives
         given: dict[str, Any] = {"reduction": "sum", "similarity": similarity, **options, **more}
         result = oracle(x, y, **given)
-        assert result.gx is not None
-        assert result.gy is not None
-        h = 1e-6
-        for _ in range(2):
-            u, v = rng.normal(size=x.shape), rng.normal(size=y.shape)
-            for du, dv in ((u, 0 * v), (0 * u, v)):
-                above, below = (oracle(x + step * du, y + step * dv, **given).value for step in (h, -h))
-                yield float(np.vdot(result.gx, du) + np.vdot(result.gy, dv)), (above - below) / (2 * h)
+        u = rng.normal(size=x.shape)
+        above, below = (oracle(x + step * u, y, **given).value for step in (h, -h))
+        yield float(np.vdot(result.gx, u)), (above - below) / (2 * h)  # type: ignore[arg-type]
+        if y is not None:
+            u = rng.normal(size=y.shape)
+            above, below = (oracle(x, y + step * u, **given).value for step in (h, -h))
+            yield float(np.vdot(result.gy, u)), (above - below) / (2 * h)  # type: ignore[arg-type]
 
 
 def named(term: tuple[str, Params, str, Params]) -> dict[str, Any]:
@@ -759,6 +1244,23 @@ def test_gradient_is_the_derivative_of_the_value(
         assert_allclose(said, true, rtol=1e-7, atol=1e-8)
     else:
         assert np.abs(said - true).max() > 1e-4
+
+
+@pytest.mark.parametrize(("positives", "positives_params"), BY_IDS)
+@pytest.mark.parametrize(("mining", "mining_params"), MINING)
+def test_gradient_by_ids_is_the_derivative_of_the_value(
+    mining: str, mining_params: Params, positives: str, positives_params: Params
+) -> None:
+    by_ids: dict[str, Any] = {"positives": positives, "positives_params": positives_params}
+    for number, term in enumerate(INTEGRABLE):
+        stays = stays_integrable(term, mining, mining_params, positives, positives_params)
+        similarity = SIMILARITIES[number % len(SIMILARITIES)] if stays else "dot"
+        of = slopes(similarity, mining=mining, mining_params=mining_params, **named(term), **by_ids)
+        said, true = np.array(list(of)).T
+        if stays:
+            assert_allclose(said, true, rtol=1e-7, atol=1e-8)
+        elif mining_params != ROOT_OF_SQUARES or term[2] != "lin":
+            assert np.abs(said - true).max() > 1e-4, term
 
 
 # ── identities ─────────────────────────────────────────────────────────────────────────────────────────
@@ -906,6 +1408,7 @@ def test_embeddings_give_the_matrix_and_its_chain_rule() -> None:
 # ── the table ──────────────────────────────────────────────────────────────────────────────────────────
 
 CASES = list(cases())
+MINING_NAMES = {mining for mining, _ in MINING}
 
 
 def test_table_covers_every_combination_once() -> None:
@@ -923,7 +1426,31 @@ def test_table_covers_every_combination_once() -> None:
         assert set(met) == set(defaults)
         assert 0.6 < met[defaults[0]] / len(CASES) < 0.73  # two thirds
         assert all(("-scale=" in c.id, "→" in c.id) == (c.scale != 1, c.directions != "both") for c in CASES)
+    assert all(("-positives=" in c.id) == (c.positives != "pair") for c in CASES)
     assert [c.id for c in cases()] == [c.id for c in CASES]
+
+
+def test_table_spreads_positives() -> None:
+    """Pairs alone without ids, by ids alone where ids and y_ids are unrelated, half and half elsewhere."""
+    for ids_case in IDS:
+        met = Counter((c.positives, str(c.positives_params)) for c in CASES if c.ids_case == ids_case)
+        by_ids = [met[name, str(params)] for name, params in BY_IDS]
+        assert met.total() == met["pair", "{}"] + sum(by_ids)
+        share = {"none": 0.0, "unrelated": 1.0}.get(ids_case, 0.5)
+        assert share - 0.05 <= sum(by_ids) / met.total() <= share + 0.05
+        assert ids_case == "none" or min(by_ids) > sum(by_ids) / len(by_ids) / 2
+
+
+def test_pairs_of_the_table_have_equal_ids() -> None:
+    for case in CASES:
+        _, _, ids, y_ids, weight = make_inputs(case, 0)
+        K = min(case.shape[:2])
+        if case.positives == "pair":
+            assert ids is None or y_ids is None or (ids[:K] == y_ids[:K]).all(), case.id
+        else:
+            assert ids is not None
+            assert weight is None or case.shape[0] == case.shape[1]
+        assert weight is None or weight.shape == (K,)
 
 
 def factors(case: Case) -> tuple[Any, ...]:
@@ -958,8 +1485,42 @@ def test_covering_cases_cover() -> None:
             assert {case.shape for case in chosen} == set(SHAPES)
             assert {case.ids_case for case in chosen} == set(IDS)
             assert name != "mining" or {case.scale != 1 for case in chosen} == {True, False}
-    met = {(case.mining, case.directions) for case in some}
-    assert met == set(product({mining for mining, _ in MINING}, DIRECTIONS))
+    assert {(case.mining, case.directions) for case in some} == set(product(MINING_NAMES, DIRECTIONS))
+    for positives in (PAIR, *BY_IDS):
+        chosen = [case for case in some if (case.positives, case.positives_params) == positives]
+        assert {case.mining for case in chosen} == MINING_NAMES
+        assert {case.similarity for case in chosen} == set(SIMILARITIES)
+        assert {case.scale != 1 for case in chosen} == {True, False}
+        assert {case.shape for case in chosen} == set(SHAPES)
+        assert {factors(case)[0] for case in chosen} == {factors(case)[0] for case in CASES}
+        open_ties = {"lin-ms"} if positives not in (PAIR, *ON_GRID) else set()
+        assert {case.P for case in chosen} == {P for P, _ in TERMS_P} - open_ties
+    by_ids = {(case.mining, str(case.mining_params), case.positives != "pair") for case in some}
+    assert by_ids == {(mining, str(params), ids) for mining, params in MINING for ids in (True, False)}
+
+
+def test_covering_cases_lack_positives_and_negatives() -> None:
+    """By ids, in either direction, for each mining and for each that keeps the part that an anchor has."""
+    met: Counter[Any] = Counter()
+    for case in covering():
+        if case.positives == "pair":
+            continue
+        _, _, ids, y_ids, weight = make_inputs(case, 0)
+        assert ids is not None
+        alike = np.equal.outer(ids, ids if y_ids is None else y_ids)
+        once, over = (case.mining_params.get(name) for name in ("pull", "over"))
+        separate = case.T == "con" and not case.T_params
+        in_parts = separate and (once is not None or (case.mining == "soft" and over is None))
+        for direction, view in zip(DIRECTIONS[-2:], (alike, alike.T), strict=True):
+            if case.directions not in ("both", direction):
+                continue
+            lacking = view[np.ones(len(view), bool) if weight is None else weight > 0]
+            for lack, anchors in (("positives", (~lacking).all(1)), ("negatives", lacking.all(1))):
+                met[lack, case.mining, once, over] += int(anchors.any())
+                met[lack, case.mining, in_parts, direction] += int(anchors.any())
+            met["several positives", case.mining, direction] += int((lacking.sum(1) > 1).any())
+    assert len(met) == 2 * (len(MINING_NAMES) + 2) + 2 * 2 * (len(MINING_NAMES) + 2) + 2 * len(MINING_NAMES)
+    assert min(met.values()) > 0, met
 
 
 def test_covering_cases_are_missed() -> None:

@@ -78,6 +78,9 @@ def test_an_objective_prints_as_its_text() -> None:
             mining=goal.mining.RULES[case.mining](**case.mining_params),
             similarity=case.similarity,
             reduction=case.reduction,
+            scale=case.scale,
+            directions=case.directions,
+            positives=goal.positives.RULES[case.positives](**case.positives_params),
         )
         again: Any = goal.objective(objective.extra_repr())
         assert again.settings == objective.settings, objective
@@ -306,6 +309,7 @@ NAMES: dict[str, Callable[[], list[str]]] = {
     "P": lambda: [name for name in goal.P if not name.startswith("found-")],
     "recipe": lambda: list(goal.recipes()),
     "mining": lambda: list(goal.mining.RULES),
+    "positives": lambda: list(goal.positives.RULES),
     "similarity": lambda: ["dot", "cosine", "order"],
     "reduction": lambda: ["mean", "sum"],
     "scale": lambda: ["0.25", "10"],
@@ -331,7 +335,8 @@ def calls(draw: st.DrawFn, kind: str) -> str:
     for key in filter(None, some):
         default = spec.member(kind, name).defaults[key]
         values = st.sampled_from(["true", "false"]) if isinstance(default, bool) else POSITIVE.map(repr)
-        values = st.sampled_from(CHOICES[key]) if isinstance(default, str) else values
+        names = ["linear", "circle"] if (kind, key) == ("positives", "hardness") else CHOICES.get(key)
+        values = st.sampled_from(names) if isinstance(default, str) else values
         inside.append(f"{key}={draw(st.just('none') | values if default is None else values)}")
     return f"{name}({', '.join(inside)})" if inside or draw(st.booleans()) else name
 

@@ -30,7 +30,7 @@ from goal.distributed.rows import columns_of, described, of_all
 from goal.distributed.spread import Spread
 from goal.engine.backend import Backend, backend
 from goal.engine.call import Arguments, Call
-from goal.engine.path import Outcome, Seen, pulled_back, weighed_by
+from goal.engine.path import Outcome, Seen, check_ids, pulled_back, weighed_by
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
 from goal.engine.types import Block, Gradients, Masks, Needs, Pairs
@@ -46,8 +46,12 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
         call = arguments.checked(even=True)
         does, _ = backend(settings, call.x, call.y)
         n = len(call.x)
-        block = does.block(call.x, call.y, Masks(n, n, (n, n)))
-        pairs = does.pair(block.x, block.y, n)
+        block, by_ids = does.block(call.x, call.y, Masks(n, n, (n, n))), settings.positives.by_ids
+        if by_ids and settings.mining.dense != "never":
+            raise ValueError(f"positives must be 'pair' for mining={settings.mining.name!r} over ranks.")
+        if not by_ids:
+            check_ids(call, settings.positives)
+        pairs = Pairs(block.x.new_zeros(n), block.x.new_empty(0)) if by_ids else does.pair(block.x, block.y, n)
         bounds = does.bounds(block, pairs, settings.request)
         same = {**described(call), **_described(settings, does), "averaged": over.averaged}
         line = Line(n, {**same, "exchange": over.exchange, "mines": mines}, None, call.needs, tuple(bounds))
@@ -59,6 +63,9 @@ def forward(arguments: Arguments, settings: Settings, over: Ranks, shown: bool) 
     assert ready is not None
     spread = _share(wire, settings, ready, agreed)
     blocks = Ring(spread) if over.exchange == "ring" else Gathered(spread)
+    if settings.positives.by_ids:
+        check_ids(ready.call._replace(ids=spread.masks.ids, y_ids=spread.masks.y_ids), settings.positives)
+        spread = blocks.spread = _with_positives(spread, blocks.positives(), agreed)
     own = blocks.statistics() if mines else None
     statistics = None if own is None else _shared(spread, own)
     weighed = weighed_by(spread.backend, settings, spread.masks, spread.pairs, statistics, spread.share)
@@ -86,11 +93,22 @@ def _share(wire: Wire, settings: Settings, ready: Ready, agreed: Agreed) -> Spre
     s_pos, *rest = unpack(wire.gather(pack(*columns), agreed.counts).wait(), columns)
     ids, y_ids, weight = of_all(call, rest)
     k, start = len(s_pos), sum(agreed.counts[: wire.rank])
-    masks, here = Masks(k, k, (k, k), ids=ids, y_ids=y_ids), slice(start, start + len(block.x))
+    by_ids, here = settings.positives.by_ids, slice(start, start + len(block.x))
+    masks = Masks(k, k, (k, k), ids=ids, y_ids=y_ids, by_ids=by_ids, one_set=call.one_set)
     own = block._replace(masks=masks.block(here, here))
     pairs = Pairs(s_pos, agreed.bounds.to(pairs.bounds.dtype))
-    share = share_of(pairs, weight, settings)
+    share = share_of(pairs, weight, settings, masks)
     return Spread(wire, agreed.counts, settings, does, (call.x, call.y), own, masks, pairs, share, agreed.needs)
+
+
+def _with_positives(spread: Spread, own: Pairs, agreed: Agreed) -> Spread:
+    """The positives by ids of all ranks' anchors, from those of the own anchors."""
+    fields = own.s_pos, own.hardest, own.log_sum, own.exact
+    columns = [one.T for one in fields if one is not None]
+    every = iter(unpack(spread.wire.gather(pack(*columns), spread.counts).wait(), columns))
+    s_pos, *rest = (None if one is None else next(every).T.contiguous() for one in fields)
+    assert s_pos is not None
+    return spread._replace(pairs=Pairs(s_pos, agreed.bounds, *rest))
 
 
 def _described(settings: Settings, does: Backend) -> dict[str, object]:
@@ -99,6 +117,7 @@ def _described(settings: Settings, does: Backend) -> dict[str, object]:
         "T": settings.product.T,
         "P": settings.product.P,
         "mining": settings.mining,
+        "positives": settings.positives,
         "similarity": settings.similarity.name,
         "reduction": settings.reduction,
         "scale": settings.factor,
@@ -117,16 +136,16 @@ def _seen(spread: Spread, weighed: Weighed, own: Statistics | None, statistics: 
         own_ones = (one[..., here] if isinstance(one, Tensor) and one.dim() else one for one in weights)
         weights = type(weights)(*own_ones)
     fallback, stands = (None if one is None else one[:, here] for one in (weighed.fallback, weighed.stands))
-    return Seen(spread.pairs.s_pos[here], own, weights, fallback, stands, blocks)  # `blocks` keeps all rows alive
+    return Seen(spread.pairs.s_pos[..., here], own, weights, fallback, stands, blocks)  # `blocks` keeps all rows alive
 
 
 def _shared(spread: Spread, own: Statistics) -> Statistics:
     """The statistics of all ranks' anchors, from those of the own anchors."""
     fields = own._replace(effective=None)[1:-1]  # nothing is weighed by the effective number
-    columns = [one.T for one in fields if one is not None]
+    columns = [one.movedim(-1, 0) for one in fields if one is not None]
     rows = spread.wire.gather(pack(*columns), spread.counts).wait()
     every = iter(unpack(rows, columns))
-    shared: list[Any] = [None if one is None else next(every).T.contiguous() for one in fields]
+    shared: list[Any] = [None if one is None else next(every).movedim(0, -1).contiguous() for one in fields]
     return Statistics(spread.pairs.s_pos, *shared)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from goal.distributed.exchange import as_bytes, pack, unpack
-from goal.distributed.spread import Columns, Join, Meet, Spread, mine
+from goal.distributed.spread import Columns, Join, Meet, Spread, mine, positives
 from goal.engine.partials import finish
 from goal.engine.path import emit_blocks
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Coefficients, Gradients, Needs
+from goal.engine.types import Block, Coefficients, Gradients, Needs, Pairs
 
 
 class Gathered:
@@ -26,7 +26,8 @@ class Gathered:
         self._y = wire.gather(as_bytes(y), spread.counts)
         dense = spread.settings.mining.dense != "never"  # dense entries at the pairs need all of x and all of y
         self._x = None
-        later = not spread.settings.request.hardest or not spread.settings.mines  # stats may be requested later
+        soft = spread.settings.mining.softmax is not None
+        later = soft or not spread.settings.mines  # stats may be requested later
         if needs[1] or (dense and needs[0]) or later:
             self._x = wire.gather(as_bytes(x), spread.counts)
 
@@ -69,6 +70,10 @@ class Gathered:
         came = spread.wire.swap(pack(*columns), spread.counts, [height] * spread.wire.size)
         return functools.reduce(join, (unpack(rows, columns) for rows in came.split(height)))
 
+    def positives(self) -> Pairs:
+        """The positives by ids of the own anchors; all ranks call it together."""
+        return positives(self.spread, self.walk)
+
     def statistics(self) -> Statistics:
         """The statistics of the own anchors; all ranks call it together."""
         return mine(self.spread, self.walk)
@@ -78,7 +83,7 @@ class Gathered:
         spread = self.spread
         rows, _ = spread.backend.mine(self.rows, spread.pairs, settings.request)
         _, cols = spread.backend.mine(self.cols, spread.pairs, settings.request)
-        return finish(spread.pairs.s_pos[spread.here], rows, cols)
+        return finish(spread.pairs.s_pos[..., spread.here], rows, cols)
 
     def finish(self, coefficients: Coefficients) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
         """The own rows' part of the dense value, and the function that emits; backward waits for no exchange."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from goal.distributed.exchange import as_bytes, pack, unpack
-from goal.distributed.spread import Columns, Join, Meet, Spread, mine
+from goal.distributed.spread import Columns, Join, Meet, Spread, mine, positives
 from goal.engine.partials import Partial
-from goal.engine.path import at_pairs
+from goal.engine.path import at_pairs, positive_emit
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Coefficients, Dense, Entries, Gradients, Mined, Needs, Soft, total
+from goal.engine.types import Block, Coefficients, Dense, Entries, Gradients, Mined, Needs, Pairs, Soft, total
 
 
 class Ring:
@@ -46,6 +46,10 @@ class Ring:
         assert behind is not None
         return unpack(behind.wait(), like)
 
+    def positives(self) -> Pairs:
+        """The positives by ids of the own anchors; all ranks call it together."""
+        return positives(self.spread, self.walk)
+
     def statistics(self) -> Statistics:
         """The statistics of the own anchors; all ranks call it together."""
         return mine(self.spread, self.walk, self._keep)
@@ -53,8 +57,8 @@ class Ring:
     def mine(self, settings: Settings) -> Statistics:
         """Raises: `Stats` of an objective that mined nothing would need another round."""
         raise RuntimeError(
-            "stats of mining='all' want the hardest negatives, which a ring has not looked for (it would take one more "
-            "round, on all ranks): use exchange='gather', or goal.gradients, which looks for them."
+            "stats want the hardest negatives, and soft mining's shares, which a ring has not looked for (it would "
+            "take one more round, on all ranks): use exchange='gather', or goal.gradients, which looks for them."
         )
 
     def _keep(self, block: Block, before: Partial | None, merged: Partial) -> None:
@@ -67,15 +71,19 @@ class Ring:
 
     def finish(self, coefficients: Coefficients) -> tuple[Tensor | None, Callable[[Tensor | None, Needs], Gradients]]:
         """The own rows' part of the dense value, and the function that emits."""
-        mined, dense, soft = coefficients
+        mined, dense, soft, of_positives = coefficients
         value, gx, gy = None, None, None
         if mined is not None and any(self.spread.needs):
             gx, gy = self._mined(mined)
         if dense is not None:
             value, (dense_x, dense_y) = self._dense(dense)
             gx, gy = total(gx, dense_x), total(gy, dense_y)
-        if soft is not None and any(self.spread.needs):
-            gx, gy = self._soft(soft)
+        rounds: list[Mined | Soft] = [] if soft is None else [soft]
+        if of_positives is not None:
+            rounds.append(of_positives.entries(of_positives.pull))
+        for part in rounds if any(self.spread.needs) else []:
+            soft_x, soft_y = self._round(part)
+            gx, gy = total(gx, soft_x), total(gy, soft_y)
 
         def emit(incoming: Tensor | None, needs: Needs) -> Gradients:
             wanted = [one if needed else None for one, needed in zip((gx, gy), needs, strict=True)]
@@ -95,7 +103,9 @@ class Ring:
         assert self._won is not None
         gx, to_y = vjp(x, self._won.to(push.dtype), Entries(k, k, push[0, here]), needs)
         to_x, gy = vjp(won, y, Entries(k, k, push[1, here]), needs)
-        pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, pull.sum(0), needs)
+        pair_x, pair_y = None, None
+        if pull is not None:
+            pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, pull.sum(0), needs)
         from_y = None if to_x is None else back.deliver(to_x)
         from_x = None if to_y is None else forth.deliver(to_y)
         return total(gx, pair_x, from_y), total(gy, pair_y, from_x)
@@ -122,13 +132,13 @@ class Ring:
         pair_x, pair_y = at_pairs(spread.backend.similarity, spread.own, dense.at_pairs(taken).sum(0), needs)
         return value, (total(gradients[0], pair_x), total(home[1] if needs[1] else None, pair_y))
 
-    def _soft(self, soft: Soft) -> Gradients:
-        """A separate round for the gradients: log-sums are known when all blocks were met."""
+    def _round(self, part: Mined | Soft) -> Gradients:
+        """A separate round for gradients: log-sums and positives are known when all blocks were met."""
         spread, needs = self.spread, self.spread.needs
         gradients: list[Tensor | None] = [None]
 
         def meet(block: Block) -> Columns:
-            at_x, at_y = spread.backend.soft_block(block, soft, needs)
+            at_x, at_y = positive_emit(spread.backend, block, part, needs)
             gradients[0] = total(gradients[0], at_x)
             return [] if at_y is None else [at_y]
 

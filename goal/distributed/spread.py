@@ -9,9 +9,9 @@ from torch import Tensor
 
 from goal.distributed.exchange import Wire
 from goal.engine.backend import Backend
-from goal.engine.partials import Partial, finish, merge
+from goal.engine.partials import Partial, finish, merge, positives_of
 from goal.engine.settings import Settings
-from goal.engine.statistics import Statistics
+from goal.engine.statistics import Request, Statistics
 from goal.engine.types import Block, Limits, Masks, Needs, Pairs
 
 
@@ -65,9 +65,33 @@ Walk = Callable[[Meet, Join], Columns]  # meets own x with all of y, block by bl
 Met = Callable[[Block, Partial | None, Partial], None]  # a block, the own rows' partial before it and after it
 
 
+def positives(spread: Spread, walk: Walk) -> Pairs:
+    """The positives by ids of the own anchors, in the same way."""
+    rule, nowhere = spread.settings.positives, Limits(0.0, 0.0)
+    request = Request(softmax=rule.softmax)
+    of_rows: list[Partial] = []
+    like: list[Partial] = []
+
+    def meet(block: Block) -> Columns:
+        rows, cols = spread.backend.positives(block, rule)
+        of_rows[:] = [merge(of_rows[0], rows, request, nowhere) if of_rows else rows]
+        like[:] = [cols]
+        return fields(cols)
+
+    def join(a: Columns, b: Columns) -> Columns:
+        return fields(merge(partial(a, like[0]), partial(b, like[0]), request, nowhere))
+
+    def count(side: int) -> Tensor:
+        here, everything = spread.here, spread.everything
+        return spread.masks.block(*((everything, here) if side else (here, everything))).positives(side)
+
+    home = walk(meet, join)
+    return positives_of(rule, count, of_rows[0], partial(home, like[0]))
+
+
 def mine(spread: Spread, walk: Walk, met: Met = lambda block, before, merged: None) -> Statistics:
     """The statistics of the own anchors: partials of all blocks are merged, those of columns at their owners."""
-    request, limits = spread.settings.request, spread.limits
+    request, limits, back = spread.settings.request, spread.limits.of(0), spread.limits.of(1)
     of_rows: list[Partial] = []
     like: list[Partial] = []
 
@@ -81,10 +105,10 @@ def mine(spread: Spread, walk: Walk, met: Met = lambda block, before, merged: No
         return fields(cols)
 
     def join(a: Columns, b: Columns) -> Columns:
-        return fields(merge(partial(a, like[0]), partial(b, like[0]), request, limits))
+        return fields(merge(partial(a, like[0]), partial(b, like[0]), request, back))
 
     home = walk(meet, join)
-    return finish(spread.pairs.s_pos[spread.here], of_rows[0], partial(home, like[0]))
+    return finish(spread.pairs.s_pos[..., spread.here], of_rows[0], partial(home, like[0]))
 
 
 def fields(part: Partial) -> Columns:

@@ -44,9 +44,9 @@ def traffic(settings: Settings, n: int, d: int, x_size: int, y_size: int, size: 
     if not others:
         return Traffic(0, 0, rounds, held)
     extrema = request.hardest + (request.semi_hard is not None)
-    sums = request.lin + (request.beta is not None) + soft
-    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None) + 2 * soft)
-    finished = 2 * (extrema * (size + 8) + sums * size)
+    sums = request.lin + (request.beta is not None)
+    partial = extrema * (size + 8) + size * (3 * request.lin + 2 * (request.beta is not None) + 3 * soft)
+    finished = 2 * (extrema * (size + 8) + sums * size) + soft * (2 * 8 + size)
     always = others * (64 + n * size + settings.mines * n * finished + dense * size)  # 64: the line
     gather = others * n * d * (x_size + y_size) + settings.mines * others * n * partial
     ring = rounds * others * n * d * y_size + settings.mines * ranks * n * partial

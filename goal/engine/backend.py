@@ -1,6 +1,7 @@
 """The choice between PyTorch and Triton kernels for the quadratic stages, behind a common interface.
 
     pair            s⁺                                                               O(N·D)
+    positives       positives by ids of a block of S, as partials                    O(N·M·D)
     statistics      the miner's reductions of all of S                               O(N·M·D)
     mine            the same for a block of S, as partials that merge
     dense_value     the value of anchors with all their negatives
@@ -29,6 +30,7 @@ from goal.engine.partials import Partial
 from goal.engine.settings import Settings
 from goal.engine.statistics import Request, Statistics
 from goal.engine.types import Block, Dense, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan, Soft
+from goal.positives import Positives
 from goal.similarity import Dot
 from goal.terms import Parameter, Product, Term
 
@@ -73,6 +75,10 @@ class Backend(NamedTuple):
             return positives
         s_pos = self.similarity.pairs(x[:pairs], y[:pairs], None, None)
         return Pairs(s_pos, s_pos.new_empty(0, dtype=torch.float64))
+
+    def positives(self, block: Block, rule: Positives) -> tuple[Partial, Partial]:
+        """The partials of a block of S over positives by ids in both directions."""
+        return eager.positives(self.similarity, block, rule)
 
     def bounds(self, block: Block, pairs: Pairs, request: Request) -> list[float]:
         """Bounds of some rows of a batch; their maximum over all rows is `Pairs.bounds`."""
@@ -124,7 +130,7 @@ class Backend(NamedTuple):
     def mined_emit(self, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
         """Gradients of the mined entries in a block of S at its rows and columns, times the incoming gradient (0-d)."""
         if self.kernels:
-            incoming = mined.pull.new_ones(()) if incoming is None else incoming
+            incoming = mined.push.new_ones(()) if incoming is None else incoming
             gradients: Gradients = _kernels().mined_emit(block, mined, incoming, needs)
             return gradients
         return eager.mined_emit(self.similarity, block, mined, incoming, needs)
@@ -182,6 +188,8 @@ def _obstacle(settings: Settings, x: Tensor, y: Tensor) -> str | None:
         return "the package triton is not installed"
     if settings.mining.softmax is not None:
         return "soft mining has no kernels yet"
+    if settings.positives.by_ids:
+        return "positives by ids have no kernels yet"
     if settings.mining.dense == "never":
         return None
     return cannot_lower(settings.product)

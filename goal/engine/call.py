@@ -24,19 +24,21 @@ class Call(NamedTuple):
     needs: Needs  # whether x and y need a gradient
     finite: bool  # whether the entries were checked to be finite
     inputs: tuple[Tensor, Tensor]  # x and y as the caller gave them: the gradient goes to these
+    one_set: bool = False  # y is x: a single set of labelled rows
 
 
 class Arguments(NamedTuple):
     """The data of a call as the caller gave them; `goal.apply` describes them."""
 
     x: object
-    y: object = None  # None: x is a similarity matrix
+    y: object = None  # None: x is a similarity matrix, or a single set of rows
     ids: object = None
     y_ids: object = None
     weight: object = None
     check_finite: bool | None = None
     needs: Needs | None = None  # by default, whether x and y require grad
     ordinary: bool = False  # for a loss with autograd, which torch.func's transforms handle by themselves
+    one_set: bool = False  # x alone, with ids
 
     def checked(self, even: bool = False) -> Call:
         """The checked call; `even`: x and y must have the same number of rows, as over ranks.
@@ -45,6 +47,8 @@ class Arguments(NamedTuple):
             ValueError, TypeError: as `goal.apply`.
             RuntimeError: for tensors of torch.func.vmap or with a forward-mode tangent.
         """
+        if self.one_set:
+            return self._replace(y=self.x, one_set=False)._checked_set(even)
         given: tuple[Any, ...] = self[:5]
         x, y, ids, y_ids, weight = given if self.ordinary else plain(*given)
         needs, wrapped = self.needed(), inside() and not self.ordinary
@@ -67,6 +71,14 @@ class Arguments(NamedTuple):
                 validation.finite(**named)
             inputs = (self.x, y if self.y is None else self.y) if wrapped else (x, y)
             return Call(x.detach(), y.detach(), ids, y_ids, weight, needs, finite, inputs)  # type: ignore[arg-type]
+
+    def _checked_set(self, even: bool) -> Call:
+        """The checked call of a single set, whose rows are x and y."""
+        if self.ids is None:
+            raise ValueError("ids must be given where y is left out: the labels of x, by which rows are positives.")
+        if self.y_ids is not None:
+            raise ValueError("y_ids is given where y is left out: ids are the labels of all rows.")
+        return self.checked(even)._replace(one_set=True)
 
     def needed(self) -> Needs:
         """Whether x and y need a gradient; works for unchecked arguments."""

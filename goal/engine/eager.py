@@ -17,7 +17,8 @@ from goal.engine import soft as softly
 from goal.engine.partials import Partial, finish, merge
 from goal.engine.range import bounded, lost, reach
 from goal.engine.statistics import BAND, Exps, Request, Statistics
-from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan, Soft
+from goal.engine.types import Block, Dense, Entries, Gradients, Limits, Masks, Mined, Needs, Pairs, Plan, Soft, of_side
+from goal.positives import Positives
 from goal.similarity import Dot, norm
 
 TILE = 1 << 22  # elements of S in memory at a time
@@ -60,10 +61,14 @@ def limits(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Lim
     are no product: there the larger of the two norms takes the place of their product.
     """
     x, y, _ = block
-    known = pairs.bounds.tolist() if pairs.bounds.numel() else bounds(similarity, x, y, pairs.s_pos, request)
+    known = pairs.bounds.tolist() if pairs.bounds.numel() else bounds(similarity, x, y, pairs.of(0), request)
     least, x_norm, y_norm = known
     size = max(x_norm, y_norm) if similarity.name == "order" else x_norm * y_norm
-    return Limits(-least - BAND, 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * size)
+    tie = 2 * math.sqrt(x.shape[1]) * torch.finfo(x.dtype).eps * size
+    if pairs.s_pos.dim() == 1:
+        return Limits(-least - BAND, tie)
+    forth, back = pairs.s_pos.amin(1).tolist()
+    return Limits(forth - BAND, tie, back - BAND)
 
 
 def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> Statistics:
@@ -74,7 +79,7 @@ def statistics(similarity: Dot, block: Block, pairs: Pairs, request: Request) ->
     """
     x, y, masks = block
     n, m = masks.n, masks.m
-    if n != m or n * m > SMALL or request.softmax is not None:
+    if n != m or n * m > SMALL or request.softmax is not None or masks.by_ids:
         rows, cols, exps = _mined(similarity, block, pairs, request)
         return finish(pairs.s_pos, rows, cols)._replace(exps=exps)
     tile = _coded(masks, x.dtype).hide(similarity.tile(x, y))
@@ -109,7 +114,8 @@ def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tup
     x, y, masks = block
     coded, (rows, cols) = _coded(masks, x.dtype), (masks.anchors(0), masks.anchors(1))
     n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
-    reduce = _Reduction(request, limits(similarity, block, pairs, request))
+    bounds_of = limits(similarity, block, pairs, request)
+    reduce, back = _Reduction(request, bounds_of.of(0)), _Reduction(request, bounds_of.of(1))
     of_rows: Partial | None = None
     of_cols: Partial | None = None
     exps = None
@@ -123,16 +129,16 @@ def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tup
         shared = None
         tile = inside.hide(tile) if request.hardest else tile
         if anchors:
-            part, shared = reduce(tile[:anchors], -1, masks.col_offset, pairs.s_pos[here])
+            part, shared = reduce(tile[:anchors], -1, masks.col_offset, pairs.of(0)[here])
             of_rows = _filled(of_rows, _beside(part, soft_rows, anchors), at.start, n_rows)
         if n_cols:
-            if shared is not None and (anchors, n_cols) != tile.shape:
+            if (anchors, n_cols) != tile.shape or bounds_of.back is not None:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
-            part, _ = reduce(tile[:, :n_cols], 0, inside.row_offset, pairs.s_pos[cols], shared)
+            part, _ = back(tile[:, :n_cols], 0, inside.row_offset, pairs.of(1)[cols], shared)
             part = _beside(part, soft_cols, n_cols)
-            of_cols = part if of_cols is None else merge(of_cols, part, request, reduce.limits)
-    x_to_y = of_rows if of_rows is not None else _nothing(pairs.s_pos, request)
-    y_to_x = of_cols if of_cols is not None else _nothing(pairs.s_pos, request)
+            of_cols = part if of_cols is None else merge(of_cols, part, request, back.limits)
+    x_to_y = of_rows if of_rows is not None else _nothing(pairs.s_pos, request, masks.by_ids)
+    y_to_x = of_cols if of_cols is not None else _nothing(pairs.s_pos, request, masks.by_ids)
     if not request.hardest:
         return x_to_y, y_to_x, exps
     counts: list[Callable[[], Tensor] | None] = [None, None]
@@ -146,6 +152,52 @@ def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tup
         return similarity.pairs(x, y[:n_cols], negative - masks.row_offset, None)
 
     return _rescore(x_to_y, counts[0], of_x), _rescore(y_to_x, counts[1], of_y), exps
+
+
+def positives(similarity: Dot, block: Block, rule: Positives) -> tuple[Partial, Partial]:
+    """The partials of a block of S over positives by ids, in both directions.
+
+    A hardest positive is a partial's hardest negative of −S.
+    """
+    x, y, masks = block
+    coded, request, nowhere = _coded(masks, x.dtype), Request(softmax=rule.softmax), Limits(0.0, 0.0)
+    of_rows: list[Partial] = []
+    of_cols: Partial | None = None
+    for at in tiles(masks.n, masks.m):
+        rows, cols = _positive(similarity.tile(x[at], y), coded.tile(at), rule)
+        of_rows.append(rows)
+        of_cols = cols if of_cols is None else merge(of_cols, cols, request, nowhere)
+    assert of_cols is not None
+    columns = zip(*of_rows, strict=True)
+    parts: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+    rows = Partial(*parts)
+    if rule.softmax is not None:
+        return rows, of_cols
+    return (
+        _as_pairs(rows, lambda index: similarity.pairs(x, y, None, index - masks.col_offset)),
+        _as_pairs(of_cols, lambda index: similarity.pairs(x, y, index - masks.row_offset, None)),
+    )
+
+
+def _positive(tile: Tensor, masks: Masks, rule: Positives) -> tuple[Partial, Partial]:
+    """The partials of a tile, which is overwritten."""
+    if rule.softmax is None:
+        hidden = masks.hide(tile.neg_(), "positives")
+        (s, at), (t, by) = _max(hidden, -1), _max(hidden, 0)
+        return Partial(s, at + masks.col_offset), Partial(t, by + masks.row_offset)
+    sums = masks.hide(torch.zeros_like(tile), "positives").exp_().mul_(tile)
+    owns = sums.sum(1), sums.sum(0)
+    *parts, _ = softly.scan(tile, masks, rule.softmax, shares=False)
+    of_rows, of_cols = (Partial(**one._asdict(), own=own) for one, own in zip(parts, owns, strict=True))
+    return of_rows, of_cols
+
+
+def _as_pairs(part: Partial, scores: Callable[[Tensor], Tensor]) -> Partial:
+    """The partial of hardest positives with similarities as those of pairs; a non-finite maximum stays."""
+    assert part.s_neg is not None
+    assert part.negative is not None
+    s = torch.add(-scores(part.negative), part.s_neg, alpha=0)
+    return part._replace(s_neg=torch.where(part.s_neg == -math.inf, part.s_neg, s))
 
 
 def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
@@ -228,10 +280,8 @@ class _Reduction:
             part = part._replace(exp_count=valid - has, exp_sum=total)
         return part, shared
 
-    def softly(
-        self, tile: Tensor, masks: Masks, keep: bool
-    ) -> tuple[softly.Sums | None, softly.Sums | None, Exps | None]:
-        """The log-sums of a tile's anchors, if soft mining is requested; the tile is overwritten unless it is needed.
+    def softly(self, tile: Tensor, masks: Masks, keep: bool) -> tuple[Partial, Partial, Exps | None]:
+        """The log-sums of a tile's rows and columns, if soft mining is requested; it is overwritten if nothing else is.
 
         Args:
             tile: (n, m), all entries.
@@ -239,11 +289,24 @@ class _Reduction:
         """
         softmax = self.request.softmax
         if softmax is None:
-            return None, None, None
+            return Partial(), Partial(), None
+        owns = self._owns(tile, masks)
         if self.request.hardest:
             tile = self.memory("hardness", tile.shape, tile).copy_(tile)
-        rows, cols, exps = softly.scan(tile, masks, softmax, self.request.shares)
+        *sums, exps = softly.scan(tile, masks, softmax, self.request.shares)
+        rows, cols = (Partial(**one._asdict(), own=own) for one, own in zip(sums, owns, strict=True))
         return rows, cols, exps if keep and softmax.at == "aggregate" else None
+
+    @staticmethod
+    def _owns(tile: Tensor, masks: Masks) -> tuple[Tensor | None, Tensor | None]:
+        """The similarities of a tile's pairs, for its rows (n,) and its columns (m,); 0 where the pair is elsewhere."""
+        if masks.by_ids:
+            return None, None
+        rows, cols, pairs = tile.new_zeros(masks.n), tile.new_zeros(masks.m), masks.diagonal(tile)
+        first = max(masks.row_offset, masks.col_offset)
+        for own, offset in ((rows, masks.row_offset), (cols, masks.col_offset)):
+            own[first - offset : first - offset + len(pairs)] = pairs
+        return rows, cols
 
     def _share(self, tile: Tensor, s_neg: Tensor) -> _Shared:
         valid = torch.ge(tile, self.limits.threshold, out=self.memory("valid", tile.shape, tile))
@@ -282,12 +345,9 @@ def _max(tile: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, group * _GROUP + within
 
 
-def _beside(part: Partial, sums: softly.Sums | None, count: int) -> Partial:
+def _beside(part: Partial, sums: Partial, count: int) -> Partial:
     """The partial of a tile's anchors with their log-sums; they are the first of its rows or columns."""
-    if sums is None:
-        return part
-    own = {name: None if one is None else one[:count] for name, one in sums._asdict().items()}
-    return part._replace(**own)
+    return part._replace(**{name: one[:count] for name, one in sums._asdict().items() if one is not None})
 
 
 def _filled(full: Partial | None, part: Partial, start: int, size: int) -> Partial:
@@ -310,7 +370,7 @@ def _anchors(part: Partial) -> int:
     return next(len(column) for column in part if column is not None)
 
 
-def _nothing(s_pos: Tensor, request: Request) -> Partial:
+def _nothing(s_pos: Tensor, request: Request, by_ids: bool) -> Partial:
     """The partial of no anchors."""
     none, index = s_pos.new_empty(0), s_pos.new_empty(0, dtype=torch.int64)
     wanted = {
@@ -320,6 +380,7 @@ def _nothing(s_pos: Tensor, request: Request) -> Partial:
         **dict.fromkeys(("exp_count", "exp_sum"), request.beta is not None),
         **dict.fromkeys(("peak", "soft_sum"), request.softmax is not None),
         "soft_norm": request.shares,
+        "own": request.softmax is not None and not by_ids,
     }
     return Partial(**{name: index if "negative" in name else none for name, asked in wanted.items() if asked})
 
@@ -353,7 +414,11 @@ def dense_value(similarity: Dot, block: Block, dense: Dense) -> Tensor:
         tile, inside = similarity.tile(x[rows], y), coded.tile(rows)
         live, fits = inside.live(tile), bounded(tile, s_pos)
         for dim, part, at in _directions(inside):
-            own, s, met = s_pos[at].unsqueeze(dim), tile[part], dense.share[1 - dim, at].unsqueeze(dim)
+            own, s, met = (
+                of_side(s_pos, 1 - dim)[at].unsqueeze(dim),
+                tile[part],
+                dense.share[1 - dim, at].unsqueeze(dim),
+            )
             loss = dense.product.value(own, s)
             if not fits:
                 loss = torch.where(own.isfinite() & s.isfinite(), loss, torch.nan)
@@ -383,7 +448,7 @@ def dense_block(
         tile, inside = similarity.tile(x[rows], y), coded.tile(rows)
         live, g, fits = inside.live(tile), torch.zeros_like(tile), bounded(tile, s_pos)
         for dim, part, at in _directions(inside):
-            own, s = s_pos[at].unsqueeze(dim), tile[part]
+            own, s = of_side(s_pos, 1 - dim)[at].unsqueeze(dim), tile[part]
             relative = {name: value[1 - dim, at].unsqueeze(dim) for name, value in dense.relative.items()}
             weights = product.weights(own, s, relative)
             met = live[part] * dense.share[1 - dim, at].unsqueeze(dim)
@@ -391,6 +456,8 @@ def dense_block(
                 gone = (met != 0) & lost(own, s, weights, product.value(own, s))
                 met = torch.where(gone, torch.nan, met)
             of_pairs, of_negatives = weights.coefficients(met)
+            if dense.apart:
+                of_pairs = met * weights.T
             g[part] += of_negatives
             pull[1 - dim, at] += of_pairs.sum(dim)
         similarity.add_vjp(x[rows], y, g, None if gx is None else gx[rows], gy)
@@ -400,7 +467,7 @@ def dense_block(
 def mined_emit(similarity: Dot, block: Block, mined: Mined, incoming: Tensor | None, needs: Needs) -> Gradients:
     """∂l/∂x (n, D) and ∂l/∂y (m, D) of the mined entries in a block of S, times the incoming gradient (0-d)."""
     x, y, masks = block
-    entries = mined.entries()
+    entries = mined.entries(masks.size)
     if not masks.whole:
         row, col = entries.row - masks.row_offset, entries.col - masks.col_offset
         inside = (row >= 0) & (row < masks.n) & (col >= 0) & (col < masks.m)

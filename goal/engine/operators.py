@@ -1,11 +1,11 @@
 """The quadratic stages as the path calls them: directly, or as operators in a graph of `torch.compile`.
 
 Dispatching an operator costs more than a small product, so outside a graph the backend is called directly. In a graph
-the stages are the operators `goal::pair`, `goal::mine`, `goal::dense_value`, `goal::dense_block`, `goal::soft_block`
-and `goal::mined_emit`. `_operator` makes each of them from a function that computes the stage and a function that gives
-the shapes of its results. All operators take the same arguments: a `Work`, packed into tensors, sizes, numbers and a
-string of structure (names and flags). Numbers are data, with NaN for None, so changing τ or a margin changes a tensor
-and not the graph.
+the stages are the operators `goal::pair`, `goal::positives`, `goal::mine`, `goal::dense_value`, `goal::dense_block`,
+`goal::soft_block` and `goal::mined_emit`. `_operator` makes each of them from a function that computes the stage and a
+function that gives the shapes of its results. All operators take the same arguments: a `Work`, packed into tensors,
+sizes, numbers and a string of structure (names and flags). Numbers are data, with NaN for None, so changing τ or a
+margin changes a tensor and not the graph.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 from goal import similarity as similarity_
 from goal import terms
 from goal.engine.backend import Backend
+from goal.engine.partials import positives_of
 from goal.engine.statistics import Request, Statistics
 from goal.engine.types import Block, Dense, Gradients, Masks, Mined, Needs, Pairs, Soft
-from goal.mining import HARDNESS, LEVELS, Softmax
+from goal.mining import CURVES, Softmax
+from goal.positives import Positives
 from goal.terms import Parameter, Product, Term
 
 
@@ -31,6 +33,15 @@ def pair(backend: Backend, block: Block, mined: bool) -> Pairs:
     if not torch.compiler.is_compiling():
         return backend.pair(block.x, block.y, block.masks.pairs, mined)
     return Pairs(*_PAIR(Work(backend, block)))
+
+
+def positives(backend: Backend, block: Block, rule: Positives) -> Pairs:
+    """The positives by ids of a whole batch."""
+    if not torch.compiler.is_compiling():
+        return positives_of(rule, block.masks.positives, *backend.positives(block, rule))
+    s_pos, *rest = _POSITIVES(Work(backend, block, rule=rule))
+    hardest, log_sum, exact = (one if one.numel() else None for one in rest)
+    return Pairs(s_pos, torch.empty(0, dtype=torch.float64), hardest, log_sum, exact)
 
 
 def statistics(backend: Backend, block: Block, pairs: Pairs, request: Request) -> Statistics:
@@ -70,7 +81,7 @@ def mined_emit(backend: Backend, block: Block, mined: Mined, incoming: Tensor | 
     """Gradients of the mined entries in a block of S at its rows and columns, times the incoming gradient (0-d)."""
     if not (backend.kernels and torch.compiler.is_compiling()):  # the eager stage is plain tensor functions
         return backend.mined_emit(block, mined, incoming, needs)
-    incoming = mined.pull.new_ones(()) if incoming is None else incoming
+    incoming = mined.push.new_ones(()) if incoming is None else incoming
     gx, gy = _MINED_EMIT(Work(backend, block, mined=mined, incoming=incoming, needs=needs))
     return gx if needs[0] else None, gy if needs[1] else None
 
@@ -85,6 +96,7 @@ class Work(NamedTuple):
     block: Block
     pairs: Pairs | None = None
     request: Request | None = None
+    rule: Positives | None = None
     dense: Dense | None = None
     soft: Soft | None = None
     mined: Mined | None = None
@@ -97,14 +109,21 @@ Packed = tuple[list[Tensor], list[int], Tensor, str]  # tensors, sizes, numbers,
 
 def pack(work: Work) -> Packed:
     (impl, precision, similarity), (x, y, masks) = work.backend, work.block
-    tensors, numbers, parts = [x, y], [], [impl, precision, similarity.name]
+    numbers: list[Parameter] = []
+    tensors, parts = [x, y], [impl, precision, similarity.name]
     sizes = [masks.n, masks.m, *masks.size, masks.row_offset, masks.col_offset]
     if masks.ids is not None and masks.y_ids is not None:
         tensors += [masks.ids, masks.y_ids]
         parts.append("ids")
+    parts += ["by-ids"] * masks.by_ids + ["one-set"] * masks.one_set
     if work.pairs is not None:
-        tensors += work.pairs
+        tensors += [work.pairs.s_pos, work.pairs.bounds]
         parts.append("pairs")
+    if work.rule is not None:
+        parts.append(f"rule:{work.rule.name}")
+        if work.rule.softmax is not None:
+            numbers += work.rule.softmax.numbers.values()
+            parts[-1] = _softmax_as_text(parts[-1], work.rule.softmax)
     if work.request is not None:
         semi_hard, lin, beta, hardest, softmax, shares = work.request
         numbers += [semi_hard, beta]
@@ -114,21 +133,24 @@ def pack(work: Work) -> Packed:
             numbers += softmax.numbers.values()
             parts.append(_softmax_as_text("sums", softmax))
     if work.dense is not None:
-        product, s_pos, bounds, share, relative, every, _ = work.dense
+        product, s_pos, bounds, share, relative, every, _, apart = work.dense
         tensors += [s_pos, bounds, share, *relative.values()]
         numbers += [value for term in (product.T, product.P) for value in term.params.values()]
-        parts.append(":".join(["dense", product.T.name, product.P.name, "every" if every else "some", *relative]))
+        how = "every" if every else "some", "apart" if apart else "together"
+        parts.append(":".join(["dense", product.T.name, product.P.name, *how, *relative]))
     if work.soft is not None:
         soft = work.soft
-        tensors += [soft.log_sum, soft.pull, soft.push, soft.s_pos, *soft.relative.values()]
+        pulls = [] if soft.pull is None else [soft.pull]
+        tensors += [soft.log_sum, soft.push, soft.s_pos, *pulls, *soft.relative.values()]
         numbers += soft.softmax.numbers.values()
-        parts.append(_softmax_as_text("soft", soft.softmax))
+        parts.append(_softmax_as_text("soft:pulls" if pulls else "soft:none", soft.softmax))
         if soft.product is not None:
             numbers += [value for term in (soft.product.T, soft.product.P) for value in term.params.values()]
             parts.append(":".join(["each", soft.product.T.name, soft.product.P.name, *soft.relative]))
     if work.mined is not None and work.incoming is not None:
-        tensors += [*work.mined, work.incoming]
-        parts.append("mined")
+        pulls = [] if work.mined.pull is None else [work.mined.pull]
+        tensors += [work.mined.negative, work.mined.push, work.incoming, *pulls]
+        parts.append("mined:pulls" if pulls else "mined:none")
     parts.append("".join("1" if need else "0" for need in work.needs))
     as_numbers = [math.nan if value is None else float(value) for value in numbers]
     return tensors, sizes, torch.tensor(as_numbers, dtype=torch.float64, device="cpu"), ",".join(parts)
@@ -139,7 +161,8 @@ def unpack(tensors: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[fl
     tensor, number = iter(tensors), iter(numbers)
     x, y = next(tensor), next(tensor)
     n, m, rows, cols, row_offset, col_offset = sizes
-    masks = Masks(n, m, (rows, cols), row_offset, col_offset)
+    by_ids, one_set = "by-ids" in parts, "one-set" in parts
+    masks = Masks(n, m, (rows, cols), row_offset, col_offset, by_ids=by_ids, one_set=one_set)
     if "ids" in parts:
         masks = masks._replace(ids=next(tensor), y_ids=next(tensor))
     wanted: Needs = (needs[0] == "1", needs[1] == "1")
@@ -157,9 +180,13 @@ def unpack(tensors: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[fl
             assert work.request is not None
             work = work._replace(request=work.request._replace(softmax=_softmax(rest, number)))
         elif kind == "soft":
-            softmax = _softmax(rest, number)
-            log_sum, pull, push, s_pos = (next(tensor) for _ in range(4))
+            softmax = _softmax(rest[1:], number)
+            log_sum, push, s_pos = next(tensor), next(tensor), next(tensor)
+            pull = next(tensor) if rest[0] == "pulls" else None
             work = work._replace(soft=Soft(softmax, log_sum, pull, push, s_pos, {}, None, None))
+        elif kind == "rule":
+            name, *its = rest
+            work = work._replace(rule=Positives(name, _softmax(its, number) if its else None))
         elif kind == "each":
             assert work.soft is not None
             t, p, *names = rest
@@ -167,14 +194,17 @@ def unpack(tensors: Sequence[Tensor], sizes: Sequence[int], numbers: Sequence[fl
             relative = {name: next(tensor) for name in names}
             work = work._replace(soft=work.soft._replace(product=product, relative=relative))
         elif kind == "dense":
-            t, p, every, *names = rest
+            t, p, every, apart, *names = rest
             product = Product(_term(terms.T[t], number), _term(terms.P[p], number))
             s_pos, bounds, share = next(tensor), next(tensor), next(tensor)
             relative = {name: next(tensor) for name in names}
-            work = work._replace(dense=Dense(product, s_pos, bounds, share, relative, every == "every"))
+            work = work._replace(
+                dense=Dense(product, s_pos, bounds, share, relative, every == "every", apart=apart == "apart")
+            )
         elif kind == "mined":
-            mined = Mined(next(tensor), next(tensor), next(tensor))
-            work = work._replace(mined=mined, incoming=next(tensor))
+            negative, push, incoming = next(tensor), next(tensor), next(tensor)
+            mined = Mined(negative, next(tensor) if rest[0] == "pulls" else None, push)
+            work = work._replace(mined=mined, incoming=incoming)
     return work
 
 
@@ -190,14 +220,14 @@ def _term(definition: terms.Definition, numbers: Iterator[float]) -> Term:
 
 
 def _softmax_as_text(kind: str, softmax: Softmax) -> str:
-    curves = softmax.hardness.name, softmax.level.name
+    curves = softmax.hardness.key, softmax.level.key
     return ":".join([kind, *curves, softmax.at, softmax.over, softmax.normalise])
 
 
 def _softmax(structure: Sequence[str], numbers: Iterator[float]) -> Softmax:
     hardness, level, at, over, normalise = structure
     tau, alpha, margin = next(numbers), next(numbers), next(numbers)
-    return Softmax(HARDNESS[hardness], LEVELS[level], tau, alpha, margin, at, over, normalise)
+    return Softmax(CURVES[hardness], CURVES[level], tau, alpha, margin, at, over, normalise)
 
 
 # ── the operators ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -244,6 +274,19 @@ def _pair_shapes(work: Work) -> Outputs:
     return s_pos, x.new_empty(3 if kernels else 0, dtype=torch.int32 if kernels else torch.float64)
 
 
+def _positives(work: Work) -> Outputs:
+    assert work.rule is not None
+    found = positives_of(work.rule, work.block.masks.positives, *work.backend.positives(work.block, work.rule))
+    return found.s_pos, found.hardest, found.log_sum, found.exact
+
+
+def _positives_shapes(work: Work) -> Outputs:
+    assert work.rule is not None
+    x, k, soft = work.block.x, work.block.masks.pairs, work.rule.softmax is not None
+    index, log_sum = x.new_empty(2, k, dtype=torch.int64), x.new_empty(2, k, dtype=torch.float64)
+    return x.new_empty(2, k), *((None, log_sum, torch.empty_like(log_sum)) if soft else (index, None, None))
+
+
 def _mine(work: Work) -> Outputs:
     assert work.pairs is not None
     assert work.request is not None
@@ -264,8 +307,10 @@ def _mine_shapes(work: Work) -> Outputs:
 
     semi = semi_hard is not None
     extrema = [one() if wanted else None for wanted in (hardest, semi) for one in (value, index)]
-    sums = [value() if wanted else None for wanted in (lin, beta is not None, softmax is not None, shares)]
-    return *extrema, *sums
+    sums = [value() if wanted else None for wanted in (lin, beta is not None)]
+    log_sum = None if softmax is None else s_pos.new_empty(2, k, dtype=torch.float64)
+    own = None if softmax is None or work.block.masks.by_ids else s_pos.new_empty(k)
+    return *extrema, *sums, log_sum, own, value() if shares else None
 
 
 def _dense_value(work: Work) -> Outputs:
@@ -306,6 +351,7 @@ def _emit_shapes(work: Work) -> Outputs:
 
 
 _PAIR = _operator("pair", _pair, _pair_shapes)
+_POSITIVES = _operator("positives", _positives, _positives_shapes)
 _MINE = _operator("mine", _mine, _mine_shapes)
 _DENSE_VALUE = _operator("dense_value", _dense_value, _dense_value_shapes)
 _DENSE_BLOCK = _operator("dense_block", _dense_block, _dense_block_shapes)

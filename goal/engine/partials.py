@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from goal.engine.statistics import Request, Statistics
-from goal.engine.types import Limits
+from goal.engine.types import Limits, Pairs
+from goal.positives import Positives
 
 
 class Partial(NamedTuple):
@@ -29,6 +31,7 @@ class Partial(NamedTuple):
     peak: Tensor | None = None  # (A,) near the largest hardness of soft mining; −inf if there is no negative yet
     soft_sum: Tensor | None = None  # (A,) Σ e^{h − peak}
     soft_norm: Tensor | None = None  # (A,) (Σ e^{2(h − peak)})^½
+    own: Tensor | None = None  # (A,) Σ s over the anchor's positives, as tiles have them: its pair, or those by ids
 
 
 def merge(a: Partial, b: Partial, request: Request, limits: Limits) -> Partial:
@@ -87,7 +90,8 @@ def _merged_softmax(a: Partial, b: Partial) -> Partial:
         return Partial()
     peak = torch.maximum(a.peak, b.peak)
     by_a, by_b = (torch.where(one == peak, 1, torch.exp(one - peak)) for one in (a.peak, b.peak))
-    merged = Partial(peak=peak, soft_sum=a.soft_sum * by_a + b.soft_sum * by_b)
+    own = None if a.own is None or b.own is None else a.own + b.own
+    merged = Partial(peak=peak, soft_sum=a.soft_sum * by_a + b.soft_sum * by_b, own=own)
     if a.soft_norm is None or b.soft_norm is None:
         return merged
     return merged._replace(soft_norm=torch.hypot(a.soft_norm * by_a, b.soft_norm * by_b))
@@ -102,10 +106,9 @@ def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
     """Statistics from the partials over all candidates: x→y and y→x, or a single partial with both as its rows."""
     part = directions[0]
     if len(directions) == 2:
-        columns: list[Any] = [
-            None if a is None or b is None else torch.stack((a, b)) for a, b in zip(*directions, strict=True)
-        ]
-        part = Partial(*columns)
+        part = Partial(
+            **{name: _stacked(name, *(getattr(one, name) for one in directions)) for name in Partial._fields}
+        )
 
     def mean(total: Tensor | None, count: Tensor | None) -> Tensor | None:
         return None if total is None or count is None else total / count.clamp(min=1)  # an empty set has total 0
@@ -118,9 +121,55 @@ def finish(s_pos: Tensor, *directions: Partial) -> Statistics:
         semi_negative=part.semi_negative,
         r_neg_lin=mean(part.lin_sum, part.lin_count),
         r_neg_exp=mean(part.exp_sum, part.exp_count),
-        log_sum=None if part.peak is None or part.soft_sum is None else part.peak + part.soft_sum.log(),
+        log_sum=log_sum(part),
         effective=_effective(part.soft_sum, part.soft_norm),
+        own=None if part.own is None else part.own[0],
     )
+
+
+def _stacked(name: str, rows: Tensor | None, cols: Tensor | None) -> Tensor | None:
+    """A field of both directions, (2, A); where one has fewer anchors, what it lacks has no candidates."""
+    if rows is None or cols is None:
+        return None
+    if len(rows) == len(cols):
+        return torch.stack((rows, cols))
+    nothing = -torch.inf if name in ("s_neg", "semi", "peak") else 0
+    size = max(len(rows), len(cols))
+    return torch.stack([torch.nn.functional.pad(one, (0, size - len(one)), value=nothing) for one in (rows, cols)])
+
+
+def _both(rows: Partial, cols: Partial) -> Partial:
+    """The partials of both directions as the rows of one."""
+    fields = {name: _stacked(name, getattr(rows, name), getattr(cols, name)) for name in Partial._fields}
+    return Partial(**fields)
+
+
+def positives_of(rule: Positives, count: Callable[[int], Tensor], rows: Partial, cols: Partial) -> Pairs:
+    """The positives of anchors from the partials over all candidates of x→y and of y→x.
+
+    count: side → the number of positives of its anchors.
+    """
+    part = _both(rows, cols)
+    none = torch.empty(0, dtype=torch.float64)
+    if rule.softmax is None:
+        assert part.s_neg is not None
+        return Pairs(-part.s_neg, none, part.negative)
+    sums, counts = log_sum(part), _stacked("count", count(0), count(1))
+    assert sums is not None
+    assert counts is not None
+    assert part.own is not None
+    stands = rule.softmax.stands(sums)
+    if rule.linear:  # a single positive stands for itself, to the bit
+        stands = torch.where(rule.mean | (counts == 1), part.own.double() / counts, stands)
+    stands = torch.where(counts > 0, stands, torch.inf)
+    return Pairs(stands.to(part.own.dtype), none, None, sums, stands)
+
+
+def log_sum(part: Partial) -> Tensor | None:
+    """log Z in float64; −inf without candidates."""
+    if part.peak is None or part.soft_sum is None:
+        return None
+    return part.peak.double() + part.soft_sum.double().log()
 
 
 def _effective(total: Tensor | None, norm: Tensor | None) -> Tensor | None:

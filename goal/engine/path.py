@@ -22,10 +22,12 @@ from goal.engine.backend import Backend, backend
 from goal.engine.call import Call
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
-from goal.engine.types import Block, Coefficients, Entries, Gradients, Masks, Needs, Pairs, total
+from goal.engine.types import Block, Coefficients, Entries, Gradients, Masks, Mined, Needs, Pairs, Soft, total
 from goal.engine.weigh import Weighed, share_of, weigh
+from goal.positives import Positives
 from goal.similarity import Dot
 from goal.terms.product import Weights
+from goal.validation import check_paired, check_positives
 
 
 class Mines(Protocol):
@@ -79,15 +81,28 @@ def batch_of(call: Call, settings: Settings) -> Whole:
     """The batch of a call: embedded, with its pairs."""
     does, _ = backend(settings, call.x, call.y)
     n, m = call.x.shape[0], call.y.shape[0]
-    block = does.block(call.x, call.y, Masks(n, m, (n, m), ids=call.ids, y_ids=call.y_ids))
+    by_ids = settings.positives.by_ids
+    check_ids(call, settings.positives)
+    masks = Masks(n, m, (n, m), ids=call.ids, y_ids=call.y_ids, by_ids=by_ids, one_set=call.one_set)
+    block = does.block(call.x, call.y, masks)
+    if by_ids:
+        return Whole(does, block, operators.positives(does, block, settings.positives))
     return Whole(does, block, operators.pair(does, block, settings.mining.dense == "never"))
+
+
+def check_ids(call: Call, positives: Positives) -> None:
+    """Check that the ids fit the rule of positives; what they hold is read where entries are checked to be finite."""
+    if positives.by_ids and (call.finite or call.ids is None):
+        check_positives(call.ids, call.y_ids, call.one_set, positives)
+    if not positives.by_ids and call.finite:
+        check_paired(call.ids, call.y_ids)
 
 
 def forward(call: Call, settings: Settings) -> Outcome:
     """The value, and the objects that backward needs besides x and y."""
     batch = batch_of(call, settings)
     does, block, pairs = batch
-    share = share_of(pairs, call.weight, settings)
+    share = share_of(pairs, call.weight, settings, block.masks)
     statistics = batch.mine(settings) if settings.mines else None
     weighed = weighed_by(does, settings, block.masks, pairs, statistics, share)
     value, dense = weighed.value, weighed.coefficients.dense
@@ -151,8 +166,9 @@ def emit_blocks(
         own: the own rows of x and of y, pair by pair.
         coefficients: of all anchors.
     """
-    blocks, (mined, dense, soft) = list(blocks), coefficients
+    blocks, (mined, dense, soft, positives) = list(blocks), coefficients
     gx, gy = None, None
+    at_positives: list[Mined | Soft] = []
     if dense is not None:
         if incoming is not None:
             dense = dense.times(incoming)
@@ -164,11 +180,15 @@ def emit_blocks(
                 one if counts else torch.zeros_like(one) for one, counts in zip(taken, (rows, cols), strict=True)
             ]
             pull = pull + torch.stack(counted)
-        at_x, at_y = at_pairs(does.similarity, own, dense.at_pairs(pull).sum(0), needs)
-        gx, gy = total(gx, at_x), total(gy, at_y)
+        if positives is None:
+            at_x, at_y = at_pairs(does.similarity, own, dense.at_pairs(pull).sum(0), needs)
+            gx, gy = total(gx, at_x), total(gy, at_y)
+        else:
+            at_positives.append(positives.entries(dense.at_pairs(pull)))
+    if positives is not None and (mined is not None or soft is not None):
+        at_positives.append(positives.entries(positives.pull if incoming is None else positives.pull * incoming))
     if soft is not None:
-        if incoming is not None:
-            soft = soft._replace(pull=soft.pull * incoming, push=soft.push * incoming)
+        soft = soft if incoming is None else soft.times(incoming)
         for block, (rows, cols) in blocks:
             at_x, at_y = operators.soft_block(does, block, soft, (needs[0] and rows, needs[1] and cols))
             gx, gy = total(gx, at_x), total(gy, at_y)
@@ -178,7 +198,20 @@ def emit_blocks(
             if any(wanted):
                 at_x, at_y = operators.mined_emit(does, block, mined, incoming, wanted)
                 gx, gy = total(gx, at_x), total(gy, at_y)
+    for part in at_positives:
+        for block, (rows, cols) in blocks:
+            at_x, at_y = positive_emit(does, block, part, (needs[0] and rows, needs[1] and cols))
+            gx, gy = total(gx, at_x), total(gy, at_y)
     return gx, gy
+
+
+def positive_emit(does: Backend, block: Block, part: Mined | Soft, needs: Needs) -> Gradients:
+    """∂l/∂x and ∂l/∂y of a block of S, from entries of G at positives by ids."""
+    if not any(needs):
+        return None, None
+    if isinstance(part, Soft):
+        return operators.soft_block(does, block, part, needs)
+    return operators.mined_emit(does, block, part, None, needs)
 
 
 def at_pairs(similarity: Dot, own: Block, value: Tensor, needs: Needs) -> Gradients:

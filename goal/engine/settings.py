@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from goal import mining as mining_
+from goal import positives as positives_
 from goal import similarity as similarity_
 from goal import terms
-from goal.engine.statistics import Request, Statistics, r_pos_exp, r_pos_lin
+from goal.engine.statistics import Request, Statistics, by_direction, r_pos_exp, r_pos_lin
 from goal.mining import Mining
 from goal.names import nearest, unknown
+from goal.positives import Positives
 from goal.similarity import Dot
 from goal.terms import Parameter, Product, Term
 from goal.terms.probe import probe
@@ -27,6 +29,7 @@ REDUCTIONS = ("mean", "sum")
 DIRECTIONS = ("both", "x→y", "y→x")
 _ALIASES = {"x->y": "x→y", "x2y": "x→y", "y->x": "y→x", "y2x": "y→x"}
 Scale = float | Callable[..., Any]
+_PAIR = positives_.pair()
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 PRECISIONS = ("fast", "tf32", "exact")
 
@@ -44,14 +47,23 @@ class Settings:
     precision: str
     scale: Scale = 1.0  # factor of the value and of the gradient; or a function of the objective's numbers
     directions: str = "both"
+    positives: Positives = _PAIR
 
     @property
     def factor(self) -> Any:
         """The number by which the value and the gradient are multiplied."""
         if not callable(self.scale):
             return self.scale
-        known = {**self.mining.numbers, **self.product.P.params, **self.product.T.params}
+        known = self.numbers
         return self.scale(**{name: known[name] for name in _asked(self.scale)})
+
+    @property
+    def numbers(self) -> dict[str, Parameter]:
+        """The numbers of the mining rule, of P and of T by name; of equal names T's counts, then P's."""
+        known: dict[str, Parameter] = {}
+        for some in (self.mining.numbers, self.product.P.params, self.product.T.params):
+            known |= {name: value for name, value in some.items() if value is not None}
+        return known
 
     @property
     def shown(self) -> Settings:
@@ -70,9 +82,10 @@ class Settings:
         relative: dict[str, Tensor] = {}
         for name in self.product.statistics:
             if name == "r_pos_lin":
-                relative[name] = r_pos_lin(statistics.s_pos, statistics.hardest[0])
+                relative[name] = by_direction(r_pos_lin, statistics)
             elif name == "r_pos_exp":
-                relative[name] = r_pos_exp(statistics.s_pos, statistics.hardest[0], self.product.read_by(name))
+                alpha = self.product.read_by(name)
+                relative[name] = by_direction(functools.partial(r_pos_exp, alpha=alpha), statistics)
             else:
                 relative[name] = getattr(statistics, name)
         return relative
@@ -88,14 +101,14 @@ def settings(
     precision: str = "fast",
     scale: Scale = 1.0,
     directions: str = "both",
+    positives: Positives = _PAIR,
 ) -> Settings:
     """The checked objective for the arguments of `goal.apply`; cached by arguments."""
     compiles = torch.compiler.is_compiling()
     if not callable(scale) and not compiles:  # before it is a key, to which True would be 1.0
         scale = real_number("scale", scale, 0.0, above=True)
-    arguments = (T, P, mining, similarity, reduction, impl, precision, scale, directions)
-    known = not compiles and all(isinstance(one, Hashable) for one in arguments)
-    return (_make_once if known else _make)(*arguments)
+    arguments = (T, P, mining, similarity, reduction, impl, precision, scale, directions, positives)
+    return (_make if compiles or not _hashable(arguments) else _make_once)(*arguments)
 
 
 def _make(
@@ -108,6 +121,7 @@ def _make(
     precision: str,
     scale: Scale,
     directions: str,
+    positives: Positives,
 ) -> Settings:
     if reduction not in REDUCTIONS:
         raise unknown("reduction", reduction, REDUCTIONS)
@@ -124,11 +138,20 @@ def _make(
         softmax=rule.softmax,
     )
     measure = similarity if isinstance(similarity, Dot) else similarity_.bind(similarity)
-    made = Settings(product, rule, measure, reduction, request, impl, precision, scale, directions_of(directions))
+    one_way = directions_of(directions)
+    made = Settings(product, rule, measure, reduction, request, impl, precision, scale, one_way, positives)
     if not torch.compiler.is_compiling():
         _check_scale(made)
         _check_reach(made)
     return made
+
+
+def _hashable(arguments: tuple[Any, ...]) -> bool:
+    try:
+        hash(arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def directions_of(given: object) -> str:
@@ -147,7 +170,7 @@ def _check_scale(made: Settings) -> None:
     """Check that a scale that is a function gives a number > 0 from numbers of the objective."""
     if not callable(made.scale):
         return
-    known = list({**made.mining.numbers, **made.product.P.params, **made.product.T.params})
+    known = list(made.numbers)
     if stray := [name for name in _asked(made.scale) if name not in known]:
         raise TypeError(
             f"scale asks for {stray[0]!r}, which the objective does not have.{nearest(stray[0], known)} "
@@ -173,14 +196,15 @@ def _check_reach(made: Settings) -> None:
 
 
 _make_once = functools.lru_cache(maxsize=256)(_make)
-# of T, of P, of the mining, and the scale
-Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None], Scale]
+# of T, of P, of the mining, the scale, and of the positives
+Numbers = tuple[dict[str, Parameter], dict[str, Parameter], dict[str, float | None], Scale, dict[str, float]]
 
 
 def numbers(objective: Settings) -> Numbers:
     """The parameters of T, of P and of the mining rule, and the scale."""
     product = objective.product
-    return product.T.params, product.P.params, objective.mining.numbers, objective.scale
+    of_positives = objective.positives.numbers
+    return product.T.params, product.P.params, objective.mining.numbers, objective.scale, of_positives
 
 
 def renumbered(
@@ -189,6 +213,7 @@ def renumbered(
     P: dict[str, Parameter],
     mining: dict[str, float | None],
     scale: Scale,
+    positives: dict[str, float],
 ) -> Settings:
     """The objective with other numbers."""
     return settings(
@@ -201,4 +226,5 @@ def renumbered(
         objective.precision,
         scale,
         objective.directions,
+        objective.positives.renumbered(positives),
     )

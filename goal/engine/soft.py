@@ -1,8 +1,10 @@
-"""Soft mining in plain PyTorch: log-sums of a tile of S in both directions, and the coefficients G of a tile.
+"""Softmaxes in plain PyTorch: log-sums of a tile of S in both directions, and the coefficients G of a tile.
 
 Both need e^{h(s)} of every entry, relative to a shift, or it would leave the dtype. A single shift serves the rows and
-the columns of a tile, and so a single exponential an entry, while what it is compared with lies within `_reach` of it:
+the columns of a tile, and so a single exponential an entry, while what it is compared with lies within `reach` of it:
 the largest hardness of each row and column, or their log-sums. Otherwise rows and columns take their own.
+
+Log-sums are in float64 whatever the dtype of S: shares are relative to them, so their error is that of the shares.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from goal.engine.range import reach
 from goal.engine.statistics import Exps
-from goal.engine.types import Masks, Soft
+from goal.engine.types import Masks, Soft, of_side
 from goal.mining import Softmax
 from goal.terms.product import Product
 
@@ -37,23 +39,21 @@ def scan(tile: Tensor, masks: Masks, softmax: Softmax, shares: bool) -> tuple[Su
         masks: of the tile.
         shares: whether to compute the norms as well.
     """
-    low, high = (one.item() for one in torch.aminmax(tile)) if softmax.slope is not None else (math.nan, math.nan)
-    slope = 1.0 if softmax.slope is None else softmax.slope
-    middle = slope * (low + high) / 2
-    if slope * (high - low) <= reach(tile.dtype) and exact(middle, tile.dtype):
-        exps = torch.add(tile.new_tensor(-middle), tile, alpha=slope, out=tile)
-        of_pairs = masks.diagonal(exps).exp()
-        exps = masks.clear(exps.exp_())
-        if softmax.over == "candidates":
-            masks.diagonal(exps).copy_(of_pairs)
-        return *_shared(exps, middle, shares), Exps(exps, middle)
+    if softmax.slope is not None and softmax.over == "negatives":
+        low, high = (softmax.slope * one.item() for one in torch.aminmax(tile))
+        shift = _shift(low, high, tile)
+        if shift is not None:  # for masked entries as well, which are cleared afterwards
+            exps = torch.add(tile.new_tensor(-shift), tile, alpha=softmax.slope, out=tile).exp_()
+            differ = masks.differ(exps)
+            exps = exps if differ is None else exps.mul_(differ)
+            masks.diagonal(exps).zero_()
+            return *_shared(exps, shift, shares), Exps(exps, shift)
     hardness = hidden(tile, masks, softmax)
     tops = hardness.amax(1), hardness.amax(0)
-    low, high = _span(torch.cat(tops))
-    middle = (low + high) / 2
-    if high - low <= reach(tile.dtype) and exact(middle, tile.dtype):
-        exps = hardness.sub_(middle).exp_()
-        return *_shared(exps, middle, shares), Exps(exps, middle)
+    shift = _shift(*_span(torch.cat(tops)), tile)
+    if shift is not None:
+        exps = hardness.sub_(shift).exp_()
+        return *_shared(exps, shift, shares), Exps(exps, shift)
     rows, cols = (_own(hardness, top, dim, shares) for top, dim in zip(tops, (1, 0), strict=True))
     return rows, cols, None
 
@@ -61,16 +61,20 @@ def scan(tile: Tensor, masks: Masks, softmax: Softmax, shares: bool) -> tuple[Su
 def hidden(tile: Tensor, masks: Masks, softmax: Softmax) -> Tensor:
     """The hardness of a tile, −inf at entries that stand in no sum; the tile may be overwritten."""
     hardness = tile.mul_(softmax.slope) if softmax.slope is not None else softmax.h(tile)
-    of_pairs = masks.diagonal(hardness).clone()
-    hardness = masks.hide(hardness)
-    if softmax.over == "candidates":
-        masks.diagonal(hardness).copy_(of_pairs)
-    return hardness
+    return masks.hide(hardness, softmax.over)
 
 
-def exact(shift: float, dtype: torch.dtype) -> bool:
-    """Whether numbers of this size are exact enough in a dtype for their exponentials."""
-    return abs(shift) * torch.finfo(dtype).eps < 1e-2
+def _shift(low: float, high: float, like: Tensor) -> float | None:
+    """The middle, if a single shift serves all that lies between, exactly as the dtype of `like` has it."""
+    middle = like.new_tensor((low + high) / 2).item()
+    within = high - low <= reach(like.dtype) and abs(middle) * torch.finfo(like.dtype).eps < 1e-2
+    return middle if within else None
+
+
+def _span(numbers: Tensor) -> tuple[float, float]:
+    """The least and the largest number, −inf left out; (0, 0) if there is none."""
+    known = numbers[numbers > -math.inf]
+    return (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
 
 
 def _shared(exps: Tensor, shift: float, shares: bool) -> tuple[Sums, Sums]:
@@ -104,26 +108,25 @@ def coefficients(tile: Tensor, masks: Masks, soft: Soft, out: Tensor) -> Tensor:
     sides = list(_sides(masks, soft))
     hardness = hidden(tile if soft.product is None else tile.clone(), masks, soft.softmax)
     if soft.product is None:
-        low, high = _span(torch.cat([log_sum for _, _, log_sum, _ in sides]))
-        middle = (low + high) / 2
-        if high - low <= reach(tile.dtype) and exact(middle, tile.dtype):
-            return of_exps(Exps(hardness.sub_(middle).exp_(), middle), masks, soft, out)
+        shift = _shift(*_span(torch.cat([log_sum for _, _, log_sum, _ in sides])), tile)
+        if shift is not None:
+            return of_exps(Exps(hardness.sub_(shift).exp_(), shift), masks, soft, out)
     g = out.zero_()
     for side, (dim, part, log_sum, push) in enumerate(sides):
-        of_negatives = _shares(hardness[part], log_sum, dim) * push.unsqueeze(dim)
+        of_negatives = _shares(hardness[part], log_sum, push, dim)
         if soft.product is not None:
-            of_negatives *= _p_neg(soft, soft.product, side, masks.anchors(side), tile[part], dim)
+            of_negatives *= _pair_weight(soft, soft.product, side, masks.anchors(side), tile[part], dim)
         g[part] += of_negatives
     return _with_pulls(g, masks, soft)
 
 
 def of_exps(exps: Exps, masks: Masks, soft: Soft, out: Tensor | None = None) -> Tensor:
     """The entries of G from exponentials relative to a shift: (aᵢ + bⱼ) e^{h − shift}, and the pulls."""
-    n, m = exps.values.shape
+    (n, m), dtype = exps.values.shape, exps.values.dtype
     factors = []
     for (_, _, log_sum, push), size in zip(_sides(masks, soft), (n, m), strict=True):
         factor = torch.where(push == 0, push, push * torch.exp(exps.shift - log_sum))  # without negatives Z = 0
-        factors.append(torch.nn.functional.pad(factor, (0, size - len(factor))))  # rows beyond the anchors
+        factors.append(torch.nn.functional.pad(factor.to(dtype), (0, size - len(factor))))  # rows beyond the anchors
     rows, cols = factors
     g: Tensor = torch.add(rows[:, None], cols, out=out)
     return _with_pulls(g.mul_(exps.values), masks, soft)
@@ -131,29 +134,30 @@ def of_exps(exps: Exps, masks: Masks, soft: Soft, out: Tensor | None = None) -> 
 
 def _with_pulls(g: Tensor, masks: Masks, soft: Soft) -> Tensor:
     """The tile of G with the pulls of both directions at its pairs."""
+    if soft.pull is None:
+        return g
     pairs = masks.diagonal(g)
     first = max(masks.row_offset, masks.col_offset)
     pairs += soft.pull[:, first : first + len(pairs)].sum(0)
     return g
 
 
-def _p_neg(soft: Soft, product: Product, side: int, at: slice, tile: Tensor, dim: int) -> Tensor | float:
-    """P⁻ at each entry of a tile, for the anchors of a side."""
+def _pair_weight(soft: Soft, product: Product, side: int, at: slice, tile: Tensor, dim: int) -> Tensor | float:
+    """P⁻ at each entry of a tile, for the anchors of a side; P⁺ where the softmax is over positives."""
     relative = {name: value[side, at].unsqueeze(dim) for name, value in soft.relative.items()}
-    weight: Tensor | float = product.weights(soft.s_pos[at].unsqueeze(dim), tile, relative).P_neg
+    of_positives = soft.softmax.over == "positives"
+    s_pos = tile if of_positives else of_side(soft.s_pos, side)[at].unsqueeze(dim)
+    weights = product.weights(s_pos, tile, relative)
+    weight: Tensor | float = weights.P_pos if of_positives else weights.P_neg
     return weight
 
 
-def _shares(hardness: Tensor, log_sum: Tensor, dim: int) -> Tensor:
-    """q = e^{h − log Z}; at most 1, also where log Z has lost bits."""
-    log_sum = torch.where(log_sum == -math.inf, 0, log_sum).unsqueeze(dim)
-    return (hardness - log_sum).clamp_(max=0).exp_()
-
-
-def _span(numbers: Tensor) -> tuple[float, float]:
-    """The least and the largest number, −inf left out; (0, 0) if there is none."""
-    known = numbers[numbers > -math.inf]
-    return (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
+def _shares(hardness: Tensor, log_sum: Tensor, push: Tensor, dim: int) -> Tensor:
+    """The push times q = e^{h − log Z}, which is at most 1, also where log Z has lost bits."""
+    log_sum = torch.where(log_sum == -math.inf, 0, log_sum)
+    near = log_sum.to(hardness.dtype)
+    rest = torch.exp(near - log_sum).to(push.dtype)  # what the dtype of the tile cannot tell from 1 in e^{h − near}
+    return (hardness - near.unsqueeze(dim)).clamp_(max=0).exp_() * (push * rest).unsqueeze(dim)
 
 
 def _sides(masks: Masks, soft: Soft) -> Iterator[tuple[int, tuple[slice, slice], Tensor, Tensor]]:

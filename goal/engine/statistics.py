@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ class Statistics(NamedTuple):
     semi_negative: Tensor | None  # (2, K)
     r_neg_lin: Tensor | None  # (2, K)
     r_neg_exp: Tensor | None  # (2, K)
-    log_sum: Tensor | None = None  # (2, K) log Z of soft mining; −inf if an anchor has no negative
+    log_sum: Tensor | None = None  # (2, K) float64, log Z of soft mining; −inf if an anchor has no negative
+    own: Tensor | None = None  # (K,) s⁺ in the arithmetic of the tiles, with which soft mining's sums compare
     effective: Tensor | None = None  # (2, K) 1 / Σ q², the effective number of negatives
     exps: Exps | None = None  # of all of S, if they are small enough to be kept for the gradient
 
@@ -68,6 +70,16 @@ class Statistics(NamedTuple):
         if self.semi is not None and self.semi_negative is not None:
             return self.semi, self.semi_negative
         return self.hardest
+
+
+def by_direction(relative: Callable[..., Tensor], statistics: Statistics) -> Tensor:
+    """R⁺ (2, A) of s⁺ and s⁻; by ids the positives of the two directions are apart, and 0 for anchors without any."""
+    s_pos, (s_neg, _) = statistics.s_pos, statistics.hardest
+    if s_pos.dim() == 1:
+        return relative(s_pos, s_neg)
+    own = s_pos.double().clamp(max=1e300)  # in nobody's set, and finite
+    both = torch.cat([relative(own[side], s_neg[side : side + 1]) for side in (0, 1)])
+    return torch.where(s_pos == torch.inf, 0, both).to(s_pos.dtype)
 
 
 def r_pos_lin(s_pos: Tensor, s_neg: Tensor) -> Tensor:

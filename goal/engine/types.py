@@ -23,6 +23,11 @@ def total(*parts: Tensor | None) -> Tensor | None:
     return sum_
 
 
+def of_side(s_pos: Tensor, side: int) -> Tensor:
+    """s⁺ of the anchors of a side: the pairs' are those of both."""
+    return s_pos if s_pos.dim() == 1 else s_pos[side]
+
+
 class Entries(NamedTuple):
     """Entries of G = ∂l/∂S; repeated entries add."""
 
@@ -34,12 +39,22 @@ class Entries(NamedTuple):
 class Mined(NamedTuple):
     """Entries of G of mined objectives, from weighing; row 0 has the anchors of x→y, row 1 those of y→x."""
 
-    negative: Tensor  # (2, K) int64, row of the negative in y (x→y) or in x (y→x)
-    pull: Tensor  # (2, K) entries at the pairs; both rows add
+    negative: Tensor  # (2, K) int64, row of the negative in y (x→y) or in x (y→x); or of a positive
+    pull: Tensor | None  # (2, K) entries at the pairs; both rows add
     push: Tensor  # (2, K) entries at the negatives
 
-    def entries(self) -> Entries:
-        """The same as a list of entries: at the pairs, at the negatives of x→y, at the negatives of y→x."""
+    def entries(self, size: tuple[int, int]) -> Entries:
+        """The same as a list of entries: at the pairs, at the negatives of x→y, at the negatives of y→x.
+
+        size: (N, M), which are the numbers of anchors where there are no pairs.
+        """
+        if self.pull is None:
+            rows, cols = (torch.arange(count, device=self.negative.device) for count in size)
+            return Entries(
+                row=torch.cat((rows, self.negative[1, : size[1]])),
+                col=torch.cat((self.negative[0, : size[0]], cols)),
+                value=torch.cat((self.push[0, : size[0]], self.push[1, : size[1]])),
+            )
         anchors = torch.arange(self.negative.shape[1], device=self.negative.device)
         return Entries(
             row=torch.cat((anchors, anchors, self.negative[1])),
@@ -49,14 +64,21 @@ class Mined(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Result of the pair stage."""
+    """Result of the pair stage, or of looking for positives by ids."""
 
-    s_pos: Tensor  # (K,) similarity of each pair
+    s_pos: Tensor  # (K,) similarity of each pair; by ids (2, A) s̃⁺, +inf if an anchor has no positive
     bounds: Tensor  # (3,) −min s⁺, max ‖x‖, max ‖y‖, in the backend's format; (0,) if it needs none beforehand
+    hardest: Tensor | None = None  # (2, A) int64, row of the hardest positive by ids
+    log_sum: Tensor | None = None  # (2, A) float64, log Z⁺ of soft positives
+    exact: Tensor | None = None  # (2, A) float64, their s̃⁺
+
+    def of(self, side: int) -> Tensor:
+        """s⁺ of the anchors of a side, which is 0 for x→y."""
+        return of_side(self.s_pos, side)
 
 
 class Masks(NamedTuple):
-    """Says which entries of a block of S are no negatives: the pair itself, and equal ids."""
+    """Says which entries of a block of S are negatives, positives, or neither."""
 
     n: int  # rows of the block
     m: int  # columns of the block
@@ -65,11 +87,13 @@ class Masks(NamedTuple):
     col_offset: int = 0
     ids: Tensor | None = None  # (n,) int64 ids of the block's rows
     y_ids: Tensor | None = None  # (m,) int64 ids of the block's columns
+    by_ids: bool = False  # positives are the rows with equal ids, and all rows are anchors; else row k is row k's
+    one_set: bool = False  # x and y are the same rows: entry (k, k) is neither a positive nor a negative
 
     @property
     def pairs(self) -> int:
-        """K: the first K rows and columns of the batch are anchors."""
-        return min(self.size)
+        """K: the first K rows and columns of the batch are anchors; by ids the larger number of anchors of a side."""
+        return max(self.size) if self.by_ids else min(self.size)
 
     @property
     def whole(self) -> bool:
@@ -79,13 +103,13 @@ class Masks(NamedTuple):
     @property
     def may_lack(self) -> bool:
         """Whether an anchor may have no negative in the block."""
-        return self.ids is not None or min(self.n, self.m) < 2
+        return self.ids is not None or self.by_ids or min(self.n, self.m) < 2
 
     def block(self, rows: slice, cols: slice) -> Masks:
         """The masks of some rows and columns of a whole batch."""
         ids, y_ids = (None if one is None else one[at] for one, at in ((self.ids, rows), (self.y_ids, cols)))
         n, m = rows.stop - rows.start, cols.stop - cols.start
-        return Masks(n, m, self.size, rows.start, cols.start, ids, y_ids)
+        return self._replace(n=n, m=m, row_offset=rows.start, col_offset=cols.start, ids=ids, y_ids=y_ids)
 
     def tile(self, rows: slice) -> Masks:
         """The masks of some rows of the block, with all of its columns."""
@@ -97,6 +121,17 @@ class Masks(NamedTuple):
         offset, size = (self.col_offset, self.m) if side else (self.row_offset, self.n)
         return slice(offset, offset + max(0, min(self.pairs - offset, size)))
 
+    def positives(self, side: int) -> Tensor:
+        """(A,) number of positives by ids in the block for each anchor of a side."""
+        assert self.ids is not None
+        assert self.y_ids is not None
+        count = _occurrences(self.y_ids, self.ids) if side else _occurrences(self.ids, self.y_ids)
+        if not self.one_set:
+            return count
+        at, offset, m = self.anchors(side), self.row_offset if side else self.col_offset, self.n if side else self.m
+        place = torch.arange(at.start - offset, at.stop - offset, device=count.device)
+        return count - ((place >= 0) & (place < m)).long()
+
     def negatives(self, side: int, device: torch.device) -> Tensor:
         """(A,) number of negatives in the block for each anchor of a side."""
         at = self.anchors(side)
@@ -107,24 +142,21 @@ class Masks(NamedTuple):
         pair = (place >= 0) & (place < m)
         if own is None or others is None:
             return m - pair.long()
+        if self.by_ids:
+            return m - _occurrences(own, others)
         own = own[: at.stop - at.start]
         pair &= own != others[place.clamp(0, m - 1)]  # equal ids already exclude the pair
         return m - _occurrences(own, others) - pair.long()
 
     def diagonal(self, tile: Tensor) -> Tensor:
-        """View of the pairs among a tile's entries."""
+        """View of a tile's pairs; by ids of the rows of one set with themselves, and empty for two sets."""
+        if self.by_ids and not self.one_set:
+            return tile[:0, :0].diagonal()
         first = max(self.row_offset, self.col_offset)
         last = min(self.row_offset + self.n, self.col_offset + self.m, self.pairs)
         i, j = first - self.row_offset, first - self.col_offset
         size = max(0, last - first)
         return tile[i : i + size, j : j + size].diagonal() if size else tile[:0, :0].diagonal()
-
-    def clear(self, tile: Tensor) -> Tensor:
-        """The tile with 0 at entries that are no negatives, in place; its entries are finite."""
-        differ = self.differ(tile)
-        tile = tile if differ is None else tile.mul_(differ)
-        self.diagonal(tile).zero_()
-        return tile
 
     def differ(self, tile: Tensor) -> Tensor | None:
         """The indicator of "ids differ" in the tile's shape and dtype; None without ids."""
@@ -132,9 +164,20 @@ class Masks(NamedTuple):
             return None
         return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
 
-    def hide(self, tile: Tensor) -> Tensor:
-        """The tile with −inf at entries that are no negatives, in place."""
+    def hide(self, tile: Tensor, over: str = "negatives") -> Tensor:
+        """The tile with −inf at entries that are no negatives, no positives, or no candidates, in place."""
+        if over == "candidates" and not self.by_ids:
+            of_pairs = self.diagonal(tile).clone()
+            tile = self.hide(tile)
+            self.diagonal(tile).copy_(of_pairs)
+            return tile
         self.diagonal(tile).fill_(-torch.inf)
+        if over == "candidates":
+            return tile
+        if over == "positives":
+            assert self.ids is not None
+            assert self.y_ids is not None
+            return tile.add_(torch.eq(self.ids[:, None], self.y_ids, out=torch.empty_like(tile)).log_())
         differ = self.differ(tile)
         # the log of the indicator is 0 or −inf: its streaming passes are several times faster than a masked fill
         return tile if differ is None else tile.add_(differ.log_())
@@ -178,6 +221,7 @@ class Dense(NamedTuple):
     relative: dict[str, Tensor]  # the statistics that the terms declared: name → (2, K)
     every: bool  # whether all anchors use all their negatives
     once: Once | None = None  # if a positive is pulled once
+    apart: bool = False  # whether the pulls are without P⁺, which is taken at each positive
 
     @property
     def valued(self) -> Dense:
@@ -201,12 +245,32 @@ class Soft(NamedTuple):
 
     softmax: Softmax
     log_sum: Tensor  # (2, K) log Z
-    pull: Tensor  # (2, K) entries of G at the pairs, besides the pairs' own shares; both rows add
+    pull: Tensor | None  # (2, K) entries of G at the pairs, besides the pairs' own shares; both rows add
     push: Tensor  # (2, K) of all negatives together; without P⁻ where that is taken at each negative
     s_pos: Tensor  # (K,)
     relative: dict[str, Tensor]  # the statistics that the terms declared: name → (2, K)
     product: Product | None  # if P⁻ is taken at each negative
     exps: Exps | None  # if they were kept
+
+    def times(self, incoming: Tensor) -> Soft:
+        """The anchors of the objective times a number."""
+        pull = None if self.pull is None else self.pull * incoming
+        return self._replace(pull=pull, push=self.push * incoming)
+
+
+class Positive(NamedTuple):
+    """The pulls of anchors whose positives are found by ids, besides those of dense anchors."""
+
+    pull: Tensor  # (2, A) entries of G, of all of an anchor's positives together
+    hardest: Tensor | None  # (2, A) int64, row of the hardest positive, which takes the pull
+    soft: Soft | None  # the positives share the pull; its `push` is left to `entries`
+
+    def entries(self, pull: Tensor) -> Mined | Soft:
+        """Pulls as entries of G at the positives."""
+        if self.soft is not None:
+            return self.soft._replace(push=pull)
+        assert self.hardest is not None
+        return Mined(self.hardest, None, pull)
 
 
 class Coefficients(NamedTuple):
@@ -215,6 +279,7 @@ class Coefficients(NamedTuple):
     mined: Mined | None = None
     dense: Dense | None = None
     soft: Soft | None = None
+    positives: Positive | None = None
 
 
 class Limits(NamedTuple):
@@ -222,6 +287,11 @@ class Limits(NamedTuple):
 
     threshold: float  # min s⁺ − 0.1: the similarity from which a negative is valid for the sums
     tie: float  # similarities closer than this count as equal (the rounding of a product)
+    back: float | None = None  # the threshold of y→x, if it is another
+
+    def of(self, side: int) -> Limits:
+        """The limits of the anchors of a side."""
+        return self if self.back is None or not side else Limits(self.back, self.tie)
 
 
 class Plan(NamedTuple):

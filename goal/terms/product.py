@@ -19,6 +19,15 @@ class Weights(NamedTuple):
     P_pos: Any
     P_neg: Any
 
+    def narrowed(self, dtype: torch.dtype) -> Weights:
+        """The same in another dtype, P saturated to it."""
+        limit = torch.finfo(dtype).max ** 0.5
+        t, *pair = (
+            one.to(dtype) if isinstance(one, Tensor) else one
+            for one in (self.T, *(_saturate(one, limit) for one in self[1:]))
+        )
+        return Weights(t, *pair)
+
     def coefficients(self, share: Any) -> tuple[Any, Any]:
         """The pull of the triplets at s⁺ and their push at s⁻: m·T·P⁺ and m·T·P⁻, the equation of every objective.
 
@@ -54,7 +63,8 @@ class Product:
         """
         t = self.T(s_pos, s_neg, **{name: relative[name] for name in self.T.statistics})
         p_pos, p_neg = self.P(s_pos, s_neg, **{name: relative[name] for name in self.P.statistics})
-        return Weights(t, _saturate(p_pos), _saturate(p_neg))
+        limit = torch.finfo(s_neg.dtype).max ** 0.5
+        return Weights(t, _saturate(p_pos, limit), _saturate(p_neg, limit))
 
     def value(self, s_pos: Tensor, s_neg: Tensor) -> Tensor:
         """l(s⁺, s⁻): the loss whose gradient is T × P if the terms register it, else the violation s⁻ − s⁺."""
@@ -82,8 +92,5 @@ class Product:
         return torch.where(vanishes, far, torch.where(at_one, one, zero)), torch.where(vanishes, -far, zero)
 
 
-def _saturate(weight: Any) -> Any:
-    if not isinstance(weight, Tensor):
-        return weight
-    limit = torch.finfo(weight.dtype).max ** 0.5
-    return weight.clamp(-limit, limit)
+def _saturate(weight: Any, limit: float) -> Any:
+    return weight.clamp(-limit, limit) if isinstance(weight, Tensor) else weight

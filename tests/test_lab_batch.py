@@ -267,27 +267,24 @@ def test_the_published_circle_loss_is_the_gradient_of_none(margin: float) -> Non
 )
 def test_the_jacobian_of_soft_mining_is_that_of_the_mathematics(T: str, P: str, soft: dict[str, Any]) -> None:
     """docs/mathematics.md, "Where it does not": the formulas with h, level and shares written here by autograd."""
-    tau = 5.0
-    rule = goal.mining.soft(tau, **soft).softmax
-    assert rule is not None
+    tau, margin, alpha = 5.0, 0.4, soft.get("alpha", 0.0)
+    over, normalise, place = (soft.get(name) for name in ("over", "normalise", "at"))
     s = S[0].clone().requires_grad_()
-    candidates = s if rule.over == "candidates" else s[1:]
-    h = (
-        {
-            "linear": (tau + rule.alpha) * candidates,
-            "square": tau * candidates**2,
-            "circle": tau * (candidates**2 - rule.margin**2),  # all lie above −m
-        }
-    )[rule.hardness.name]
+    candidates = s if over == "candidates" else s[1:]
+    h = {
+        None: (tau + alpha) * candidates,
+        "square": tau * candidates**2,
+        "circle": tau * (candidates**2 - margin**2),  # all lie above −m
+    }[soft.get("hardness")]
     z = h.logsumexp(0)
-    z_of_level = (z - (math.log(len(h)) if rule.normalise == "mean" else 0.0)).detach().requires_grad_()
-    level = z_of_level / tau if rule.level.name == "linear" else (z_of_level / tau).sqrt()
+    z_of_level = (z - (math.log(len(h)) if normalise == "mean" else 0.0)).detach().requires_grad_()
+    level = (z_of_level / tau).sqrt() if soft.get("level") == "root" else z_of_level / tau
     (level_slope,) = torch.autograd.grad(level, z_of_level)
     h_slope = torch.autograd.grad(h.sum(), s, retain_graph=True)[0][1:]
     q = torch.softmax(h, 0).detach()[-3:]
     at = slopes(T, P, S[0, 0], level.detach())
     p_neg = torch.stack([slopes(T, P, S[0, 0], negative)["P⁻"] for negative in S[0, 1:]])
-    if rule.at == "aggregate":
+    if place != "each":
         with_positive = q * (at["∂₊TP⁻"] + level_slope * h_slope * at["∂₋TP⁺"])
         turn = level_slope * at["∂₋TP⁻"] - at["T"] * at["P⁻"]
         between = turn * (h_slope[None] - h_slope[:, None])

@@ -112,6 +112,244 @@ def test_more_candidates_than_anchors() -> None:
     assert not batch_integrability(goal.Objective(T="nca", P="lin"), x[:4], y, loops=0).integrable
 
 
+# ── soft mining ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+WAYS = [(over, normalise) for over in ("negatives", "candidates") for normalise in ("sum", "mean")]
+KEEP = {"hardness": "square", "level": "root", "at": "each"}  # circle loss, its weights differentiated
+
+
+S = torch.tensor([[0.55, 0.3, -0.1, 0.45]], dtype=torch.float64)  # s⁺ and three negatives
+
+
+def differences(emit: Any, s: Tensor = S) -> Tensor:
+    """∂gₐ/∂s_b − ∂g_b/∂sₐ over the four entries of S, by central differences."""
+    step = 1e-5 * torch.eye(4, dtype=torch.float64)[:, None]
+    jacobian = torch.stack([(emit(s + h) - emit(s - h))[0] / 2e-5 for h in step], dim=1)
+    return jacobian - jacobian.T
+
+
+def emission(T: str, P: str, mining: goal.mining.Mining) -> Any:
+    def emit(s: Tensor) -> Tensor:
+        s = s.clone().requires_grad_()
+        value = goal.apply_similarity(s, T, P, mining=mining, directions="x→y")
+        return torch.autograd.grad(value, s)[0]
+
+    return emit
+
+
+def slopes(T: str, P: str, s_pos: Tensor, s_neg: Tensor) -> dict[str, Tensor]:
+    """T, P⁻ and the derivatives that the curl is made of, by autograd through the terms."""
+    s_pos, s_neg = s_pos.clone().requires_grad_(), s_neg.clone().requires_grad_()
+    zero = 0 * (s_pos + s_neg)
+    t = zero + goal.T[T].function(s_pos, s_neg, **goal.T[T].defaults)
+    p_pos, p_neg = (zero + p for p in goal.P[P].function(s_pos, s_neg, **goal.P[P].defaults))
+
+    def d(of: Tensor, at: Tensor) -> Tensor:
+        return torch.autograd.grad(of, at, retain_graph=True)[0]
+
+    return {
+        "T": t.detach(),
+        "P⁺": p_pos.detach(),
+        "P⁻": p_neg.detach(),
+        "∂₊T": d(t, s_pos),
+        "∂₋T": d(t, s_neg),
+        "∂₊TP⁻": d(t * p_neg, s_pos),
+        "∂₋TP⁻": d(t * p_neg, s_neg),
+        "∂₋TP⁺": d(t * p_pos, s_neg),
+    }
+
+
+@pytest.mark.parametrize(("over", "normalise"), WAYS)
+@pytest.mark.parametrize(
+    ("T", "P", "integrable"),
+    [
+        ("nca", "con", True),
+        ("cir", "lin", True),
+        ("con", "sig", True),
+        (HINGE, "con", True),
+        ("nca", "lin", False),
+        ("cir", "con", False),
+        ("con", "lin-ms", False),
+    ],
+)
+def test_soft_mining_keeps_the_verdict(T: Any, P: str, integrable: bool, over: str, normalise: str) -> None:
+    objective = goal.Objective(T, P, mining=goal.mining.soft(tau=8.0, over=over, normalise=normalise))
+    report = batch_integrability(objective, *draw(0, n=5), probes=4, loops=int(integrable))
+    assert report.integrable == integrable
+    assert report.largest < 1e-7 if integrable else report.largest > 1e3 * report.noise
+    assert all(loop.effort > 0.01 and loop.error < 1e-3 * loop.effort for loop in report.loops)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("over", "normalise", "met"),
+    [("negatives", "sum", True), ("candidates", "mean", True), ("candidates", "sum", False)],
+)
+def test_a_jump_counts_where_soft_mining_meets_it(over: str, normalise: str, met: bool, seed: int) -> None:
+    """con(m) × lin fails at s⁻ = s⁺ − m; over the candidates the sum's s̃ is never below s⁺."""
+    objective = goal.Objective(HINGE, "lin", mining=goal.mining.soft(tau=8.0, over=over, normalise=normalise))
+    report = batch_integrability(objective, *draw(seed, n=5), probes=2, loops=2, seed=seed)
+    assert report.symmetric
+    assert report.integrable != met
+
+
+@pytest.mark.parametrize(
+    ("T", "P", "soft", "integrable"),
+    [
+        ("nca", "con", {"alpha": 4.0}, False),
+        (HINGE, "con", {"alpha": 4.0}, False),
+        ("con", "con", {"alpha": 4.0}, True),
+        ("con", "sig", {"alpha": 4.0}, True),
+        ("nca", "con", {"at": "each"}, True),
+        ("con", "sig", {"at": "each"}, False),
+        ("cir", "lin", {"at": "each"}, False),
+        ("con", "con", {"hardness": "circle", "at": "each"}, False),
+        ("cir", "lin", {"hardness": "circle", "at": "each"}, False),
+        ("con", "lin", {"hardness": "circle", "at": "each"}, False),  # a negative lies below −m
+        ("con", "lin", {"hardness": "circle", "at": "each", "margin": 1.0}, True),
+        ("con", "lin", {"hardness": "circle", "margin": 1.0}, False),
+        ("cir", "lin", KEEP, True),
+        ("cir", "lin", KEEP | {"over": "candidates"}, True),
+        ("con", "con", KEEP, False),
+    ],
+)
+def test_soft_mining_with_other_shares(T: Any, P: str, soft: dict[str, Any], integrable: bool) -> None:
+    """A loss wants a push of T · P⁻(s̃) · ∂s̃/∂sⱼ."""
+    objective = goal.Objective(T, P, mining=goal.mining.soft(tau=4.0, **soft))
+    loops = 2 if T is HINGE else 0
+    x, y = draw(0, n=5)
+    report = batch_integrability(objective, x, y, probes=4, loops=loops)
+    assert report.integrable == integrable
+    assert (x @ y.T).min() < -0.4
+
+
+@pytest.mark.usefixtures("registries")
+@pytest.mark.parametrize("margin", [0.25, 0.0])
+def test_the_published_circle_loss_is_the_gradient_of_none(margin: float) -> None:
+    """Where nothing is clipped; docs/mathematics.md gives the Jacobian's differences, which vanish without a margin."""
+    tau = 4.0
+
+    @goal.triplet_weight("circle-published")
+    def triplet(s_pos: Tensor, s_neg: Tensor) -> Tensor:
+        return torch.sigmoid(tau * (s_neg + (1 + margin - s_pos).clamp(min=0) * (1 - margin - s_pos)))
+
+    @goal.pair_weight("circle-published")
+    def pair(s_pos: Tensor, s_neg: Tensor) -> tuple[Tensor, Tensor]:
+        return (1 + margin - s_pos).clamp(min=0), (s_neg + margin).clamp(min=0)
+
+    mining = goal.mining.soft(tau, hardness="circle", margin=margin, at="each")
+    x, y = (0.5 * side.abs() + 0.1 for side in draw(1, n=5))
+    objective = goal.Objective("circle-published", "circle-published", mining=mining)
+    assert batch_integrability(objective, x, y, probes=4, loops=0).integrable == (margin == 0)
+    s = S.abs()
+    found = differences(emission("circle-published", "circle-published", mining), s)
+    s_pos, s_neg = s[0, 0], s[0, 1:]
+    h = tau * (s_neg + margin) * (s_neg - margin)
+    t, q = triplet(s_pos, h.logsumexp(0) / tau), torch.softmax(h, 0)
+    with_positive = 2 * tau * margin * (s_pos + s_neg - 1) * t * (1 - t) * q
+    between = 2 * tau * margin * (s_neg[:, None] - s_neg) * t**2 * q[:, None] * q
+    torch.testing.assert_close(found[1:, 0], with_positive, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found[1:, 1:], between, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("T", "P"), [("nca", "con"), ("nca", "lin"), ("cir", "con"), ("cir", "sig"), ("con", "sig")])
+@pytest.mark.parametrize(
+    "soft",
+    [
+        *({"over": over, "normalise": normalise, "alpha": alpha} for over, normalise in WAYS for alpha in (0.0, 3.0)),
+        {"at": "each", "alpha": 3.0},
+        {"hardness": "square"},
+        {"hardness": "circle", "normalise": "mean"},
+        {"hardness": "square", "level": "root", "at": "each"},
+    ],
+    ids=repr,
+)
+def test_the_jacobian_of_soft_mining_is_that_of_the_mathematics(T: str, P: str, soft: dict[str, Any]) -> None:
+    """docs/mathematics.md, "Where it does not": the formulas with h, level and shares written here by autograd."""
+    tau, margin, alpha = 5.0, 0.4, soft.get("alpha", 0.0)
+    over, normalise, place = (soft.get(name) for name in ("over", "normalise", "at"))
+    s = S[0].clone().requires_grad_()
+    candidates = s if over == "candidates" else s[1:]
+    h = {
+        None: (tau + alpha) * candidates,
+        "square": tau * candidates**2,
+        "circle": tau * (candidates**2 - margin**2),  # all lie above −m
+    }[soft.get("hardness")]
+    z = h.logsumexp(0)
+    z_of_level = (z - (math.log(len(h)) if normalise == "mean" else 0.0)).detach().requires_grad_()
+    level = (z_of_level / tau).sqrt() if soft.get("level") == "root" else z_of_level / tau
+    (level_slope,) = torch.autograd.grad(level, z_of_level)
+    h_slope = torch.autograd.grad(h.sum(), s, retain_graph=True)[0][1:]
+    q = torch.softmax(h, 0).detach()[-3:]
+    at = slopes(T, P, S[0, 0], level.detach())
+    p_neg = torch.stack([slopes(T, P, S[0, 0], negative)["P⁻"] for negative in S[0, 1:]])
+    if place != "each":
+        with_positive = q * (at["∂₊TP⁻"] + level_slope * h_slope * at["∂₋TP⁺"])
+        turn = level_slope * at["∂₋TP⁻"] - at["T"] * at["P⁻"]
+        between = turn * (h_slope[None] - h_slope[:, None])
+    else:
+        with_positive = q * (p_neg * at["∂₊T"] + level_slope * h_slope * at["∂₋T"] * at["P⁺"])
+        turn = level_slope * at["∂₋T"] - at["T"]
+        between = turn * (p_neg[:, None] * h_slope[None] - p_neg[None] * h_slope[:, None])
+    found = differences(emission(T, P, goal.mining.soft(tau, **soft)))
+    torch.testing.assert_close(found[1:, 0], with_positive, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found[1:, 1:], q[:, None] * q * between, rtol=1e-6, atol=1e-8)
+    if not soft.get("alpha") and "hardness" not in soft:  # the theorem: the curl times the share, and symmetric
+        torch.testing.assert_close(found[1:, 0], q * (at["∂₊TP⁻"] + at["∂₋TP⁺"]), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("T", "P", "soft"),
+    [
+        *((T, P, {"over": over}) for T, P in (("nca", "con"), ("con", "sig"), (HINGE, "con")) for over, _ in WAYS[::2]),
+        ("cir", "lin", {"normalise": "mean", "over": "candidates"}),
+        ("cir", "lin", KEEP),
+    ],
+)
+def test_the_value_of_soft_mining_is_the_loss(T: Any, P: str, soft: dict[str, Any]) -> None:
+    """The work along an edge is the change of the value, through hinges too, and with a factor."""
+    objective = goal.Objective(T, P, mining=goal.mining.soft(tau=4.0, **soft), scale=1.5)
+    ends = [draw(seed, n=5) for seed in (0, 100)]
+    before, after = (batch.emitted(objective, x, y)[0].item() for x, y in ends)
+    start, end = (torch.cat([x.flatten(), y.flatten()]) for x, y in ends)
+    work, error, effort = batch._edge(batch._flat(objective, *ends[0]), start, end)
+    assert abs(work - (after - before)) <= error < 1e-3 < 0.1 < effort
+
+
+def test_the_loss_under_alpha_is_not_the_value() -> None:
+    """con × con with shares of slope τ + α: the loss is s̃ / (1 + α/τ) − s⁺, the value s̃ − s⁺."""
+    tau, alpha = 4.0, 3.0
+    mining = goal.mining.soft(tau, alpha=alpha)
+    (x, y), (x_end, y_end) = draw(0, n=5), draw(100, n=5)
+    objective = goal.Objective("con", "con", mining=mining)
+
+    def parts(x: Tensor, y: Tensor) -> tuple[float, float]:
+        s = x @ y.T
+        hidden = ((tau + alpha) * s).fill_diagonal_(-torch.inf)
+        soft = [(hidden.logsumexp(k) / tau).mean().item() for k in (0, 1)]
+        return sum(soft), -2 * s.diagonal().mean().item()
+
+    (push, pull), (push_end, pull_end) = parts(x, y), parts(x_end, y_end)
+    start, end = (torch.cat([a.flatten(), b.flatten()]) for a, b in ((x, y), (x_end, y_end)))
+    work, error, _ = batch._edge(batch._flat(objective, x, y), start, end)
+    assert abs(work - ((push_end - push) / (1 + alpha / tau) + pull_end - pull)) <= error < 1e-3
+    value = [batch.emitted(objective, a, b)[0].item() for a, b in ((x, y), (x_end, y_end))]
+    assert value == pytest.approx([push + pull, push_end + pull_end])
+    assert abs(work - (value[1] - value[0])) > 100 * error
+
+
+@pytest.mark.parametrize(("T", "P"), [("nca", "con"), ("con", "sig"), ("cir", "sig")])
+@pytest.mark.parametrize("average", [False, True])
+def test_a_pull_once_has_an_nth_of_the_mixed_derivative(T: str, P: str, average: bool) -> None:
+    found = differences(emission(T, P, goal.mining.all_negatives(average=average, pull="once")))
+    for j, negative in enumerate(S[0, 1:]):
+        at = slopes(T, P, S[0, 0], negative)
+        expected = at["∂₊TP⁻"] / (3 if average else 1) + at["∂₋TP⁺"] / 3
+        torch.testing.assert_close(found[1 + j, 0], expected, rtol=1e-6, atol=1e-8)
+    assert found[1:, 1:].abs().max() < 1e-8
+
+
 # ── the numbers ─────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -91,7 +91,8 @@ def batch_integrability(
     """Whether the whole field that an objective emits at a batch is the gradient of any function of the embeddings.
 
     F(z) = (∂l/∂x, ∂l/∂y) with z = (x, y) flattened, as backward hands it out: relative similarities, which the field
-    treats as constants but which move with the batch, and the selection of negatives are part of it.
+    treats as constants but which move with the batch, and the selection of negatives, or their shares in soft mining,
+    are part of it.
 
     **Jacobian.** A gradient has a symmetric Jacobian J = S + A, A = 0. Each probe draws u, v ~ N(0, I) and measures
     uᵀAv = (uᵀJv − vᵀJu) / 2, with Jv from central differences at several steps and Richardson's extrapolation; how far
@@ -107,7 +108,7 @@ def batch_integrability(
     there is one: what they do not cross they do not see.
 
     At N = 8, D = 4 the default call takes two or three seconds for the hardest negative, half a second where nothing
-    jumps (InfoNCE, nca over all), and about ten where much does: -ms weights, selective and semi-hard mining.
+    jumps (InfoNCE, nca over all or soft), and about ten where much does: -ms weights, selective and semi-hard mining.
 
     Args:
         objective: `goal.Objective`, `goal.InfoNCE`, or any deterministic function of (x, y) that returns a 0-d tensor.
@@ -132,6 +133,8 @@ def batch_integrability(
         >>> batch_integrability(goal.InfoNCE(tau=2.0), x, y).integrable
         True
         >>> batch_integrability(goal.Objective(T="nca", P="lin"), x, y, loops=0).integrable
+        False
+        >>> batch_integrability(goal.Objective("nca", "con", mining=goal.mining.soft(alpha=5.0)), x, y).integrable
         False
 
     Source: the symmetric Jacobian is Poincaré's lemma; Richardson (1911); Clenshaw and Curtis (1960).

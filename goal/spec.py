@@ -378,7 +378,7 @@ def _call(kind: str, name: str, given: Mapping[str, Any]) -> Named:
             checked[key] = value  # a name, which `make` checks
         elif kind == "positives" and key == "tau":
             checked[key] = real_number(f"{its.owner}: parameter {key!r}", value)  # of any sign
-        elif default == 0:
+        elif kind == "mining" and default == 0:
             checked[key] = real_number(f"{its.owner}: parameter {key!r}", value, 0.0)
         else:
             checked[key] = check_number(its.owner, key, value)

@@ -209,7 +209,7 @@ def test_it_is_the_dense_truth_with_constant_candidates(
 ) -> None:
     T, T_params, P = terms
     x, y = embeddings(n, seed=1), embeddings(m, seed=2)
-    ids = [0, 0, 1, 1, 1, 2, 3, 4, 20, 21][:n]
+    ids = [0, 0, 1, 1, 6, 6, 2, 5, 20, 21][:n]
     y_ids = [0, 0, 1, 1, 6, 6, 2, 5, 30, 0, 3][:m]
     bank = goal.Bank(20, 4, torch.float64)
     if held:

@@ -152,7 +152,7 @@ def test_blocks_are_merged_by_the_limits_that_kernels_reduce_by(length: float) -
     pairs = launch.pair(length * x, y, 20)
     out = torch.empty(2)
     _limits_of_kernels[(1,)](pairs.bounds, out, launch._slack(24))
-    assert list(launch.limits(pairs.bounds, 24)) == out.tolist()
+    assert list(launch.limits(pairs.bounds, 24)[:2]) == out.tolist()
 
 
 def dense_of(of: Batch, P: str, every: bool) -> Dense:
@@ -161,7 +161,7 @@ def dense_of(of: Batch, P: str, every: bool) -> Dense:
     if not every:
         share[:, ::3] = 0
     relative = {name: torch.full_like(share, 0.2) for name in product.statistics}
-    return Dense(product, *of.pairs, share, relative, every)
+    return Dense(product, *of.pairs[:2], share, relative, every)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])

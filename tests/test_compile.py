@@ -81,7 +81,7 @@ def test_opcheck(P: str, mining: str, with_ids: bool) -> None:
     block = Block(x, y, Masks(9, 12, (9, 12), ids=ids[0], y_ids=ids[1]))
     pairs = Pairs((x * y[:9]).sum(1), torch.empty(0, dtype=torch.float64))
     relative = {name: torch.full((2, 9), 0.3) for name in chosen.product.statistics}
-    dense = Dense(chosen.product, *pairs, torch.full((2, 9), 0.1), relative, every=True)
+    dense = Dense(chosen.product, *pairs[:2], torch.full((2, 9), 0.1), relative, every=True)
     work = Work(Backend("torch", "fast", chosen.similarity), block, pairs, chosen.request, needs=(True, False))
     operators = torch.ops.goal
     torch.library.opcheck(operators.pair, pack(work._replace(pairs=None, request=None)))

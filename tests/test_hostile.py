@@ -171,7 +171,7 @@ NARROW = {
 }
 TAKE_IDS: dict[str, Callable[[Any], Any]] = {
     **{name: lambda ids, call=call: call(X, Y, ids=ids) for name, call in OBJECTIVES.items()},
-    "y_ids": lambda ids: goal.gradients(X, Y, ids=IDS, y_ids=ids)[:2],
+    "y_ids": lambda ids: goal.gradients(X, Y, ids=IDS, y_ids=ids, positives="hardest", check_finite=False)[:2],
     "S": lambda ids: goal.apply_similarity(X @ Y.T, ids=ids),
     "pairs": lambda ids: goal.pairs(X, ids),
     "interpolate": lambda ids: tuple(interpolate(X, ids, generator=torch.Generator("cpu").manual_seed(0))),

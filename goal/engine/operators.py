@@ -265,7 +265,7 @@ def _operator(name: str, run: Callable[[Work], Outputs], shapes: Callable[[Work]
 
 def _pair(work: Work) -> Outputs:
     x, y, masks = work.block
-    return work.backend.pair(x, y, masks.pairs)
+    return work.backend.pair(x, y, masks.pairs)[:2]
 
 
 def _pair_shapes(work: Work) -> Outputs:

@@ -284,7 +284,8 @@ def _once(dense: Dense, sizes: Tensor, share: Tensor, average: bool, has_pos: Te
     pull = alone * weights.T if dense.apart else weights.coefficients(alone)[0]
     a, b = product.split(s_pos)
     value = (share * with_pos * product.value(s_pos, b)).sum() - (dense.share * sizes).sum() * product.value(a, b)
-    return dense._replace(once=Once(of_pulls * with_pos, _expanded(pull, sizes), a.expand_as(s_pos))), value
+    once = Once(of_pulls * with_pos, _expanded(pull, sizes), a.expand_as(s_pos).contiguous())  # as kernels read it
+    return dense._replace(once=once), value
 
 
 def _negatives(masks: Masks, s_pos: Tensor) -> Tensor:

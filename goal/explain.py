@@ -11,6 +11,7 @@ from goal.distributed.traffic import size_of, traffic
 from goal.engine.backend import backend, computing_dtype
 from goal.engine.settings import Settings, settings
 from goal.mining import Mining
+from goal.positives import Positives, bind
 from goal.terms import Term
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def explain(
     P: str | Term = "sig-ms",
     *,
     mining: str | Mining = "hardest",
+    positives: str | Positives = "pair",
     directions: str = "both",
     similarity: str = "dot",
     impl: str = "auto",
@@ -78,7 +80,7 @@ def explain(
         >>> shared.gather, shared.ring
         (59122112, 42365376)
     """
-    objective = settings(T, P, mining, similarity, "mean", impl, precision, 1.0, directions)
+    objective = settings(T, P, mining, similarity, "mean", impl, precision, 1.0, directions, bind(positives, False))
     x, y = validation.embeddings(x, y, meta=True)
     size = size_of(group, ranks, exchange)
     if size is None:
@@ -106,6 +108,9 @@ def _explanation(objective: Settings, x: Tensor, y: Tensor, alone: bool = True) 
     if soft:
         passes = 1 if plan.kept and alone else 2  # S again, for the gradient, unless its exponentials are kept
         products = passes + 2
+    if objective.positives.by_ids:  # they are found first, and the pull of several is emitted apart
+        shared = objective.positives.softmax is not None
+        passes, products = passes + 1 + shared, products + 1 + 3 * shared
     return Explanation(
         impl=does.impl,
         why=why,

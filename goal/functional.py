@@ -263,8 +263,7 @@ class _Emit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, value: tuple[Tensor], emission: Emits) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.emission = emission  # the value comes in a tuple, so it is no input and is returned without a copy
+        _save(ctx, x, y, emission)  # the value comes in a tuple, so it is no input and is returned without a copy
         return value[0].clone() if torch.compiler.is_compiling() else value[0]
 
     @staticmethod
@@ -281,22 +280,30 @@ class _EmitApart(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, y, _, ctx.emission = inputs
-        ctx.save_for_backward(x, y)
+        x, y, _, emission = inputs
+        _save(ctx, x, y, emission)
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         return *_handed_out(ctx, incoming), None, None
 
 
+def _save(ctx: Any, x: Tensor, y: Tensor, emission: Emits) -> None:
+    """Store what backward needs; its large tensor where autograd frees it after backward."""
+    kept = emission.kept
+    ctx.save_for_backward(x, y, *([] if kept is None else [kept]))
+    ctx.emission = emission if kept is None else emission.keeping(None)
+
+
 def _handed_out(ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True with a graph that raises in a second backward."""
-    saved = ctx.saved_tensors
+    saved, kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
     x, y = plain(*saved)
+    emission = ctx.emission.keeping(*plain(*kept)) if kept else ctx.emission
     many = not torch.compiler.is_compiling() and batched(incoming)  # under jacrev: a batch of incoming gradients
     (times,) = (None,) if many else plain(incoming)
     with torch.no_grad(), outside(), no_autocast(x.device.type):
-        gx, gy = ctx.emission.emit(x, y, times, ctx.needs_input_grad[:2])
+        gx, gy = emission.emit(x, y, times, ctx.needs_input_grad[:2])
     if many:
         gx, gy = (None if g is None else g * incoming.to(g.dtype) for g in (gx, gy))
     if torch.is_grad_enabled():

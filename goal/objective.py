@@ -17,7 +17,7 @@ from goal.engine.path import Seen
 from goal.engine.settings import Settings
 from goal.functional import run
 from goal.names import Named, line, literal
-from goal.positives import bind, hardest
+from goal.positives import bind
 from goal.similarity import GIVEN
 from goal.stats import Stats, stats
 
@@ -83,8 +83,8 @@ class Objective(nn.Module):
     ) -> Tensor:
         """The scalar for (N, D) and (M, D) embeddings, or for a single set x with its labels; see `goal.apply`."""
         settings = self.traced
-        if y is None and self._of_set is None:
-            settings = dataclasses.replace(settings, positives=hardest())
+        if y is None:
+            settings = dataclasses.replace(settings, positives=bind(self._of_set, True))
         arguments = Arguments(x, y, ids, y_ids, weight, self.check_finite, one_set=y is None)
         loss, seen = run(arguments, settings, self.ranks)
         self._seen = self.settings if y is not None else settings, seen

@@ -144,6 +144,15 @@ def bind(positives: str | Positives | None, one_set: bool) -> Positives:
     """The positives from the user's argument `positives=`; by default the pairs, or the hardest of a single set."""
     if positives is None:
         return hardest() if one_set else pair()
+    rule = _bound(positives)
+    if one_set and not rule.by_ids:
+        raise ValueError(
+            "positives must be 'hardest' or 'soft' where y is left out, got 'pair': row k has no row k beside it."
+        )
+    return rule
+
+
+def _bound(positives: str | Positives) -> Positives:
     if isinstance(positives, Positives):
         return positives
     if not isinstance(positives, str):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from goal import mining, terms, validation
+from goal import mining, positives, terms, validation
 from goal.distributed.exchange import ranks
 from goal.distributed.rows import batch_of
 from goal.engine.backend import computing_dtype
@@ -206,7 +206,16 @@ def _hardness_infonce(tau: float = 20.0, alpha: float = 5.0) -> dict[str, Any]:
     return {**_infonce(tau), "mining": mining.soft(tau, alpha=alpha)}
 
 
-_TIED = ("T", "P", "mining", "scale")
+def _supcon(tau: float = 10.0) -> dict[str, Any]:
+    every = {"mining": mining.soft(tau, over="candidates"), "positives": positives.soft(0.0)}
+    return {"T": "con", "P": "con", **every, "scale": tau}
+
+
+def _soft_targets(tau: float = 1 / 0.07) -> dict[str, Any]:
+    return {**_supcon(tau), "scale": tau / 2}
+
+
+_TIED = ("T", "P", "mining", "positives", "scale")
 _RECIPES: dict[str, Recipe] = {
     "vse0": Recipe(_vse0),
     "vse++": Recipe(_vse_plus),
@@ -223,6 +232,8 @@ _RECIPES: dict[str, Recipe] = {
     "infonce": Recipe(_infonce, _TIED, averages=True),
     "dcl": Recipe(_dcl, _TIED, averages=True),
     "hardness-infonce": Recipe(_hardness_infonce, _TIED, averages=True),
+    "supcon": Recipe(_supcon, _TIED),
+    "soft-targets": Recipe(_soft_targets, _TIED, averages=True),
 }
 
 
@@ -270,6 +281,8 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
     | `infonce` | nca(τ) × con, soft(τ), scale τ/2: the symmetric cross entropy | Oord et al., 2018; CLIP, 2021 |
     | `dcl` | con × con, soft(τ), scale τ/2: without the positive in the sum | Yeh et al., ECCV 2022 |
     | `hardness-infonce` | nca(τ) × con, shares by e^{(τ+α)s}, scale τ/2: no loss has it | Lan et al., LLaVE, 2025 |
+    | `supcon` | con × con, soft(τ) over candidates, the mean of the positives by ids, scale τ | Khosla et al., 2020 |
+    | `soft-targets` | the same, scale τ/2, 1/τ = 0.07: equal ids share the target | Li et al., ALBEF, 2021 |
     | `circle-loss` | cir(τ) × lin, shares by e^{τs²}, P⁻ at each negative, scale 2τ | Sun et al., CVPR 2020 |
     | `circle` | cir × lin, the hardest negative | the same |
     | `nca` | nca × con, the hardest negative | Goldberger et al., 2004 |
@@ -295,6 +308,9 @@ def recipe(name: str, **overrides: Any) -> nn.Module:
     if not isinstance(name, str) or name not in recipes():
         raise unknown("name", name, recipes())
     if name == "siglip":
+        known = inspect.signature(SigLIP).parameters
+        if stray := [argument for argument in overrides if argument not in known]:
+            raise TypeError(f"{stray[0]} cannot be set: siglip has its own. It takes {', '.join(known)}.")
         return SigLIP(**overrides)
     if given := [argument for argument in _RECIPES[name].fixed if argument in overrides]:
         raise TypeError(f"{given[0]} cannot be set: {name} has its own. Write T × P with goal.Objective instead.")

@@ -82,7 +82,7 @@ class Spec:
         """The value of an axis, or None if the text does not name it."""
         return dict(self.axes).get(name)
 
-    def with_axes(self, **axes: str | Named | None) -> Spec:
+    def with_axes(self, **axes: str | float | Named | None) -> Spec:
         """A copy with other axes; None resets an axis to its default.
 
         Raises:
@@ -99,6 +99,8 @@ class Spec:
                 )
             if value is not None and self.recipe is not None:
                 _check_axes(self.recipe.name, name)
+            if isinstance(value, int | float):
+                value = literal(value)  # a scale
             merged[name] = named(name, value) if isinstance(value, str) else value
         ordered = ((name, merged.get(name)) for name in AXES)
         return dataclasses.replace(self, axes=tuple((name, call) for name, call in ordered if call is not None))

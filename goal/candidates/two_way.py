@@ -29,7 +29,7 @@ class TwoWay(nn.Module):
 
     Raises:
         TypeError: objective is no `goal.Objective`.
-        ValueError: the objective has exchange="ring", with which no rank would have all rows.
+        ValueError: the objective has exchange="ring", with which no rank would have all rows, or positives by ids.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -38,6 +38,8 @@ class TwoWay(nn.Module):
             raise TypeError(f"objective must be a goal.Objective, got {type(objective).__name__}.")
         if objective.ranks is not None and objective.ranks.exchange != "gather":
             raise ValueError(f"exchange must be 'gather' where rows are added, got {objective.ranks.exchange!r}.")
+        if objective.settings.positives.by_ids:
+            raise ValueError(f"positives must be 'pair' where rows are added, got {objective.settings.positives!r}.")
         self.objective = objective
         self._seen: list[Any] = []  # settings and `Seen` of the two calls
 
@@ -78,7 +80,8 @@ class TwoWay(nn.Module):
         with torch.no_grad():
             forth, back = (stats(settings, seen) for settings, seen in self._seen)
             fallback = [seen.fallback[side] for side, (_, seen) in enumerate(self._seen) if seen.fallback is not None]
-        both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in _OF_EACH_DIRECTION}
+        shown = [name for name in _OF_EACH_DIRECTION if getattr(forth, name) is not None]
+        both = {name: torch.stack([getattr(forth, name)[0], getattr(back, name)[1]]) for name in shown}
         return Stats(
             s_pos=forth.s_pos,
             active=(both["T"] != 0).to(both["T"].dtype).mean(),
@@ -87,4 +90,4 @@ class TwoWay(nn.Module):
         )
 
 
-_OF_EACH_DIRECTION = ("s_neg", "index", "T", "P_pos", "P_neg", "recall_at_1")
+_OF_EACH_DIRECTION = ("s_neg", "index", "T", "P_pos", "P_neg", "recall_at_1", "effective")

@@ -158,6 +158,10 @@ class Emission(NamedTuple):
     spread: Spread
     own: Callable[[Tensor | None, Needs], Gradients]  # (incoming, needs) → at the embedded own rows
     by: int  # factor of the gradient
+    kept: Tensor | None = None  # ranks keep no large tensor but rows
+
+    def keeping(self, kept: Tensor | None) -> Emission:
+        return self
 
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         if self.by != 1:

@@ -203,8 +203,10 @@ def _as_pairs(part: Partial, scores: Callable[[Tensor], Tensor]) -> Partial:
 def plan(n: int, m: int, dtype: torch.dtype, request: Request, dense: bool) -> Plan:
     """The tiles of S (n, m), the arithmetic, and the memory."""
     rows = next(tiles(n, m)).stop
-    soft = request.softmax is not None
-    tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense + soft * (1 + request.hardest)
+    tiles_held = 1 + 3 * request.lin + 2 * (request.beta is not None) + 3 * dense
+    if request.softmax is not None:  # G beside the tile, the tile beside its hardness, the shares of two directions
+        linear, each = request.softmax.slope is not None, request.softmax.at == "each"
+        tiles_held += 1 + request.hardest + (not linear) + 2 * each
     kept = request.softmax is not None and request.softmax.at == "aggregate" and rows >= n
     name = str(dtype).removeprefix("torch.")
     return Plan((rows, m), f"{name}, no reduced precision anywhere", rows * m * dtype.itemsize * tiles_held, kept)

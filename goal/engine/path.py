@@ -52,6 +52,15 @@ class Seen(NamedTuple):
 class Emits(Protocol):
     """Emits the gradient of a call in backward."""
 
+    @property
+    def kept(self) -> Tensor | None:
+        """A large tensor that was kept for backward, and may be freed after it."""
+        ...
+
+    def keeping(self, kept: Tensor | None) -> Emits:
+        """The same with this in its place."""
+        ...
+
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         """∂l/∂x and ∂l/∂y in the inputs' dtypes, times the incoming gradient; None for a side that needs none."""
         ...
@@ -140,6 +149,19 @@ class Emission(NamedTuple):
     backend: Backend
     masks: Masks
     coefficients: Coefficients
+
+    @property
+    def kept(self) -> Tensor | None:
+        soft = self.coefficients.soft
+        return None if soft is None or soft.exps is None else soft.exps.values
+
+    def keeping(self, kept: Tensor | None) -> Emission:
+        soft = self.coefficients.soft
+        if soft is None or soft.exps is None:
+            return self
+        values = soft.exps.values.new_empty(0) if kept is None else kept
+        soft = soft._replace(exps=soft.exps._replace(values=values))
+        return self._replace(coefficients=self.coefficients._replace(soft=soft))
 
     def emit(self, x: Tensor, y: Tensor, incoming: Tensor | None, needs: Needs) -> Gradients:
         block = self.backend.block(x, y, self.masks)

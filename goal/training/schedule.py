@@ -6,6 +6,7 @@ epoch. The state of a schedule is only its progress, which `state_dict()` contai
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ class Scheduled(goal.Objective):
     """
 
     def __init__(self, T: Any = "cir", P: Any = "sig-ms", **arguments: Any) -> None:
-        schedules = {"T": T, "P": P, **arguments}
+        schedules, scale = {"T": T, "P": P, **arguments}, arguments.get("scale")
+        if callable(scale) and "step" not in inspect.signature(scale).parameters:
+            schedules["scale"] = _Constant(scale)  # a function of the objective's numbers
         values = {name: _at(value, 0) for name, value in schedules.items()}
         _made(values, 0)
         super().__init__(**values)
@@ -419,6 +422,20 @@ class _Pieces(Schedule):
 
     def __repr__(self) -> str:
         return f"piecewise({self.values})"
+
+
+@dataclass(frozen=True)
+class _Constant(Schedule):
+    """A function that is a value itself."""
+
+    value: Callable[..., Any]
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        return ()
+
+    def __call__(self, step: int) -> Any:
+        return self.value
 
 
 @dataclass(frozen=True)

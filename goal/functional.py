@@ -297,7 +297,8 @@ def _save(ctx: Any, x: Tensor, y: Tensor, emission: Emits) -> None:
 
 def _handed_out(ctx: Any, incoming: Tensor) -> Gradients:
     """The gradients; under create_graph=True with a graph that raises in a second backward."""
-    saved, kept = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+    every = ctx.saved_tensors  # read once, as checkpoints require
+    saved, kept = every[:2], every[2:]
     x, y = plain(*saved)
     emission = ctx.emission.keeping(*plain(*kept)) if kept else ctx.emission
     many = not torch.compiler.is_compiling() and batched(incoming)  # under jacrev: a batch of incoming gradients

@@ -905,7 +905,7 @@ def test_a_recipe_is_the_combination_it_claims(recipe: str) -> None:
 
 
 def test_every_recipe_is_accounted_for_and_takes_overrides() -> None:
-    assert set(goal.recipes()) == {*RECIPES, *SOFT, "siglip"}
+    assert set(goal.recipes()) == {*RECIPES, *SOFT, "supcon", "soft-targets", "siglip"}
     x, y = embeddings(np.random.default_rng(6), 10, 10, 4, torch.float32)
     changed = goal.recipe("vse++", T=goal.T.con(margin=0.5), reduction="mean")
     assert torch.equal(changed(x, y), goal.apply(x, y, T=goal.T.con(margin=0.5), P="con"))

@@ -438,9 +438,10 @@ def test_the_gradients_are_no_views_of_what_is_kept() -> None:
 @pytest.mark.parametrize("used", [False, True])
 def test_modules_survive_copying_and_saving(recipe: str, way: str, used: bool) -> None:
     x, y = leaves(dtype=torch.float32)
+    ids, y_ids = torch.arange(len(x)), torch.arange(len(y))
     module = goal.recipe(recipe)
     if used:
-        module(x, y)
+        module(x, y, ids, y_ids)
     if way == "deepcopy":
         other = copy.deepcopy(module)
     elif way == "pickle":
@@ -448,7 +449,7 @@ def test_modules_survive_copying_and_saving(recipe: str, way: str, used: bool) -
     else:
         other = goal.recipe(recipe)
         other.load_state_dict(module.state_dict())
-    gradients = [torch.autograd.grad(each(x, y), (x, y)) for each in (module, other)]
+    gradients = [torch.autograd.grad(each(x, y, ids, y_ids), (x, y)) for each in (module, other)]
     for one, two in zip(*gradients, strict=True):
         assert torch.equal(one, two)
     assert repr(module) == repr(other)

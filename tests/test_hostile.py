@@ -394,11 +394,11 @@ def test_every_recipe_names_the_bad_row(recipe: str, bad: float) -> None:
         given = [X.clone(), Y.clone()]
         given[side][3, 2] = given[side][5, 1] = bad
         with pytest.raises(ValueError, match=rf"^{'xy'[side]} has a .* \({bad}\) in row 3 \(2 such rows of 8"):
-            goal.recipe(recipe)(*given)
+            goal.recipe(recipe)(*given, IDS)
         with pytest.raises(ValueError, match="in row 3"):
-            goal.recipe(recipe, check_finite=True)(*given)
+            goal.recipe(recipe, check_finite=True)(*given, IDS)
         given[side].requires_grad_()
-        goal.recipe(recipe, check_finite=False)(*given).backward()
+        goal.recipe(recipe, check_finite=False)(*given, IDS).backward()
         if bad is torch.nan:
             assert not given[side].grad.isfinite().all()
 
@@ -434,7 +434,8 @@ def test_a_large_half_precision_batch_is_finite(recipe: str) -> None:
     arguments = {"bias": 0.0} if recipe == "siglip" else {}  # 600 · log 2 on each row: beyond float16 in sum
     with torch.no_grad():
         objective = goal.recipe(recipe, **arguments)
-        assert objective(x.half(), y.half()).item() == pytest.approx(objective(x, y).item(), rel=2e-3)
+        ids = torch.arange(600)
+        assert objective(x.half(), y.half(), ids).item() == pytest.approx(objective(x, y, ids).item(), rel=2e-3)
 
 
 # ── what a module keeps, and where ──────────────────────────────────────────────────────────────────────

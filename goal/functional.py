@@ -68,16 +68,18 @@ def apply(
         mining: `hardest`, `semi-hard`, `soft`, `all`, `selective`, or an object, `goal.mining.semi_hard(margin=0.2)`.
         positives: `pair`, row k and row k; or, by equal ids, `hardest` or `soft` (`goal.positives.soft(tau=2.0)`): then
             all rows of both sides are anchors, N and M are free, and `mean` divides by their number. By default `pair`,
-            and `hardest` where y is left out.
+            and `hardest` where y is left out. Over ranks `all` and `selective` mining take pairs alone.
         reduction: `mean` divides by K (by the sum of `weight`), `sum` does not. The two directions add.
         scale: factor of the value and of the gradient, > 0; or a function of numbers of the objective, which it asks
             for by name: ``lambda tau: tau / 2``. A name that several have means T's, then P's, then the mining rule's.
         directions: `both`; `x→y`, where the anchors are rows of x, and candidates rows of y; or `y→x`. Also written
             `x->y` and `x2y`.
         ids: (N,) integers; rows with equal ids are never negatives of each other.
-        y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow. The two ids of a pair are equal.
+        y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow. The two ids of a pair are equal, which is
+            checked where `check_finite` is on.
         weight: (K,) numbers >= 0 that scale anchors; 0 removes an anchor (its rows remain candidates). Or (2, K), for
-            the anchors of x→y and of y→x; `mean` then divides each direction by the sum of its own.
+            the anchors of x→y and of y→x; `mean` then divides each direction by the sum of its own. With positives by
+            ids N = M = K.
         similarity: `dot`, `cosine` (normalises inside) or `order` (s = −‖max(0, y − x)‖).
         impl: `auto`, `torch` or `triton`. `auto` takes the kernels for inputs on a GPU if they support the objective,
             else PyTorch; `goal.explain` says which, and why. `triton` never falls back: it raises.

@@ -50,7 +50,7 @@ class Softmax:
     alpha: float
     margin: float
     at: str  # where P⁻ is taken: "aggregate", at s̃⁻, or "each", at every sᵢⱼ
-    over: str  # "negatives", or "candidates": the positive has a share too
+    over: str  # "negatives"; "candidates", the positive has a share too; or "positives", of `goal.positives.soft`
     normalise: str  # "sum", or "mean": log Z − log n
 
     @property
@@ -188,8 +188,9 @@ def all_negatives(average: bool = True, pull: str = "each") -> Mining:
     Args:
         average: whether to average over the negatives.
         pull: `each` pulls the positive in every triplet; `once` pulls it by the mean of its triplets' pulls, however
-            many negatives there are: sums such as SigLIP's, with one positive and many negatives. With `once`, and T
-            that does not depend on the similarities, an anchor without negatives keeps its pull.
+            many negatives there are: sums such as SigLIP's, with one positive and many negatives. With `average` the
+            gradient is the same. With `once`, and T that does not depend on the similarities, an anchor without
+            negatives keeps its pull.
 
     Example:
         >>> import goal
@@ -213,12 +214,13 @@ def soft(
     over: str = "negatives",
     normalise: str = "sum",
 ) -> Mining:
-    """All negatives, shared among by a softmax: between `hardest` (τ → ∞) and `all` (τ → 0).
+    """All negatives, which share the push by a softmax: between `hardest` (τ → ∞) and `all` (τ → 0, with the mean).
 
         Zᵢ = Σⱼ e^{h(sᵢⱼ)}    qᵢⱼ = e^{h(sᵢⱼ)} / Zᵢ    s̃⁻ᵢ = level(log Zᵢ)
 
-    s̃⁻ takes the place of s⁻ in T and P⁻, and the push is shared by q. T × P is then the gradient of a loss if it is
-    one with a single negative. With P = con this is the family of InfoNCE: `goal.recipe("infonce")`.
+    s̃⁻ takes the place of s⁻ in T and P⁻, and the push is shared by q. With the linear hardness and level, α = 0 and P⁻
+    at the aggregate, T × P is then the gradient of a loss if it is one with a single negative. With P = con this is the
+    family of InfoNCE: `goal.recipe("infonce")`.
 
     Args:
         tau: inverse temperature, > 0.

@@ -204,7 +204,7 @@ def objective(spec: str, **rest: Any) -> nn.Module:
         >>> goal.objective("cir(tau=5) × sig-ms | semi-hard(margin=0.1)").settings.mining
         mining.semi_hard(margin=0.1)
         >>> goal.objective("infonce(tau=30)")
-        InfoNCE(tau=30.0)
+        Objective(nca(tau=30) × con | soft(tau=30) | scale=15)
     """
     return parse(spec).build(**rest)
 

@@ -103,6 +103,11 @@ def check_ids(call: Call, positives: Positives) -> None:
     """Check that the ids fit the rule of positives; what they hold is read where entries are checked to be finite."""
     if positives.by_ids and (call.finite or call.ids is None):
         check_positives(call.ids, call.y_ids, call.one_set, positives)
+    if positives.by_ids and call.weight is not None and len(call.x) != len(call.y):
+        raise ValueError(
+            f"weight wants as many rows of x as of y where positives are {positives!r}, got {len(call.x)} and "
+            f"{len(call.y)}: then every row of both is an anchor."
+        )
     if not positives.by_ids and call.finite:
         check_paired(call.ids, call.y_ids)
 

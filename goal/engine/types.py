@@ -191,7 +191,7 @@ class Masks(NamedTuple):
 
 
 def _occurrences(of: Tensor, among: Tensor) -> Tensor:
-    ordered = among.sort().values
+    ordered, of = among.sort().values, of.contiguous()
     return torch.searchsorted(ordered, of, right=True) - torch.searchsorted(ordered, of)
 
 

@@ -56,6 +56,7 @@ BLOCKS = "tests/test_contract.py -k 'blocks_merge or lowest_index or nan_in_one_
 R_POS = "tests/test_contract.py -k both_readings"
 INCOMING = "tests/test_contract.py -k incoming_gradient"
 RECIPES = "tests/test_contract.py -k 'hinge_recipes or smooth_recipes'"
+FLOAT32_SOFT = "tests/test_contract.py -k 'float32_is_as_exact and soft'"
 NAN = "tests/test_edges.py -k nan_shows"
 BANK = "tests/test_bank.py"
 AUGMENT = "tests/test_augment.py"
@@ -73,6 +74,7 @@ K_EMIT = "tests/test_kernels.py -k sorted_emission"
 K_HALVED = "tests/test_kernels.py -k 'fast_is_as_exact or best_of_several_tiles or mined_similarities'"
 
 EAGER, TYPES, PATH = "goal/engine/eager.py", "goal/engine/types.py", "goal/engine/path.py"
+SOFT, MINING = "goal/engine/soft.py", "goal/mining.py"
 STATISTICS, PARTIALS = "goal/engine/statistics.py", "goal/engine/partials.py"
 WEIGH, SIMILARITY = "goal/engine/weigh.py", "goal/similarity.py"
 SPREAD, FORWARD = "goal/distributed/spread.py", "goal/distributed/forward.py"
@@ -108,8 +110,8 @@ FAULTS = (
     Fault(
         "columns are mined without the ids",
         EAGER,
-        "part, _ = reduce(tile[:, :n_cols], 0, inside",
-        "part, _ = reduce(inside._replace(ids=None).hide(similarity.tile(x[at], y))[:, :n_cols], 0, inside",
+        "part, _ = back(tile[:, :n_cols], 0, inside",
+        "part, _ = back(inside._replace(ids=None).hide(similarity.tile(x[at], y))[:, :n_cols], 0, inside",
         "a caption's own image's other captions become its image's negatives, in one direction only",
         TILES.format("con-hardest and dot"),
     ),
@@ -281,8 +283,8 @@ FAULTS = (
     Fault(
         "the mean divides by the number of pairs",
         WEIGH,
-        "return weight / torch.where(total == 0, 1, total)",
-        "return weight / pairs.s_pos.shape[0]",
+        "share = share / torch.where(total == 0, 1, total)",
+        "share = share / s_pos.shape[-1]",
         "the scale of a weighted batch depends on how many weigh nothing",
         CASES.format("con-hardest and dot"),
     ),
@@ -362,8 +364,8 @@ FAULTS = (
     Fault(
         "the incoming gradient is dropped by dense objectives",
         PATH,
-        "dense.share * incoming",
-        "dense.share",
+        "dense = dense.times(incoming)",
+        "pass",
         "the same of all negatives",
         INCOMING,
     ),
@@ -386,8 +388,8 @@ FAULTS = (
     Fault(
         "the value of dense y→x weighs as x→y does",
         EAGER,
-        "tile[part], dense.share[1 - dim, at]",
-        "tile[part], dense.share[0, at]",
+        "dense.share[1 - dim, at].unsqueeze(dim),",
+        "dense.share[0, at].unsqueeze(dim),",
         "the gradient is right and the value is not",
         CASES.format("con-selective and dot"),
     ),
@@ -430,6 +432,145 @@ FAULTS = (
         "gy += at_x.sum(0)",
         "dense objectives of order embeddings push where they pull",
         CASES.format("con-all and order"),
+    ),
+    # ── soft mining ──
+    Fault(
+        "the pair stands in the sum of soft mining",
+        SOFT,
+        "            masks.diagonal(exps).zero_()\n",
+        "",
+        "s̃⁻ rises with s⁺, and each anchor pushes its positive as well",
+        CASES.format("soft and dot"),
+    ),
+    Fault(
+        "candidates hide the pair",
+        TYPES,
+        "self.diagonal(tile).copy_(of_pairs)",
+        "pass",
+        "over='candidates' is over='negatives'",
+        CASES.format("nca-con-soft and dot"),
+    ),
+    Fault(
+        "the mean of soft mining subtracts nothing",
+        MINING,
+        "z = log_sum - count.log() if",
+        "z = log_sum if",
+        "normalise='mean' is 'sum': s̃⁻ grows with the batch",
+        CASES.format("nca-con-soft and dot"),
+    ),
+    Fault(
+        "the mean of soft mining does not count the pair among the candidates",
+        WEIGH,
+        "(_positives(masks, s_pos) if masks.by_ids else 1)",
+        "(_positives(masks, s_pos) if masks.by_ids else 0)",
+        "log Z − log n with one too few, and an anchor without negatives is taken for one without candidates",
+        CASES.format("soft and dot"),
+    ),
+    Fault(
+        "log-sums of two peaks are merged as if of one",
+        PARTIALS,
+        "torch.where(one == peak, 1, torch.exp(one - peak))",
+        "torch.ones_like(one)",
+        "s̃⁻ depends on how S was cut",
+        BLOCKS,
+    ),
+    Fault(
+        "the shift is not the one that was used",
+        SOFT,
+        "middle = like.new_tensor((low + high) / 2).item()",
+        "middle = (low + high) / 2",
+        "shares of kept exponentials are off by the rounding of a shift in float32",
+        FLOAT32_SOFT,
+    ),
+    Fault(
+        "the pull of an anchor without negatives is dropped in soft mining",
+        WEIGH,
+        "for one in (has_neg, has_pos, has_pos | has_neg))",
+        "for one in (has_neg, both, has_pos | has_neg))",
+        "a loss of two parts keeps the value of s⁺, without its gradient",
+        CASES.format("con-con-soft and dot"),
+    ),
+    Fault(
+        "soft mining forgets the pull of y→x",
+        SOFT,
+        "soft.pull[:, first : first + len(pairs)].sum(0)",
+        "soft.pull[0, first : first + len(pairs)]",
+        "pairs are pulled by half",
+        CASES.format("soft and dot"),
+    ),
+    Fault(
+        "the incoming gradient is dropped by soft mining",
+        PATH,
+        "soft = soft if incoming is None else soft.times(incoming)",
+        "pass",
+        "as with the others",
+        INCOMING,
+    ),
+    # ── all negatives, a positive pulled once ──
+    Fault(
+        "a positive is pulled once for each of its negatives",
+        WEIGH,
+        "if average else 1 / sizes.clamp(min=1)",
+        "if average else torch.ones_like(sizes)",
+        "pull='once' is 'each'",
+        CASES.format("con-con-all and dot"),
+    ),
+    Fault(
+        "the pull of an anchor without negatives is dropped where positives are pulled once",
+        WEIGH,
+        "alone = torch.where(sizes == 0, share * with_pos, 0)",
+        "alone = torch.zeros_like(share)",
+        "a sum such as SigLIP's has a part of s⁺ that no negative belongs to",
+        CASES.format("con-con-all and dot"),
+    ),
+    # ── positives by ids, directions, scale ──
+    Fault(
+        "the hardest positive is the most similar",
+        EAGER,
+        "masks.hide(tile.neg_(), ",
+        "masks.hide(tile, ",
+        "the easiest positive takes the pull",
+        CASES.format("con-hardest and dot"),
+    ),
+    Fault(
+        "positives of two tiles: the first tile's stand for all",
+        PARTIALS,
+        "a.own + b.own",
+        "torch.where(a.own == 0, b.own, a.own)",
+        "right for pairs, which are in a single tile; a mean over positives by ids is not",
+        TILES.format("dot"),
+    ),
+    Fault(
+        "the threshold of y→x is that of x→y",
+        EAGER,
+        "Limits(forth - BAND, tie, back - BAND)",
+        "Limits(forth - BAND, tie, forth - BAND)",
+        "by ids the two directions have positives of their own, and another min s⁺",
+        CASES.format("sig-ms-hardest and dot"),
+    ),
+    Fault(
+        "the incoming gradient is dropped at positives by ids",
+        PATH,
+        "positives.pull if incoming is None else positives.pull * incoming",
+        "positives.pull",
+        "a loss scale multiplies the push alone",
+        RANKS_TABLE,
+    ),
+    Fault(
+        "scale is forgotten",
+        WEIGH,
+        "share = share * settings.factor",
+        "pass",
+        "value and gradient are those of scale=1",
+        CASES.format("con-hardest and dot"),
+    ),
+    Fault(
+        "the direction that is left out emits",
+        WEIGH,
+        "[[1.0], [0.0]] if forth else [[0.0], [1.0]]",
+        "[[1.0], [1.0]]",
+        "directions='x→y' is 'both'",
+        CASES.format("con-hardest and dot"),
     ),
     # ── banks, made rows ──
     Fault(
@@ -508,7 +649,7 @@ FAULTS = (
     Fault(
         "what other ranks pulled is forgotten in a ring",
         RING,
-        "pull[here] += home[0]",
+        "taken[1, here] = home[0]",
         "pass",
         "dense objectives pull by half",
         RANKS,
@@ -536,6 +677,30 @@ FAULTS = (
         "start = wire.rank * len(own.x)",
         "with an uneven last batch the gradient goes to another rank's rows",
         RANKS_WAYS,
+    ),
+    Fault(
+        "a ring forgets the round of positives",
+        RING,
+        "rounds.append(of_positives.entries(of_positives.pull))",
+        "pass",
+        "by ids nothing is pulled",
+        RANKS_TABLE,
+    ),
+    Fault(
+        "positives of a rank's rows are those of the last block",
+        SPREAD,
+        "[merge(of_rows[0], rows, request, nowhere) if of_rows else rows]",
+        "[rows]",
+        "a positive on another rank counts if its rank comes last",
+        RANKS_TABLE,
+    ),
+    Fault(
+        "over ranks columns are merged by the threshold of x→y",
+        SPREAD,
+        "spread.limits.of(0), spread.limits.of(1)",
+        "spread.limits.of(0), spread.limits.of(0)",
+        "by ids R⁻ of y→x depends on how the batch is spread",
+        RANKS_TABLE,
     ),
     # ── a cached step ──
     Fault(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from goal.mining import Curve, Softmax
 from goal.names import Value, spell, unknown
-from goal.validation import check_number
+from goal.validation import check_number, real_number
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def soft(tau: float = 10.0, *, margin: float = 0.4, hardness: str = "linear", at
         positives.soft(tau=2.0)
     """
     owner = "goal.positives.soft"
-    tau, margin = check_number(owner, "tau of positives", tau), check_number(owner, "margin", margin)
-    if hardness not in HARDNESS:
+    tau, margin = real_number(f"{owner}: parameter 'tau'", tau), check_number(owner, "margin", margin)
+    if not isinstance(hardness, str) or hardness not in HARDNESS:
         raise unknown(f"{owner}: hardness", hardness, list(HARDNESS))
     if hardness != "linear" and tau <= 0:
         raise ValueError(f"{owner}: parameter 'tau' must be > 0 with hardness={hardness!r}, got {tau}.")

@@ -48,7 +48,9 @@ class Arguments(NamedTuple):
             RuntimeError: for tensors of torch.func.vmap or with a forward-mode tangent.
         """
         if self.one_set:
-            return self._replace(y=self.x, one_set=False)._checked_set(even)
+            x: Any = self.x
+            again = x.view_as(x) if torch.compiler.is_compiling() else x  # a graph takes a tensor for one input alone
+            return self._replace(y=again, one_set=False)._checked_set(even)
         given: tuple[Any, ...] = self[:5]
         x, y, ids, y_ids, weight = given if self.ordinary else plain(*given)
         needs, wrapped = self.needed(), inside() and not self.ordinary

@@ -297,7 +297,7 @@ def _mine_shapes(work: Work) -> Outputs:
     assert work.pairs is not None
     assert work.request is not None
     s_pos, (semi_hard, lin, beta, hardest, softmax, shares) = work.pairs.s_pos, work.request
-    k = s_pos.shape[0]
+    k = s_pos.shape[-1]
 
     def value() -> Tensor:
         return s_pos.new_empty(2, k)

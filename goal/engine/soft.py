@@ -1,8 +1,9 @@
 """Softmaxes in plain PyTorch: log-sums of a tile of S in both directions, and the coefficients G of a tile.
 
 Both need e^{h(s)} of every entry, relative to a shift, or it would leave the dtype. A single shift serves the rows and
-the columns of a tile, and so a single exponential an entry, while what it is compared with lies within `reach` of it:
-the largest hardness of each row and column, or their log-sums. Otherwise rows and columns take their own.
+the columns of a tile, and so a single exponential an entry, while all that is compared with it spans at most `reach`
+(80 in float32, the shift in its middle): the largest hardness of each row and column, or their log-sums. Otherwise rows
+and columns take their own.
 
 Log-sums are in float64 whatever the dtype of S: shares are relative to them, so their error is that of the shares.
 """

@@ -73,7 +73,7 @@ def apply(
         scale: factor of the value and of the gradient, > 0; or a function of numbers of the objective, which it asks
             for by name: ``lambda tau: tau / 2``. A name that several have means T's, then P's, then the mining rule's.
         directions: `both`; `x→y`, where the anchors are rows of x, and candidates rows of y; or `y→x`. Also written
-            `x->y` and `x2y`.
+            `x->y` and `x2y`. A single set has one direction, whatever this says.
         ids: (N,) integers; rows with equal ids are never negatives of each other.
         y_ids: (M,) integers; by default `ids`, which N ≠ M does not allow. The two ids of a pair are equal, which is
             checked where `check_finite` is on.

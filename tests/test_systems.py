@@ -170,7 +170,7 @@ def test_stages_follow_one_another_as_asked(clips: Path) -> None:
         ({"model": "vse++", "epochs": 0}, "epochs must be >= 1 without patience, got 0"),
         ({"model": "vse-infinity", "eval_every": 5}, "all_first counts epochs"),
         ({"reduction": "median"}, "reduction='median' is not known. Did you mean 'mean'"),
-        ({"reduction": "sum", "recipe": "infonce"}, "reduction cannot be set: infonce has its own"),
+        ({"mining": "hardest", "recipe": "infonce"}, "mining cannot be set: infonce has its own"),
         ({"curriculum": "cutmix"}, "curriculum='cutmix' is not known. .*Known: plain, interpolate, mixup"),
         ({"curriculum": "mixup", "model": "scan", "switch": "2"}, "scan makes similarities"),
         ({"curriculum": "plain", "recipe": "infonce"}, "curriculum cannot be set: infonce mines nothing"),

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from goal.names import Value, spell, unknown
+from goal.names import Value, rule_of, unknown
 from goal.validation import check_bool, check_number, real_number
 
 CURVES: dict[str, Curve] = {}  # by key
@@ -358,10 +358,4 @@ def defaults(name: str) -> dict[str, Value]:
 
 def bind(mining: str | Mining) -> Mining:
     """A `Mining` from the user's argument `mining=`."""
-    if isinstance(mining, Mining):
-        return mining
-    if not isinstance(mining, str):
-        raise TypeError(f"mining must be a name or an object such as goal.mining.hardest(), got {mining!r}.")
-    if spell(mining) not in RULES:
-        raise unknown("mining", mining, list(RULES))
-    return RULES[spell(mining)]()
+    return rule_of("mining", mining, Mining, RULES, "goal.mining.hardest()")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+R = TypeVar("R")
 
 Parameter = float | bool | None  # of a term
 Value = Parameter | str  # of a mining rule, too
@@ -54,6 +57,17 @@ def literal(value: Value) -> str:
 def spell(name: str) -> str:
     """The registered spelling of a name: with hyphens instead of underscores."""
     return name.replace("_", "-")
+
+
+def rule_of(argument: str, given: object, kind: type[R], rules: Mapping[str, Callable[..., R]], example: str) -> R:
+    """A rule from what a user passes: an object of its kind, or a name, with its defaults."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(f"{argument} must be a name or an object such as {example}, got {given!r}.")
+    if spell(given) not in rules:
+        raise unknown(argument, given, list(rules))
+    return rules[spell(given)]()
 
 
 def unknown(argument: str, came: object, known: Sequence[str]) -> ValueError:

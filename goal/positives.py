@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from goal.mining import Curve, Softmax
-from goal.names import Value, spell, unknown
+from goal.names import Value, rule_of, unknown
 from goal.validation import check_number, real_number
 
 
@@ -144,19 +144,9 @@ def bind(positives: str | Positives | None, one_set: bool) -> Positives:
     """The positives from the user's argument `positives=`; by default the pairs, or the hardest of a single set."""
     if positives is None:
         return hardest() if one_set else pair()
-    rule = _bound(positives)
+    rule = rule_of("positives", positives, Positives, RULES, "goal.positives.hardest()")
     if one_set and not rule.by_ids:
         raise ValueError(
             "positives must be 'hardest' or 'soft' where y is left out, got 'pair': row k has no row k beside it."
         )
     return rule
-
-
-def _bound(positives: str | Positives) -> Positives:
-    if isinstance(positives, Positives):
-        return positives
-    if not isinstance(positives, str):
-        raise TypeError(f"positives must be a name or an object such as goal.positives.hardest(), got {positives!r}.")
-    if spell(positives) not in RULES:
-        raise unknown("positives", positives, list(RULES))
-    return RULES[spell(positives)]()

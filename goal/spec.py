@@ -270,24 +270,20 @@ def _term(kind: str) -> Callable[[str], Member]:
     return find
 
 
-def _rule(name: str) -> Member:
-    if spell(name) not in mining.RULES:
-        raise unknown("mining", name, list(mining.RULES))
-    make = mining.RULES[spell(name)]
-    return Member(spell(name), f"goal.mining.{make.__name__}", mining.defaults(spell(name)), make, _options(make))
+def _rules(axis: str) -> Callable[[str], Member]:
+    """Look-up of the rules of mining or of positives."""
+    module: Any = {"mining": mining, "positives": positives}[axis]
+    known, defaults = module.RULES, module.defaults
 
+    def find(name: str) -> Member:
+        if spell(name) not in known:
+            raise unknown(axis, name, list(known))
+        make = known[spell(name)]
+        own = inspect.signature(make).parameters.values()
+        options = tuple(parameter.name for parameter in own if parameter.kind is parameter.KEYWORD_ONLY)
+        return Member(spell(name), f"goal.{axis}.{make.__name__}", defaults(spell(name)), make, options)
 
-def _positives(name: str) -> Member:
-    if spell(name) not in positives.RULES:
-        raise unknown("positives", name, list(positives.RULES))
-    make = positives.RULES[spell(name)]
-    options = _options(make)
-    return Member(spell(name), f"goal.positives.{make.__name__}", positives.defaults(spell(name)), make, options)
-
-
-def _options(make: Callable[..., Any]) -> tuple[str, ...]:
-    """The parameters of a rule that are given by keyword alone."""
-    return tuple(one.name for one in inspect.signature(make).parameters.values() if one.kind is one.KEYWORD_ONLY)
+    return find
 
 
 def _similarity(name: str) -> Member:
@@ -334,8 +330,8 @@ class Kind(NamedTuple):
 
 
 AXES = {  # the axes after |: arguments of `goal.Objective`, by keyword
-    "mining": Kind(_rule, "semi-hard(margin=0.1)"),
-    "positives": Kind(_positives, "hardest"),
+    "mining": Kind(_rules("mining"), "semi-hard(margin=0.1)"),
+    "positives": Kind(_rules("positives"), "hardest"),
     "similarity": Kind(_similarity, "cosine"),
     "reduction": Kind(_reduction, "sum"),
     "scale": Kind(_scale, "0.5"),
@@ -461,7 +457,7 @@ class _Reader:
         raw = self.raw("a mining rule, or an axis such as reduction=sum")
         if raw.arguments or not self.took("="):
             others = [axis for axis, its in AXES.items() if axis != "mining" and _known(its.find, raw.name)]
-            if others and not _known(_rule, raw.name):
+            if others and not _known(AXES["mining"].find, raw.name):
                 raise self.wrong(
                     raw.at, f"must have a mining rule here, got {raw.name!r}: write {others[0]}={raw.name}."
                 )

@@ -356,15 +356,15 @@ FAULTS = (
     Fault(
         "the incoming gradient is dropped by mined objectives",
         PATH,
-        "block, mined, incoming, wanted)",
-        "block, mined, None, wanted)",
+        "operators.mined_emit(does, block, part, incoming, needs)",
+        "operators.mined_emit(does, block, part, None, needs)",
         "weights of a sum of losses, and loss scales, have no effect",
         INCOMING,
     ),
     Fault(
         "the incoming gradient is dropped by dense objectives",
         PATH,
-        "dense = dense.times(incoming)",
+        "dense = dense if incoming is None else dense.times(incoming)",
         "pass",
         "the same of all negatives",
         INCOMING,
@@ -501,8 +501,8 @@ FAULTS = (
     Fault(
         "the incoming gradient is dropped by soft mining",
         PATH,
-        "soft = soft if incoming is None else soft.times(incoming)",
-        "pass",
+        "part if incoming is None else part.times(incoming), needs)",
+        "part, needs)",
         "as with the others",
         INCOMING,
     ),
@@ -551,10 +551,10 @@ FAULTS = (
     Fault(
         "the incoming gradient is dropped at positives by ids",
         PATH,
-        "positives.pull if incoming is None else positives.pull * incoming",
-        "positives.pull",
+        "(of_mined, incoming)):",
+        "(of_mined, None)):",
         "a loss scale multiplies the push alone",
-        RANKS_TABLE,
+        INCOMING,
     ),
     Fault(
         "scale is forgotten",

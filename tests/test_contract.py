@@ -722,22 +722,25 @@ def test_gradcheck_of_a_matrix(T: str, T_params: Params, P: str, P_params: Param
 # ── the incoming gradient ───────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("mining", MININGS)
-def test_the_incoming_gradient_multiplies_and_calls_accumulate(mining: str) -> None:
+def test_the_incoming_gradient_multiplies_and_calls_accumulate(mining: str, positives: str) -> None:
+    ids = {} if positives == "pair" else {"ids": torch.arange(9) // 2, "y_ids": torch.arange(12) // 2}
+    options: dict[str, Any] = {"mining": mining, "positives": positives, **ids}
     x, y = embeddings(np.random.default_rng(3), 9, 12, 6, torch.float64)
     x.requires_grad_(), y.requires_grad_()
-    gx, gy, _ = goal.gradients(x, y, mining=mining)
+    gx, gy, _ = goal.gradients(x, y, **options)
     for c in (-2.5, 0.0, 1e6):
         x.grad = y.grad = None
-        (c * goal.apply(x, y, mining=mining)).backward()
+        (c * goal.apply(x, y, **options)).backward()
         assert gap(x.grad, c * gx) <= 1e-13
         assert gap(y.grad, c * gy) <= 1e-13
     x.grad = y.grad = None
-    loss = goal.apply(x, y, mining=mining)
+    loss = goal.apply(x, y, **options)
     loss.backward(retain_graph=True)
     loss.backward()
-    goal.apply(x, y, T="con", P="con", mining=mining).backward()
-    other, _, _ = goal.gradients(x, y, T="con", P="con", mining=mining)
+    goal.apply(x, y, T="con", P="con", **options).backward()
+    other, _, _ = goal.gradients(x, y, T="con", P="con", **options)
     assert gap(x.grad, 2 * gx + other) <= 1e-13
 
 

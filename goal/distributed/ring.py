@@ -11,7 +11,7 @@ from torch import Tensor
 from goal.distributed.exchange import as_bytes, pack, unpack
 from goal.distributed.spread import Columns, Join, Meet, Spread, mine, positives
 from goal.engine.partials import Partial
-from goal.engine.path import at_pairs, positive_emit
+from goal.engine.path import at_pairs, entries_emit
 from goal.engine.settings import Settings
 from goal.engine.statistics import Statistics
 from goal.engine.types import Block, Coefficients, Dense, Entries, Gradients, Mined, Needs, Pairs, Soft, total
@@ -138,7 +138,7 @@ class Ring:
         gradients: list[Tensor | None] = [None]
 
         def meet(block: Block) -> Columns:
-            at_x, at_y = positive_emit(spread.backend, block, part, needs)
+            at_x, at_y = entries_emit(spread.backend, block, part, None, needs)
             gradients[0] = total(gradients[0], at_x)
             return [] if at_y is None else [at_y]
 

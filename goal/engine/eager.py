@@ -114,8 +114,9 @@ def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tup
     x, y, masks = block
     coded, (rows, cols) = _coded(masks, x.dtype), (masks.anchors(0), masks.anchors(1))
     n_rows, n_cols = rows.stop - rows.start, cols.stop - cols.start
-    bounds_of = limits(similarity, block, pairs, request)
-    reduce, back = _Reduction(request, bounds_of.of(0)), _Reduction(request, bounds_of.of(1))
+    of_both = limits(similarity, block, pairs, request)
+    reduce = _Reduction(request, of_both.of(0))
+    back = reduce if of_both.back is None else _Reduction(request, of_both.of(1))  # one object has one memory
     of_rows: Partial | None = None
     of_cols: Partial | None = None
     exps = None
@@ -132,7 +133,7 @@ def _mined(similarity: Dot, block: Block, pairs: Pairs, request: Request) -> tup
             part, shared = reduce(tile[:anchors], -1, masks.col_offset, pairs.of(0)[here])
             of_rows = _filled(of_rows, _beside(part, soft_rows, anchors), at.start, n_rows)
         if n_cols:
-            if (anchors, n_cols) != tile.shape or bounds_of.back is not None:
+            if (anchors, n_cols) != tile.shape or back is not reduce:
                 shared = None  # extra rows or columns: the two directions see different parts of the tile
             part, _ = back(tile[:, :n_cols], 0, inside.row_offset, pairs.of(1)[cols], shared)
             part = _beside(part, soft_cols, n_cols)
@@ -185,7 +186,7 @@ def _positive(tile: Tensor, masks: Masks, rule: Positives) -> tuple[Partial, Par
         hidden = masks.hide(tile.neg_(), "positives")
         (s, at), (t, by) = _max(hidden, -1), _max(hidden, 0)
         return Partial(s, at + masks.col_offset), Partial(t, by + masks.row_offset)
-    sums = masks.hide(torch.zeros_like(tile), "positives").exp_().mul_(tile)
+    sums = masks.equal(tile).mul_(tile)
     owns = sums.sum(1), sums.sum(0)
     *parts, _ = softly.scan(tile, masks, rule.softmax, shares=False)
     of_rows, of_cols = (Partial(**one._asdict(), own=own) for one, own in zip(parts, owns, strict=True))

@@ -195,10 +195,9 @@ def emit_blocks(
     """
     blocks, (mined, dense, soft, positives) = list(blocks), coefficients
     gx, gy = None, None
-    at_positives: list[Mined | Soft] = []
+    of_dense: Mined | Soft | None = None  # the pulls of dense anchors at positives by ids
     if dense is not None:
-        if incoming is not None:
-            dense = dense.times(incoming)
+        dense = dense if incoming is None else dense.times(incoming)
         pull = torch.zeros_like(dense.share)
         for block, (rows, cols) in blocks:
             at_x, at_y, taken = operators.dense_block(does, block, dense, (needs[0] and rows, needs[1] and cols))
@@ -211,34 +210,26 @@ def emit_blocks(
             at_x, at_y = at_pairs(does.similarity, own, dense.at_pairs(pull).sum(0), needs)
             gx, gy = total(gx, at_x), total(gy, at_y)
         else:
-            at_positives.append(positives.entries(dense.at_pairs(pull)))
+            of_dense = positives.entries(dense.at_pairs(pull))
+    of_mined: Mined | Soft | None = None  # those of the other anchors
     if positives is not None and (mined is not None or soft is not None):
-        at_positives.append(positives.entries(positives.pull if incoming is None else positives.pull * incoming))
-    if soft is not None:
-        soft = soft if incoming is None else soft.times(incoming)
+        of_mined = positives.entries(positives.pull)
+    for part, times in ((soft, incoming), (mined, incoming), (of_dense, None), (of_mined, incoming)):
+        if part is None:
+            continue
         for block, (rows, cols) in blocks:
-            at_x, at_y = operators.soft_block(does, block, soft, (needs[0] and rows, needs[1] and cols))
-            gx, gy = total(gx, at_x), total(gy, at_y)
-    if mined is not None:
-        for block, (rows, cols) in blocks:
-            wanted = needs[0] and rows, needs[1] and cols
-            if any(wanted):
-                at_x, at_y = operators.mined_emit(does, block, mined, incoming, wanted)
-                gx, gy = total(gx, at_x), total(gy, at_y)
-    for part in at_positives:
-        for block, (rows, cols) in blocks:
-            at_x, at_y = positive_emit(does, block, part, (needs[0] and rows, needs[1] and cols))
+            at_x, at_y = entries_emit(does, block, part, times, (needs[0] and rows, needs[1] and cols))
             gx, gy = total(gx, at_x), total(gy, at_y)
     return gx, gy
 
 
-def positive_emit(does: Backend, block: Block, part: Mined | Soft, needs: Needs) -> Gradients:
-    """∂l/∂x and ∂l/∂y of a block of S, from entries of G at positives by ids."""
+def entries_emit(does: Backend, block: Block, part: Mined | Soft, incoming: Tensor | None, needs: Needs) -> Gradients:
+    """∂l/∂x and ∂l/∂y of a block of S, from entries of G or shares of them, times the incoming gradient."""
     if not any(needs):
         return None, None
     if isinstance(part, Soft):
-        return operators.soft_block(does, block, part, needs)
-    return operators.mined_emit(does, block, part, None, needs)
+        return operators.soft_block(does, block, part if incoming is None else part.times(incoming), needs)
+    return operators.mined_emit(does, block, part, incoming, needs)
 
 
 def at_pairs(similarity: Dot, own: Block, value: Tensor, needs: Needs) -> Gradients:

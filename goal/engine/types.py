@@ -138,12 +138,12 @@ class Masks(NamedTuple):
         own, others, offset, m = self.ids, self.y_ids, self.col_offset, self.m
         if side:
             own, others, offset, m = others, own, self.row_offset, self.n
+        if self.by_ids and own is not None and others is not None:
+            return m - _occurrences(own, others)
         place = torch.arange(at.start - offset, at.stop - offset, device=device)
         pair = (place >= 0) & (place < m)
         if own is None or others is None:
             return m - pair.long()
-        if self.by_ids:
-            return m - _occurrences(own, others)
         own = own[: at.stop - at.start]
         pair &= own != others[place.clamp(0, m - 1)]  # equal ids already exclude the pair
         return m - _occurrences(own, others) - pair.long()
@@ -164,6 +164,14 @@ class Masks(NamedTuple):
             return None
         return torch.ne(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
 
+    def equal(self, tile: Tensor) -> Tensor:
+        """The indicator of positives by ids, in the tile's shape and dtype."""
+        assert self.ids is not None
+        assert self.y_ids is not None
+        equal = torch.eq(self.ids[:, None], self.y_ids, out=torch.empty_like(tile))
+        self.diagonal(equal).zero_()
+        return equal
+
     def hide(self, tile: Tensor, over: str = "negatives") -> Tensor:
         """The tile with −inf at entries that are no negatives, no positives, or no candidates, in place."""
         if over == "candidates" and not self.by_ids:
@@ -175,9 +183,7 @@ class Masks(NamedTuple):
         if over == "candidates":
             return tile
         if over == "positives":
-            assert self.ids is not None
-            assert self.y_ids is not None
-            return tile.add_(torch.eq(self.ids[:, None], self.y_ids, out=torch.empty_like(tile)).log_())
+            return tile.add_(self.equal(tile).log_())
         differ = self.differ(tile)
         # the log of the indicator is 0 or −inf: its streaming passes are several times faster than a masked fill
         return tile if differ is None else tile.add_(differ.log_())
